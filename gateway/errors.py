@@ -1,0 +1,53 @@
+"""What goes wrong, as callers see it: one exception, one body in OpenAI's form, one table of statuses."""
+
+from collections.abc import Mapping
+
+import orjson
+from starlette.responses import Response
+
+# status → (type, code), in the words of OpenAI's API where it has them
+STATUSES: dict[int, tuple[str, str | None]] = {
+    400: ("invalid_request_error", None),
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    413: ("invalid_request_error", "body_too_large"),
+    429: ("rate_limit_error", "queue_full"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "unavailable"),
+    504: ("server_error", "timeout"),
+}
+
+
+class ApiError(Exception):
+    """Ends a request with `status`. The message reaches the caller as it is: no stacks, paths or secrets.
+
+    `param` names the request field at fault; `code` replaces the status's own code; `headers` join the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def response(self) -> Response:
+        """The error body every OpenAI client reads."""
+        kind, code = STATUSES.get(self.status, STATUSES[400 if self.status < 500 else 500])
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code or code}
+        return Response(orjson.dumps({"error": error}), self.status, self.headers, "application/json")
+
+
+def invalid(message: str, param: str | None) -> ApiError:
+    """400: the caller can mend it by changing `param`."""
+    return ApiError(400, message, param=param)

