@@ -92,9 +92,7 @@ def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, tuple[str
     family = repository.family_of(directory, options.model_repository)
     logging.info("%s is served as %s", directory, family)
     name = re.sub(r"[^\w.-]", "-", directory.name)
-    repository.write_model(
-        options.model_repository, family, scratch, name, {**overrides, "checkpoint": checkpoint}
-    )
+    repository.write_model(options.model_repository, family, scratch, name, {**overrides, "checkpoint": checkpoint})
     return scratch, (name,)
 
 
@@ -138,9 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="debug shows Triton's whole log")
-    common.add_argument(
-        "--checkpoints", type=Path, default=ROOT / "checkpoints", help="where checkpoints are kept"
-    )
+    common.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="where checkpoints are kept")
 
     command = commands.add_parser("serve", parents=[common], help="serve embeddings until stopped")
     command.set_defaults(run=serve)
@@ -148,7 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--port", type=int, help="port of the gateway (default 30000)")
     command.add_argument("--api-key", help="ask clients for this key (default: none)")
     command.add_argument(
-        "--model", action="append", default=[], metavar="NAME", help="load only this model of the repository; repeatable"
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="load only this model of the repository; repeatable",
     )
     command.add_argument("--model-repository", type=Path, default=ROOT / "model_repository")
     command.add_argument(
@@ -163,9 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         help="""as '{"matryoshka_dimensions": [128, 256]}' or '{"is_matryoshka": true}'""",
     )
     command.add_argument("--is-embedding", action="store_true", help="accepted: it is all this server does")
-    command.add_argument(
-        "--chat-template", choices=CHAT_TEMPLATES, help="accepted: the family knows its own template"
-    )
+    command.add_argument("--chat-template", choices=CHAT_TEMPLATES, help="accepted: the family knows its own template")
     command.add_argument(
         "--trust-remote-code", action=_NoRemoteCode, help="accepted, and without effect: no remote code is ever run"
     )
@@ -179,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _NoRemoteCode(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:

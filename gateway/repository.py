@@ -64,9 +64,7 @@ def read_config(repository: Path, model: str) -> model_config_pb2.ModelConfig:
         raise RepositoryError(f"{file}: {error}") from None
 
 
-def write_model(
-    source: Path, family: str, target: Path, name: str, parameters: Mapping[str, str]
-) -> Path:
+def write_model(source: Path, family: str, target: Path, name: str, parameters: Mapping[str, str]) -> Path:
     """Copy `source/family` to `target/name` with these parameters set; nothing in `source` changes."""
     config = read_config(source, family)
     config.name = name

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import psutil
 import uvicorn
-
 from triton_embed.gateway.app import create_app
 from triton_embed.gateway.settings import Settings
 
@@ -104,9 +103,7 @@ class Supervisor:
                 timeout_graceful_shutdown=int(DRAIN_SECONDS),
             )
         )
-        tasks = [
-            asyncio.create_task(work) for work in (server.serve(), self._keep_triton_up(), self._watch_stubs())
-        ]
+        tasks = [asyncio.create_task(work) for work in (server.serve(), self._keep_triton_up(), self._watch_stubs())]
         stop = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -184,7 +181,7 @@ class Supervisor:
         for action in ("unload", "load"):
             url = f"http://{self._triton.address}:{self._triton.http_port}/v2/repository/models/{model}/{action}"
             name, _, value = self._triton.repository_header.partition("=")
-            request = urllib.request.Request(url, data=b"{}", headers={name: value}, method="POST")  # noqa: S310
+            request = urllib.request.Request(url, data=b"{}", headers={name: value}, method="POST")
             try:
                 with urllib.request.urlopen(request, timeout=120):  # noqa: S310 - loopback, built above
                     pass

@@ -9,7 +9,6 @@ faster path of its own.
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
-
 from triton_embed.kernels import linear as onednn
 from triton_embed.kernels import reference
 from triton_embed.kernels.packed import Packed
@@ -61,9 +60,7 @@ def qk_norm_rope_(
     """
     head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
     if rest or sum(sections) * 2 != head_dim or len(sections) != len(pos) or pos.shape[1] != len(qkv):
-        raise ValueError(
-            f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, sections {sections}, pos {pos.shape}"
-        )
+        raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, sections {sections}, pos {pos.shape}")
     return reference.qk_norm_rope_(qkv, heads, cos, sin, pos, sections, q_weight, k_weight, eps)
 
 

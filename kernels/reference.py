@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-
 from triton_embed.kernels.packed import Packed
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -38,7 +37,7 @@ def varlen_attention(
     for start, count, length in packed.runs:
         rows = slice(start, start + count * length)
         block_q, block_k, block_v = (
-            x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
+            x[rows].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
         )  # [count, heads, length, D]
         shared = 0
         if prefix is not None:
@@ -59,9 +58,7 @@ def varlen_attention(
     return out
 
 
-def _visible(
-    length: int, shared: int, causal: bool, window: int | None, device: torch.device
-) -> Tensor | None:
+def _visible(length: int, shared: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
     """Bool [length, shared + length]: which keys a query sees; None where it sees all of them."""
     if not causal and window is None:
         return None
@@ -129,9 +126,7 @@ def embed_layer_norm(
 ) -> Tensor:
     """See `ops.embed_layer_norm`."""
     kind = token_type[0] if types is None else F.embedding(types, token_type)
-    return F.layer_norm(
-        F.embedding(ids, word) + kind + F.embedding(pos, position), weight.shape, weight, bias, eps
-    )
+    return F.layer_norm(F.embedding(ids, word) + kind + F.embedding(pos, position), weight.shape, weight, bias, eps)
 
 
 def gated_activation(gate_up: Tensor) -> Tensor:

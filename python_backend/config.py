@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from triton_embed.python_backend.errors import ConfigError
 
@@ -134,13 +134,11 @@ class ModelConfig:
     pooling: str
     max_tokens: int
     lowercase: bool = False
-    matryoshka: bool | tuple[int, ...] | None = None  # True: any size; None: the model was not trained for it
+    matryoshka: Literal[True] | tuple[int, ...] | None = None  # True: any size; None: the model was not trained for it
     prompts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_checkpoint(
-        cls, directory: Path, serving: ServingConfig
-    ) -> "ModelConfig":
+    def from_checkpoint(cls, directory: Path, serving: ServingConfig) -> "ModelConfig":
         """Read config.json and sentence-transformers' files beside it. ConfigError: file, key and both values."""
         config = _read(directory / "config.json", required=True)
         file = f"{directory / 'config.json'}"
@@ -201,9 +199,7 @@ def _pooling(directory: Path, serving: ServingConfig) -> str:
         chosen = [{"lasttoken": "last"}.get(name, name) for name in chosen]
     else:
         chosen = [
-            _POOLING.get(key, key)
-            for key, value in stated.items()
-            if key.startswith("pooling_mode_") and value is True
+            _POOLING.get(key, key) for key, value in stated.items() if key.startswith("pooling_mode_") and value is True
         ]
     if stated.get("include_prompt") is False:
         raise ConfigError(f"{file}: include_prompt false is not implemented")
@@ -211,9 +207,7 @@ def _pooling(directory: Path, serving: ServingConfig) -> str:
         raise ConfigError(f"{file} is missing: state pooling (cls, mean or last) in {serving.name}/config.pbtxt")
     pooling = serving.pooling or (chosen[0] if len(chosen) == 1 else "+".join(chosen))
     if chosen and chosen != [pooling]:
-        raise ConfigError(
-            f"{file} says pooling '{'+'.join(chosen)}', {serving.name}/config.pbtxt says '{pooling}'"
-        )
+        raise ConfigError(f"{file} says pooling '{'+'.join(chosen)}', {serving.name}/config.pbtxt says '{pooling}'")
     if pooling not in _POOLING.values():
         raise ConfigError(f"{file}: pooling '{pooling}' is not implemented; cls, mean and last are")
     return pooling
@@ -221,7 +215,7 @@ def _pooling(directory: Path, serving: ServingConfig) -> str:
 
 def _matryoshka(
     config: Mapping[str, Any], hidden: int, file: str, serving: ServingConfig
-) -> bool | tuple[int, ...] | None:
+) -> Literal[True] | tuple[int, ...] | None:
     """Which output sizes the model was trained for; the operator's word wins over the checkpoint's."""
     if serving.is_matryoshka or serving.matryoshka_dimensions:
         sizes, where = serving.matryoshka_dimensions, f"{serving.name}/config.pbtxt"

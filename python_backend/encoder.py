@@ -3,8 +3,9 @@
 Modules are named as BERT checkpoints name their tensors; `self` is BERT's name for the attention projections.
 """
 
-from torch import Tensor, nn
+from typing import ClassVar
 
+from torch import Tensor, nn
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.batch import Batch
@@ -16,7 +17,7 @@ class Encoder(nn.Module):
     """Batch of T tokens -> hidden states [T,E]."""
 
     prefixes = ("bert.",)
-    fused = {"qkv": ("query", "key", "value")}
+    fused: ClassVar = {"qkv": ("query", "key", "value")}
     # The pooler and the pre-training heads play no part in embeddings; position_ids is a constant.
     ignored = ("pooler.", "cls.", "embeddings.position_ids")
 
@@ -27,7 +28,7 @@ class Encoder(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         x: Tensor = self.embeddings(batch)
-        for layer in self.encoder["layer"]:
+        for layer in self.encoder["layer"].children():
             x = layer(x, batch.packed)
         return x
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-
 from triton_embed.kernels import ops
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest
 
@@ -34,9 +33,7 @@ def check_dimensions(dimensions: int | None, name: str, model: ModelConfig) -> N
     if dimensions < 1:
         raise BadRequest("Requested dimensions must be greater than 0")
     if dimensions > model.hidden_size:
-        raise BadRequest(
-            f"Provided dimensions are greater than max embedding dimension: {model.hidden_size}"
-        )
+        raise BadRequest(f"Provided dimensions are greater than max embedding dimension: {model.hidden_size}")
     if model.matryoshka is None:
         raise BadRequest(
             f"Model '{name}' does not support matryoshka representation, "

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
 from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.tokenizer import Ids
 
@@ -96,7 +95,8 @@ class Scheduler:
                 self._change.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
                     return []
-                rows, tokens = [], 0
+                rows: list[tuple[Job, int]] = []
+                tokens = 0
                 while self._queue:
                     job = self._queue[0]
                     # Asking costs tens of microseconds: once, before the first row is computed.

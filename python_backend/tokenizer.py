@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as FastTokenizer
-
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest, ConfigError
 
@@ -34,7 +33,7 @@ class Tokenizer:
             raise ConfigError(f"{path} is missing")
         try:
             self._fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - tokenizers raises a bare Exception
+        except Exception as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         self._fast.no_padding()
         self._fast.no_truncation()

