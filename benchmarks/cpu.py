@@ -159,9 +159,7 @@ def arguments() -> argparse.Namespace:
     if unknown := set(options.engines) - set(ENGINES):
         parser.error(f"unknown engine {', '.join(sorted(unknown))}; known are {', '.join(ENGINES)}")
     plan = QUICK if options.quick else FULL
-    options.plan = plan._replace(
-        rounds=options.rounds or plan.rounds, seconds=options.seconds or plan.seconds
-    )
+    options.plan = plan._replace(rounds=options.rounds or plan.rounds, seconds=options.seconds or plan.seconds)
     if options.plan.rounds < 3:
         parser.error("a median needs at least 3 rounds")
     return options

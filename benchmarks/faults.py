@@ -1,6 +1,7 @@
 """What callers see when a process dies: under load, kill -9 of the stub, later of tritonserver.
 
-Measured from the kill: until a request sent after it is answered, until the last error, the longest request.
+Besides the callers, a probe is sent every 0.1 s whether or not earlier ones are answered. Measured from the kill:
+when a request sent after it is answered, when the last error arrives, the longest request, the statuses.
 After the stop: whether a process or a shared-memory entry of ours is left.
 """
 
@@ -36,6 +37,7 @@ class Faults:
     def __init__(self, stack: Stack, texts: list[str], patience: float) -> None:
         self.stack, self.texts, self.patience = stack, texts, patience
         self.answers: list[Answer] = []
+        self.flying: list[float] = []  # when each request now in flight was sent
         self.seen: set[psutil.Process] = set()  # every process the stack ever had
         self.done = False
 
@@ -43,14 +45,24 @@ class Faults:
         client = Http(self.stack.port, deadline=2 * self.patience)
         numbers = itertools.count()
 
+        async def call() -> str:
+            some = [self.texts[next(numbers) % len(self.texts)] for _ in range(4)]
+            sent = time.monotonic()
+            self.flying.append(sent)
+            status, _ = await client.call(client.prepare(some))
+            self.flying.remove(sent)
+            self.answers.append(Answer(sent, time.monotonic(), status))
+            return status
+
         async def caller() -> None:
             while not self.done:
-                some = [self.texts[next(numbers) % len(self.texts)] for _ in range(4)]
-                sent = time.monotonic()
-                status, _ = await client.call(client.prepare(some))
-                self.answers.append(Answer(sent, time.monotonic(), status))
-                if status != "200":
+                if await call() != "200":
                     await asyncio.sleep(0.05)
+
+        async def probe() -> None:
+            while not self.done:
+                tasks.create_task(call())
+                await asyncio.sleep(0.1)
 
         async def kills() -> list[dict[str, Any]]:
             try:
@@ -62,6 +74,7 @@ class Faults:
             outcomes = tasks.create_task(kills())
             for _ in range(CONCURRENCY):
                 tasks.create_task(caller())
+            tasks.create_task(probe())
         client.rest()
         return outcomes.result()
 
@@ -88,9 +101,11 @@ class Faults:
         return outcome
 
     def calm_since(self, at: float) -> bool:
-        """Answers have come for CALM seconds, and no error among them."""
-        recent = [a.status for a in self.answers if a.answered >= max(at, time.monotonic() - CALM)]
-        return time.monotonic() - at > CALM and bool(recent) and set(recent) == {"200"}
+        """Every request sent before is answered, and for CALM seconds all answers were good."""
+        since = max(at, time.monotonic() - CALM)
+        recent = {a.status for a in self.answers if a.answered >= since}
+        settled = all(sent >= at for sent in self.flying)
+        return settled and time.monotonic() - at > CALM and recent == {"200"}
 
 
 def shared_memory() -> set[str]:

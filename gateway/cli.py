@@ -38,11 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Run tritonserver and the gateway until stopped."""
-    from triton_embed.gateway.settings import Settings
-    from triton_embed.gateway.supervisor import Supervisor, TritonOptions
-
     with tempfile.TemporaryDirectory(prefix="triton-embed-") as scratch:
         source, models = _models(options, Path(scratch))
+        # After what can be refused at once: these imports take a second.
+        import uvloop
+
+        from triton_embed.gateway.settings import SettingsError, read_settings
+        from triton_embed.gateway.supervisor import ServeError, Supervisor, TritonOptions
+
         triton = TritonOptions(
             repository=source,
             models=models,
@@ -58,13 +61,17 @@ def serve(options: argparse.Namespace) -> int:
             "api_key": options.api_key,
             "served_model_name": options.served_model_name,
         }
-        settings = Settings(
-            triton_grpc=f"{triton.address}:{triton.grpc_port}",
-            triton_repository_header=triton.repository_header,
-            log_level=options.log_level,
-            **{key: value for key, value in stated.items() if value is not None},
-        )
-        return asyncio.run(Supervisor(settings, triton).run())
+        try:
+            settings = read_settings(
+                triton_grpc=f"{triton.address}:{triton.grpc_port}",
+                triton_repository_header=triton.repository_header,
+                log_level=options.log_level,
+                **{key: value for key, value in stated.items() if value is not None},
+            )
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(Supervisor(settings, triton).run())
+        except (SettingsError, ServeError) as error:
+            sys.exit(f"triton-embed: {error}")
 
 
 def download(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ tritonclient's class: they keep the status code apart from the text and copy the
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -16,11 +17,12 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from triton_embed.gateway.errors import ApiError, invalid
-from triton_embed.gateway.schemas import Embeddings, EmbeddingRequest
+from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 
 T = TypeVar("T")
 
 RETRY_AFTER_SECONDS = 1
+CONTROL_SECONDS = 2.0  # for questions that cost Triton no compute
 DRAIN_SECONDS = 3.0
 PADDED_IDS = 2**20  # the most cells of one INPUT_IDS tensor: 4 MiB
 FLOAT32, INT32 = np.dtype("<f4"), np.dtype("<i4")
@@ -67,21 +69,22 @@ class TritonClient:
 
     async def live(self) -> bool:
         """Whether tritonserver answers."""
-        reply = await self._call("", lambda: self._stub.ServerLive(service_pb2.ServerLiveRequest()))
+        request = service_pb2.ServerLiveRequest()
+        reply = await self._call("", lambda: self._stub.ServerLive(request), CONTROL_SECONDS)
         return bool(reply.live)
 
     async def index(self) -> list[IndexEntry]:
         """Every model of the repository, loaded or not."""
         request = service_pb2.RepositoryIndexRequest()
         reply = await self._call(
-            "", lambda: self._stub.RepositoryIndex(request, metadata=self._repository_metadata)
+            "", lambda: self._stub.RepositoryIndex(request, metadata=self._repository_metadata), CONTROL_SECONDS
         )
         return [IndexEntry(model.name, model.version, model.state) for model in reply.models]
 
     async def config(self, model: str) -> dict[str, str]:
         """The string parameters of a loaded model's config.pbtxt."""
         request = service_pb2.ModelConfigRequest(name=model)
-        reply = await self._call(model, lambda: self._stub.ModelConfig(request))
+        reply = await self._call(model, lambda: self._stub.ModelConfig(request), CONTROL_SECONDS)
         return {key: value.string_value for key, value in reply.config.parameters.items()}
 
     async def info(self, model: str) -> bytes:
@@ -89,17 +92,14 @@ class TritonClient:
         request = service_pb2.ModelInferRequest(model_name=model)
         _add_ids(request, [[0]])
         request.outputs.add(name="INFO")
-        reply = await self._call(model, lambda: self._stub.ModelInfer(request))
-        return bytes(_output(reply, "INFO"))[4:]  # after the length
+        reply = await self._call(model, lambda: self._stub.ModelInfer(request), CONTROL_SECONDS)
+        return _output(reply, "INFO")[4:]  # after the length
 
     async def embed(self, model: str, request: EmbeddingRequest) -> Embeddings:
         """Vectors of every input, in order. ApiError 400: the model refuses them; 429: its queue is full."""
         if request.texts:
-            return await self._infer(model, request, lambda infer: _add_texts(infer, request.texts))
-        parts = [
-            await self._infer(model, request, lambda infer, rows=rows: _add_ids(infer, rows))
-            for rows in even_parts(request.ids)
-        ]
+            return await self._infer(model, request, partial(_add_texts, texts=request.texts))
+        parts = [await self._infer(model, request, partial(_add_ids, rows=rows)) for rows in even_parts(request.ids)]
         if len(parts) == 1:
             return parts[0]
         return Embeddings(
@@ -118,21 +118,21 @@ class TritonClient:
                 infer.parameters[key].string_param = value
             else:
                 infer.parameters[key].int64_param = value
-        reply = await self._call(model, lambda: self._stub.ModelInfer(infer))
+        reply = await self._call(model, lambda: self._stub.ModelInfer(infer), self._timeout)
         count = infer.inputs[0].shape[0]
         vectors = np.frombuffer(_output(reply, "EMBEDDING"), FLOAT32).reshape(count, -1)
         return Embeddings(vectors, _counts(reply, "TOKENS", count), _counts(reply, "DROPPED", count))
 
-    async def _call(self, model: str, start: Callable[[], Awaitable[T]]) -> T:
-        """Run one call to its end, whatever becomes of the caller; wait for it until the deadline."""
+    async def _call(self, model: str, start: Callable[[], Awaitable[T]], seconds: float) -> T:
+        """Run one call to its end, whatever becomes of the caller; wait `seconds` for it."""
         task = asyncio.create_task(_finish(start))
         self._running.add(task)
         task.add_done_callback(self._forget)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(seconds):
                 return await asyncio.shield(task)
         except TimeoutError:
-            raise ApiError(504, f"No answer within {self._timeout:g} s") from None
+            raise ApiError(504, f"No answer within {seconds:g} s") from None
         except grpc.aio.AioRpcError as error:
             raise _translate(error, model) from None
 
@@ -174,8 +174,10 @@ def _add_ids(infer: Any, rows: Sequence[Sequence[int]]) -> None:
 
 
 def _output(reply: Any, name: str) -> bytes:
-    position = [output.name for output in reply.outputs].index(name)
-    return reply.raw_output_contents[position]  # type: ignore[no-any-return]
+    for output, content in zip(reply.outputs, reply.raw_output_contents, strict=True):
+        if output.name == name:
+            return bytes(content)
+    raise ApiError(500, f"Model '{reply.model_name}' answered without {name}")
 
 
 def _counts(reply: Any, name: str, rows: int) -> npt.NDArray[np.int32]:
@@ -192,7 +194,8 @@ def _translate(error: grpc.aio.AioRpcError, model: str) -> ApiError:
             wait = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             return ApiError(429, f"The queue of model '{model}' is full, try again shortly", headers=wait)
         case grpc.StatusCode.UNAVAILABLE if details.startswith(f"Model '{model}' "):
-            return ApiError(503, details.splitlines()[0])  # the other lines are for the operator
+            # The first line is for callers, the others are for the operator.
+            return ApiError(503, details.splitlines()[0], code="model_not_ready")
         case grpc.StatusCode.NOT_FOUND:
             return ApiError(503, f"Model '{model}' is not loaded", code="model_not_ready")
         case grpc.StatusCode.UNAVAILABLE:

@@ -1,6 +1,7 @@
 """What a model says about itself, and whether a request fits it: checked before anything is sent to Triton."""
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
+
 from triton_embed.gateway.errors import invalid
 from triton_embed.gateway.schemas import EmbeddingRequest
 

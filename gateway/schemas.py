@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 import orjson
+
 from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.gateway.settings import Settings
 
@@ -217,7 +218,7 @@ def _wants_base64(given: Any) -> bool:
     if choice not in (None, "float", "base64"):
         message = f"encoding_format must be either 'float' or 'base64', got '{str(given)[:100]}'"
         raise invalid(message, "encoding_format")
-    return choice == "base64"
+    return bool(choice == "base64")
 
 
 def _truncate(given: Any) -> str | None:

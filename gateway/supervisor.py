@@ -8,11 +8,14 @@ the other models alone.
 import asyncio
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import re
 import secrets
+import shlex
 import signal
+import socket
 import sys
 import time
 import urllib.error
@@ -23,6 +26,8 @@ from pathlib import Path
 
 import psutil
 import uvicorn
+from fastapi import FastAPI
+
 from triton_embed.gateway.app import create_app
 from triton_embed.gateway.settings import Settings
 
@@ -77,6 +82,28 @@ class TritonOptions:
         ]
 
 
+class ServeError(RuntimeError):
+    """Serving cannot begin. The message is for the operator."""
+
+
+def check_ports(settings: Settings, triton: TritonOptions) -> None:
+    """ServeError: another program listens on a port that is needed; it names the flag that moves it."""
+    wanted = {
+        "--port": (settings.host, settings.port),
+        "--triton-http-port": (triton.address, triton.http_port),
+        "--triton-grpc-port": (triton.address, triton.grpc_port),
+        "--triton-metrics-port": (triton.address, triton.metrics_port),
+    }
+    for flag, (host, port) in wanted.items():
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ServeError(f"cannot listen on {host}:{port} ({error.strerror}); {flag} changes it") from None
+
+
 class Supervisor:
     """Runs both until stopped; `run` returns the exit code."""
 
@@ -86,16 +113,19 @@ class Supervisor:
         self._process: asyncio.subprocess.Process | None = None
         self._stubs: dict[int, str] = {}  # pid -> model
         self._regions: set[str] = set()  # shared memory our stubs were given
+        self._was_up = False
         self._stopping = asyncio.Event()
 
     async def run(self) -> int:
         """Serve until SIGINT or SIGTERM; leave no process and no shared memory behind."""
+        check_ports(self._settings, self._triton)
+        app = create_app(self._settings)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stopping.set)
         server = _Gateway(
             uvicorn.Config(
-                create_app(self._settings),
+                app,
                 host=self._settings.host,
                 port=self._settings.port,
                 log_level="warning",
@@ -103,10 +133,11 @@ class Supervisor:
                 timeout_graceful_shutdown=int(DRAIN_SECONDS),
             )
         )
-        tasks = [asyncio.create_task(work) for work in (server.serve(), self._keep_triton_up(), self._watch_stubs())]
+        work = (server.serve(), self._keep_triton_up(), self._watch_stubs(), self._announce(app))
+        tasks = [asyncio.create_task(part) for part in work]
         stop = asyncio.create_task(self._stopping.wait())
         try:
-            await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*tasks[:3], stop], return_when=asyncio.FIRST_COMPLETED)
             failed = not self._stopping.is_set()
             log.info("stopping")
             self._stopping.set()
@@ -116,7 +147,7 @@ class Supervisor:
                 task.cancel()
             for outcome in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(outcome, Exception):
-                    log.error("%s", outcome)
+                    log.error("%s", outcome or repr(outcome))
         finally:
             await self._stop_triton()
         return int(failed)
@@ -141,6 +172,8 @@ class Supervisor:
             self._kill_group()
             if self._stopping.is_set():
                 return
+            if not self._was_up:
+                raise ServeError("tritonserver did not start; --log-level debug shows its whole log")
             if time.monotonic() - started > STEADY_SECONDS:
                 pause = FIRST_PAUSE
             log.error("tritonserver ended with code %s, starting it again in %.1f s", code, pause)
@@ -152,12 +185,26 @@ class Supervisor:
         assert process.stderr is not None  # noqa: S101 - asked for above
         while line := await process.stderr.readline():
             text = line.decode(errors="replace").rstrip()
+            self._was_up = self._was_up or "Started GRPCInferenceService" in text
             if self._triton.verbose:
                 log.info("%s", text)
             elif found := _PROGRESS.search(text):
                 log.info("%s", next(group for group in found.groups() if group))
             elif text.startswith("E") and not _NOISE.search(text):
                 log.error("%s", text)
+
+    async def _announce(self, app: FastAPI) -> None:
+        """One line when the first model answers, with a request to try."""
+        while not (hasattr(app.state, "gateway") and app.state.gateway.registry.ready):
+            if hasattr(app.state, "gateway"):
+                app.state.gateway.registry.suspect()
+            await asyncio.sleep(POLL_SECONDS)
+        registry = app.state.gateway.registry
+        ready = [registry.public_name(card) for card in registry.cards if card.info]
+        body = json.dumps({"model": ready[0], "input": "Once upon a time"})
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if self._settings.api_key.get_secret_value() else ""
+        url = f"http://{self._settings.host}:{self._settings.port}/v1/embeddings"
+        log.info("ready: %s. Try: curl %s%s -d %s", ", ".join(ready), url, key, shlex.quote(body))
 
     async def _watch_stubs(self) -> None:
         while True:
@@ -216,8 +263,8 @@ class _Gateway(uvicorn.Server):
 
 
 # tritonserver's words for what a person waits for.
-_PROGRESS = re.compile(r"(loading: [\w.-]+)|(successfully loaded '[^']+')|serve\.py:\d+\] \"(.+)\"$")
-_NOISE = re.compile(r"CudaDriverHelper")
+_PROGRESS = re.compile(r"^(tritonserver: .+)|(loading: [\w.-]+)|^[IE].*serve\.py:\d+\] \"(.+)\"$")
+_NOISE = re.compile(r"CudaDriverHelper|NVML")  # a machine without a GPU
 
 
 def _stubs_of(server: int) -> Iterator[tuple[int, tuple[str, str]]]:

@@ -30,7 +30,7 @@ class EmbeddingServer:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the checkpoint. Without one, serve a clear UNAVAILABLE instead: a raise would stop the server."""
         self._serving = serving = ServingConfig.from_triton(args)
-        logging.basicConfig(handlers=[_TritonLog()], level=logging.INFO, force=True)
+        logging.basicConfig(handlers=[_TritonLog()], level=logging.INFO, format="%(message)s", force=True)
         self._delivery = Delivery()
         self._unavailable = None
         directory = checkpoint.locate(serving)

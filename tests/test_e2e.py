@@ -1,0 +1,142 @@
+"""What a newcomer does, end to end: `triton-embed serve`, then the clients people already have."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import requests
+from conftest import MINILM, ROOT, Stack, write_bert
+from sentence_transformers import SentenceTransformer
+
+TEXT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    server = Stack(tmp_path_factory.mktemp("stack") / "log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def expected() -> np.ndarray:
+    return SentenceTransformer(str(MINILM), device="cpu").encode([TEXT])[0]
+
+
+def _same(vector: Any, expected: np.ndarray) -> bool:
+    return float(np.asarray(vector) @ expected) > 0.99999
+
+
+def test_the_ready_line_names_the_models_and_a_curl(stack: Stack) -> None:
+    assert re.search(r"minilm", stack.output())
+    command = next(line[line.index("curl") :] for line in stack.output().splitlines() if "curl" in line)
+    answer = json.loads(subprocess.check_output(["bash", "-c", command], stderr=subprocess.DEVNULL))
+    assert len(answer["data"][0]["embedding"]) == 384
+
+
+def test_curl_without_a_content_type(stack: Stack, expected: np.ndarray) -> None:
+    body = json.dumps({"model": "sentence-transformers/all-MiniLM-L6-v2", "input": TEXT})
+    command = f"curl -s {stack.url}/v1/embeddings -d {shlex.quote(body)}"
+    answer = json.loads(subprocess.check_output(["bash", "-c", command]))
+    assert list(answer) == ["object", "data", "model", "usage"]
+    assert answer["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+    assert _same(answer["data"][0]["embedding"], expected)
+
+
+def test_curl_with_token_ids(stack: Stack, expected: np.ndarray) -> None:
+    ids = SentenceTransformer(str(MINILM), device="cpu").tokenizer.encode(TEXT)
+    body = json.dumps({"model": "minilm", "input": ids})
+    command = f"curl -s {stack.url}/v1/embeddings -d {shlex.quote(body)}"
+    answer = json.loads(subprocess.check_output(["bash", "-c", command]))
+    assert _same(answer["data"][0]["embedding"], expected)
+
+
+def test_requests_with_json(stack: Stack, expected: np.ndarray) -> None:
+    payload = {"model": "all-MiniLM-L6-v2", "input": TEXT, "encoding_format": "float"}
+    answer = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=30).json()
+    assert _same(answer["data"][0]["embedding"], expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x], lambda x: {"input": x}], ids=["text", "list", "dict"])
+def test_openai_client(stack: Stack, expected: np.ndarray, wrap: Any) -> None:
+    with openai.Client(base_url=f"{stack.url}/v1", api_key="EMPTY") as client:
+        answer = client.embeddings.create(model="minilm", input=wrap(TEXT))
+    assert answer.model == "minilm"
+    assert _same(answer.data[0].embedding, expected)
+
+
+def test_openai_client_with_a_list_keeps_the_order(stack: Stack) -> None:
+    texts = ["苹果是一种水果", "香蕉也是一种水果", "Python 是一种编程语言", TEXT, "the quick brown fox " * 30]
+    with openai.Client(base_url=f"{stack.url}/v1", api_key="EMPTY") as client:
+        answer = client.embeddings.create(model="minilm", input=texts)
+    vectors = SentenceTransformer(str(MINILM), device="cpu").encode(texts)
+    for item, vector in zip(answer.data, vectors, strict=True):
+        assert _same(item.embedding, vector)
+
+
+def test_the_readme_examples_answer(stack: Stack) -> None:
+    readme = (ROOT / "README.md").read_text().replace("http://127.0.0.1:30000", stack.url)
+    blocks = re.findall(r"```(\w+)\n(.*?)```", readme, re.DOTALL)
+    curls = [body for kind, body in blocks if kind == "bash" and body.startswith("curl")]
+    snippets = [body for kind, body in blocks if kind == "python" and "openai" in body]
+    assert curls
+    assert snippets
+    for body in curls:
+        answer = json.loads(subprocess.check_output(["bash", "-c", body], stderr=subprocess.DEVNULL))
+        assert len(answer["data"][0]["embedding"]) == 384
+    for body in snippets:
+        printed = subprocess.check_output([Path(requests.__file__).parents[4] / "bin" / "python", "-c", body])
+        assert printed.strip() == b"384"
+
+
+def test_a_checkpoint_anywhere_is_served_under_the_name_asked_for(tmp_path: Path) -> None:
+    checkpoint = write_bert(tmp_path / "my model")
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "model_repository").rglob("*.p*")}
+    flags = [
+        "--model-path",
+        str(checkpoint),
+        "--served-model-name=mine",
+        "--api-key=secret",
+        "--dtype=float32",
+        "--json-model-override-args",
+        '{"matryoshka_dimensions": [20, 40]}',
+        "--is-embedding",
+        "--trust-remote-code",
+        "--chat-template=gme-qwen2-vl",
+    ]
+    server = Stack(tmp_path / "log", *flags)
+    try:
+        with openai.Client(base_url=f"{server.url}/v1", api_key="secret") as client:
+            assert len(client.embeddings.create(model="mine", input="a cat", dimensions=20).data[0].embedding) == 20
+            with pytest.raises(openai.BadRequestError, match=r"only supports \[20, 40\] matryoshka"):
+                client.embeddings.create(model="mine", input="a cat", dimensions=30)
+            assert "mine" in [card.id for card in client.models.list().data]
+        refused = requests.post(f"{server.url}/v1/embeddings", json={"input": "a"}, timeout=30)
+        assert refused.status_code == 401
+        assert "no remote code is ever run" in server.output()
+    finally:
+        server.stop()
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
+    server = Stack(tmp_path / "log", "--model=minilm")
+    processes = server.processes()
+    regions = {
+        word for process in processes for word in process.cmdline() if word.startswith("triton_python_backend_shm")
+    }
+    assert regions
+    assert len(processes) == 2  # tritonserver and one stub
+    assert server.stop(number) < 10
+    assert server.process.returncode == 0
+    assert not [process for process in processes if process.is_running()]
+    assert not [name for name in regions if Path("/dev/shm", name).exists()]

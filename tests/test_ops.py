@@ -1,0 +1,463 @@
+"""Every op behind kernels/ops.py against torch in float64, transformers and sentence-transformers.
+
+Errors are relative Frobenius norms against float64 on the same rounded inputs, and no row is worse than four times
+the bound. Shapes are awkward on purpose: length 1, primes, one long sequence among many short ones.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import normalize_embeddings, truncate_embeddings
+from torch import Tensor, nn
+from transformers import BertConfig, CLIPVisionConfig, Qwen2VLTextConfig, Qwen3Config
+from transformers.activations import ACT2FN
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
+from transformers.models.bert.modeling_bert import BertEmbeddings
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from triton_embed.kernels import ops
+from triton_embed.kernels.packed import Packed
+
+BOUNDS = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+DTYPES = list(BOUNDS)
+MANY_SHORT = (67, 1, 2, 3, 5, 7, 11, 1, 1)
+LENGTHS = [(1,), (1, 1, 1), (17,), (3, 3, 3, 5), (19, 19, 2, 2, 19), MANY_SHORT]
+MaskRule = Callable[[int, int, Tensor, Tensor], Tensor]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """`expected` is float64, or transformers' float32 where it knows nothing finer."""
+    bound = BOUNDS[dtype or found.dtype]
+    assert found.shape == expected.shape
+    wrong, right = (found.double() - expected.double()).flatten(1), expected.double().flatten(1)
+    assert wrong.norm() <= bound * right.norm()
+    assert (wrong.norm(dim=1) <= 4 * bound * right.norm(dim=1)).all()
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: MaskRule, scale: float, shared: int = 0
+) -> Tensor:
+    """torch's attention in float64, one sequence at a time; the first `shared` rows of k and v precede them all."""
+    groups, outs = q.shape[1] // k.shape[1], []
+    k, v = (x.double().repeat_interleave(groups, dim=1).transpose(0, 1) for x in (k, v))
+    start = 0
+    for length in lengths:
+        keys = torch.cat([torch.arange(shared), shared + torch.arange(start, start + length)])
+        query = torch.arange(shared, shared + length)[:, None]
+        mask = rule(0, 0, query, torch.arange(shared + length)[None]).expand(length, -1)
+        one = q[start : start + length].double().transpose(0, 1)
+        outs.append(F.scaled_dot_product_attention(one, k[:, keys], v[:, keys], mask, scale=scale))
+        start += length
+    return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+ATTENTION = [
+    # causal, window, transformers' own rule for it
+    (False, None, bidirectional_mask_function),
+    (True, None, causal_mask_function),
+    (True, 1, sliding_window_causal_mask_function(1)),
+    (True, 5, sliding_window_causal_mask_function(5)),
+    (True, 40, sliding_window_causal_mask_function(40)),
+    # Theirs counts the distance itself as inside, ours (and their causal one) does not.
+    (False, 1, sliding_window_bidirectional_mask_function(0)),
+    (False, 7, sliding_window_bidirectional_mask_function(6)),
+]
+RULES = [f"{'causal' if causal else 'both ways'} {window or ''}" for causal, window, _ in ATTENTION]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("causal", "window", "rule"), ATTENTION, ids=RULES)
+def test_attention_sees_what_transformers_lets_it_see(
+    lengths: tuple[int, ...], causal: bool, window: int | None, rule: MaskRule
+) -> None:
+    tokens = sum(lengths)
+    q, k, v = random(tokens, 6, 16), random(tokens, 2, 16, seed=1), random(tokens, 2, 16, seed=2)
+    found = ops.varlen_attention(q, k, v, Packed.from_lengths(lengths), causal, window, scale=0.3)
+    assert_close(found, attend(q, k, v, lengths, rule, 0.3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 64), (5, 1, 80), (4, 2, 128), (12, 12, 32), (3, 3, 10)], ids=str
+)
+def test_attention_in_every_dtype_and_head_layout(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    tokens, scale = sum(MANY_SHORT), head_dim**-0.5
+    q = random(tokens, heads, head_dim, dtype=dtype)
+    k, v = (random(tokens, kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    found = ops.varlen_attention(q, k, v, Packed.from_lengths(MANY_SHORT), True, None, scale)
+    assert found.dtype == dtype
+    assert_close(found, attend(q, k, v, MANY_SHORT, causal_mask_function, scale))
+
+
+@pytest.mark.parametrize(("causal", "window", "rule"), ATTENTION, ids=RULES)
+def test_attention_after_a_shared_prefix(causal: bool, window: int | None, rule: MaskRule) -> None:
+    lengths, shared = (4, 4, 1, 23), 9
+    tokens = sum(lengths)
+    q = random(tokens, 6, 16)
+    k, v = (random(shared + tokens, 3, 16, seed=seed) for seed in (1, 2))
+    found = ops.varlen_attention(
+        q,
+        k[shared:],
+        v[shared:],
+        Packed.from_lengths(lengths),
+        causal,
+        window,
+        0.25,
+        prefix=(k[:shared], v[:shared]),
+    )
+    assert_close(found, attend(q, k, v, lengths, rule, 0.25, shared))
+
+
+def test_attention_reads_views_of_one_projection() -> None:
+    """q, k and v come as strided views of one tensor: only their last dimension is contiguous."""
+    tokens = sum(MANY_SHORT)
+    q, k, v = random(tokens, 3, 4, 16).unbind(1)
+    found = ops.varlen_attention(q, k, v, Packed.from_lengths(MANY_SHORT), False, None, 0.25)
+    assert_close(found, attend(q, k, v, MANY_SHORT, bidirectional_mask_function, 0.25))
+
+
+def _rotated(norms: tuple[nn.Module, nn.Module] | None, qkv: Tensor, heads: tuple[int, int]) -> tuple[Tensor, ...]:
+    """q and k [T,heads,D] of a fused projection, in float32, normalised by transformers' modules."""
+    q, k, _ = qkv.float().unflatten(1, (heads[0] + 2 * heads[1], -1)).split([heads[0], heads[1], heads[1]], dim=1)
+    return (norms[0](q), norms[1](k)) if norms else (q, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
+def test_rotary_positions_of_qwen3(normed: bool, dtype: torch.dtype) -> None:
+    heads, head_dim, tokens = (6, 2), 24, 29
+    config = Qwen3Config(
+        hidden_size=60,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=head_dim,
+        rms_norm_eps=1e-3,
+    )
+    attention, rotary = qwen3.Qwen3Attention(config, 0), qwen3.Qwen3RotaryEmbedding(config)
+    norms = (attention.q_norm, attention.k_norm)
+    for seed, norm in enumerate(norms):
+        norm.weight.data = random(head_dim, dtype=dtype, seed=seed).float()
+    qkv = random(tokens, sum(heads) * head_dim + heads[1] * head_dim, dtype=dtype)
+    position = torch.cat([torch.arange(20), torch.tensor([511]), torch.arange(8)])
+    q, k = _rotated(norms if normed else None, qkv, heads)
+    expected = qwen3.apply_rotary_pos_emb(q, k, *(x[0] for x in rotary(q, position[None])))
+
+    cos, sin = (x[0, :, : head_dim // 2] for x in rotary(q, torch.arange(512)[None]))
+    weights = [norm.weight.data.to(dtype) for norm in norms] if normed else [None, None]
+    given = qkv.clone()
+    found = ops.qk_norm_rope_(given, heads, cos, sin, position[None], (head_dim // 2,), *weights, 1e-3)
+    assert found.data_ptr() == given.data_ptr()
+    size = sum(heads) * head_dim
+    assert_close(given[:, :size], torch.cat(expected, dim=1).flatten(1))
+    assert torch.equal(given[:, size:], qkv[:, size:])
+
+
+@pytest.mark.parametrize("sections", [(4, 6, 6), (1, 2, 13)], ids=str)
+def test_rotary_positions_of_qwen2_vl_text(sections: tuple[int, int, int]) -> None:
+    heads, head_dim, tokens = (4, 2), 32, 31
+    config = Qwen2VLTextConfig(
+        hidden_size=heads[0] * head_dim,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)},
+    )
+    rotary = qwen2_vl.Qwen2VLRotaryEmbedding(config)
+    qkv = random(tokens, (heads[0] + 2 * heads[1]) * head_dim)
+    pos = torch.randint(0, 90, (3, tokens), generator=torch.Generator().manual_seed(5))
+    q, k = _rotated(None, qkv, heads)
+    expected = qwen2_vl.apply_rotary_pos_emb(q, k, *(x[0] for x in rotary(q, pos[:, None])))
+
+    cos, sin = (x[0, :, : head_dim // 2] for x in rotary(q, torch.arange(90)[None, None]))
+    found = ops.qk_norm_rope_(qkv.clone(), heads, cos, sin, pos, sections, None, None, 0.0)
+    assert_close(found[:, : sum(heads) * head_dim], torch.cat(expected, dim=1).flatten(1))
+
+
+def test_rotary_positions_of_qwen2_vl_vision() -> None:
+    head_dim, heads, tokens = 80, 3, 24
+    config = Qwen2VLVisionConfig(embed_dim=heads * head_dim, num_heads=heads)
+    rotary = qwen2_vl.Qwen2VLVisionRotaryEmbedding(config)
+    qkv = random(tokens, 3 * heads * head_dim)
+    row, column = torch.arange(tokens) // 6, torch.arange(tokens) % 6
+    q, k = _rotated(None, qkv, (heads, heads))
+    expected = qwen2_vl.apply_rotary_pos_emb_vision(q, k, *rotary(q, torch.stack([row, column], dim=1)))
+
+    line = torch.arange(6)
+    cos, sin = (x[:, : head_dim // 2] for x in rotary(q, torch.stack([line, line], dim=1)))
+    found = ops.qk_norm_rope_(
+        qkv.clone(), (heads, heads), cos, sin, torch.stack([row, column]), (20, 20), None, None, 0.0
+    )
+    assert_close(found[:, : 2 * heads * head_dim], torch.cat(expected, dim=1).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 8), (7, 1), (13, 60), (3, 1031)], ids=str)
+@pytest.mark.parametrize("summed", [True, False], ids=["residual", "alone"])
+def test_rms_norm(shape: tuple[int, int], summed: bool, dtype: torch.dtype) -> None:
+    x, weight = random(*shape, dtype=dtype), random(shape[1], dtype=dtype, seed=1)
+    residual = random(*shape, dtype=dtype, seed=2) if summed else None
+    norm = qwen3.Qwen3RMSNorm(shape[1], eps=1e-3)
+    norm.weight.data = weight.float()
+    total = x if residual is None else x + residual
+    found, carried = ops.add_rms_norm(x, residual, weight, 1e-3)
+    assert torch.equal(carried, total)
+    assert found.dtype == dtype
+    assert_close(found, norm(total.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 8), (7, 3), (13, 60), (3, 1031)], ids=str)
+@pytest.mark.parametrize("summed", [True, False], ids=["residual", "alone"])
+def test_layer_norm(shape: tuple[int, int], summed: bool, dtype: torch.dtype) -> None:
+    x, weight, bias = random(*shape, dtype=dtype), *(random(shape[1], dtype=dtype, seed=s) for s in (1, 2))
+    residual = random(*shape, dtype=dtype, seed=3) if summed else None
+    norm = nn.LayerNorm(shape[1], eps=1e-3, dtype=torch.float64)
+    norm.weight.data, norm.bias.data = weight.double(), bias.double()
+    found = ops.add_layer_norm(x, residual, weight, bias, 1e-3)
+    assert found.dtype == dtype
+    assert_close(found, norm((x if residual is None else x + residual).double()))
+
+
+@pytest.mark.parametrize("typed", [True, False], ids=["types", "type 0"])
+def test_embeddings_of_bert(typed: bool) -> None:
+    config = BertConfig(vocab_size=53, hidden_size=24, num_attention_heads=2, max_position_embeddings=37)
+    torch.manual_seed(0)
+    theirs = BertEmbeddings(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data.normal_()
+    ids, pos = torch.tensor([[0, 52, 7, 7, 1]]), torch.tensor([[0, 1, 36, 0, 5]])
+    types = torch.tensor([[0, 1, 1, 0, 1]]) if typed else None
+    expected = theirs(input_ids=ids, position_ids=pos, token_type_ids=types)[0]
+    tables = (
+        table.weight.data
+        for table in (theirs.word_embeddings, theirs.position_embeddings, theirs.token_type_embeddings)
+    )
+    norm = theirs.LayerNorm
+    found = ops.embed_layer_norm(
+        ids[0], pos[0], None if types is None else types[0], *tables, norm.weight.data, norm.bias.data, norm.eps
+    )
+    assert_close(found, expected.detach())
+
+
+# ours -> transformers' name
+ACTIVATIONS = {
+    "gelu_erf": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+
+def test_every_activation_is_tested() -> None:
+    assert set(ACTIVATIONS) == set(ops.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations(kind: str, dtype: torch.dtype) -> None:
+    x = torch.cat([3 * random(5, 31, dtype=dtype), torch.full((1, 31), 20.0, dtype=dtype)])
+    assert_close(ops.activation(x, kind), ACT2FN[ACTIVATIONS[kind]](x.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_activation(dtype: torch.dtype) -> None:
+    gate, up = random(7, 31, dtype=dtype), random(7, 31, dtype=dtype, seed=1)
+    expected = ACT2FN["silu"](gate.double()) * up.double()
+    # Two roundings in low precision: the activation's and the product's.
+    assert_close(ops.gated_activation(torch.cat([gate, up], dim=1)), expected)
+
+
+# ours -> sentence-transformers' name
+POOLINGS = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
+
+
+def pooled(x: Tensor, lengths: Sequence[int], mode: str) -> Tensor:
+    """sentence-transformers' Pooling in float64 over the padded batch, with rubbish in the padding."""
+    padded = torch.full((len(lengths), max(lengths), x.shape[1]), 1e3, dtype=torch.float64)
+    mask = torch.zeros(padded.shape[:2], dtype=torch.int64)
+    for row, part in enumerate(x.double().split(list(lengths))):
+        padded[row, : len(part)] = part
+        mask[row, : len(part)] = 1
+    pooling = Pooling(x.shape[1], pooling_mode=POOLINGS[mode])
+    found: Tensor = pooling({"token_embeddings": padded, "attention_mask": mask})["sentence_embedding"]
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("mode", ops.POOLING_MODES)
+def test_pooling(mode: str, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = random(sum(lengths), 60, dtype=dtype)
+    found = ops.segment_pool(x, Packed.from_lengths(lengths), mode, [60] * len(lengths), l2=False)
+    assert found.dtype == torch.float32
+    assert_close(found, pooled(x, lengths, mode), torch.float32)
+
+
+@pytest.mark.parametrize("mode", ops.POOLING_MODES)
+def test_each_row_is_cut_to_its_own_size_and_normalised(mode: str) -> None:
+    lengths, dims = (3, 3, 1, 41, 2), (60, 1, 20, 7, 59)
+    x = 1e-3 * random(sum(lengths), 60, dtype=torch.bfloat16)  # short vectors: an absolute epsilon would show
+    found = ops.segment_pool(x, Packed.from_lengths(lengths), mode, dims)
+    for row, size, whole in zip(found, dims, pooled(x, lengths, mode), strict=True):
+        expected = normalize_embeddings(truncate_embeddings(whole[None], size))
+        assert_close(row[None, :size], expected)
+        assert abs(np.linalg.norm(row[:size].double().numpy()) - 1) <= 1e-6
+        assert not row[size:].any()
+
+
+def test_a_final_norm_comes_before_the_cut() -> None:
+    lengths, dims = (5, 1, 7), (12, 24, 3)
+    x, norm = random(13, 24), nn.LayerNorm(24).requires_grad_(False)
+    found = ops.segment_pool(x, Packed.from_lengths(lengths), "last", dims, norm)
+    for row, size, whole in zip(found, dims, norm(pooled(x, lengths, "last").float()), strict=True):
+        assert_close(row[None, :size], normalize_embeddings(truncate_embeddings(whole[None], size)))
+
+
+@pytest.mark.parametrize("mode", ops.POOLING_MODES)
+def test_not_a_number_stays_inside_its_own_sequence(mode: str) -> None:
+    """One poisoned sequence, with neighbours of its own length and of others, through every op of a layer."""
+    lengths = (4, 4, 4, 1, 9)
+    packed = Packed.from_lengths(lengths)
+    weight, bias = ops.pack_linear(random(3 * 16, 16)), random(3 * 16, seed=1)
+
+    def embed(x: Tensor) -> Tensor:
+        qkv = ops.linear(x, weight, bias, "gelu_erf")
+        q, k, v = qkv.view(len(x), 3, 2, 8).unbind(1)
+        y = ops.varlen_attention(q, k, v, packed, False, None, 1.0).flatten(1)
+        return ops.segment_pool(
+            ops.add_layer_norm(y, x, torch.ones(16), torch.zeros(16), 1e-5), packed, mode, [16] * 5
+        )
+
+    x = random(sum(lengths), 16)
+    poisoned = x.clone()
+    poisoned[4:8] = float("nan")
+    clean, found = embed(x), embed(poisoned)
+    others = [0, 2, 3, 4]
+    assert found[1].isnan().all()
+    assert torch.equal(found[others], clean[others])
+
+
+def _image(height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(height * width)
+    return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "patch", "merge", "frames"),
+    [(28, 28, 14, 2, 2), (56, 84, 14, 2, 2), (28, 14, 14, 1, 2), (30, 18, 2, 3, 1), (5, 5, 5, 1, 3)],
+)
+def test_patches_of_qwen2_vl(height: int, width: int, patch: int, merge: int, frames: int) -> None:
+    image = _image(height, width)
+    theirs = Qwen2VLImageProcessorPil(
+        do_resize=False, patch_size=patch, merge_size=merge, temporal_patch_size=frames
+    )
+    expected = theirs(images=image.numpy(), return_tensors="pt")["pixel_values"]
+    found = ops.patchify(
+        image, patch, merge, frames, torch.tensor(theirs.image_mean), torch.tensor(theirs.image_std)
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("patch", [4, 7])
+def test_patches_of_clip(patch: int) -> None:
+    """Its patch embedding is a convolution: the same sums as our rows times its flattened kernel."""
+    image, size = _image(28, 28), 28
+    config = CLIPVisionConfig(hidden_size=10, image_size=size, patch_size=patch, num_attention_heads=2)
+    torch.manual_seed(0)
+    theirs = CLIPVisionEmbeddings(config).requires_grad_(False)
+    theirs.patch_embedding.weight.normal_()
+    theirs.position_embedding.weight.zero_()
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    expected = theirs(processor(images=image.numpy(), return_tensors="pt")["pixel_values"])[0, 1:]
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    found = ops.patchify(image, patch, 1, 1, mean, std) @ theirs.patch_embedding.weight.flatten(1).T
+    assert_close(found, expected)
+
+
+def _attention(
+    q: tuple[int, ...] = (5, 4, 8),
+    k: tuple[int, ...] = (5, 2, 8),
+    v: tuple[int, ...] = (5, 2, 8),
+    lengths: Sequence[int] = (2, 3),
+    window: int | None = None,
+    prefix: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> Tensor:
+    shared = None if prefix is None else (torch.zeros(prefix[0]), torch.zeros(prefix[1]))
+    q_, k_, v_ = (torch.zeros(shape) for shape in (q, k, v))
+    return ops.varlen_attention(q_, k_, v_, Packed.from_lengths(lengths), True, window, 1.0, shared)
+
+
+def _rotary(width: int = 32, tables: int = 4, axes: int = 1, tokens: int = 5, sections: Sequence[int] = (4,)) -> Tensor:
+    table = torch.zeros(9, tables)
+    pos = torch.zeros(axes, tokens, dtype=torch.long)
+    return ops.qk_norm_rope_(torch.zeros(5, width), (2, 1), table, table, pos, sections, None, None, 0.0)
+
+
+def _pool(mode: str = "mean", lengths: Sequence[int] = (2, 3), dims: Sequence[int] = (8, 8)) -> Tensor:
+    return ops.segment_pool(torch.zeros(5, 8), Packed.from_lengths(lengths), mode, dims)
+
+
+def _patches(shape: tuple[int, ...]) -> Tensor:
+    image = torch.zeros(shape, dtype=torch.uint8)
+    return ops.patchify(image, 4, 2, 1, torch.zeros(3), torch.ones(3))
+
+
+five, eight, nine = torch.zeros(5, 8), torch.ones(8), torch.ones(9)
+WRONG: dict[str, Callable[[], object]] = {
+    "q of 2 dimensions": lambda: _attention(q=(5, 32)),
+    "k and v differ": lambda: _attention(v=(5, 1, 8)),
+    "k of other tokens": lambda: _attention(k=(6, 2, 8), v=(6, 2, 8)),
+    "k of another head size": lambda: _attention(k=(5, 2, 16), v=(5, 2, 16)),
+    "heads that do not divide": lambda: _attention(q=(5, 3, 8)),
+    "lengths of other tokens": lambda: _attention(lengths=(2, 2)),
+    "a window of nothing": lambda: _attention(window=0),
+    "a prefix of other heads": lambda: _attention(prefix=((3, 1, 8), (3, 1, 8))),
+    "a prefix of another head size": lambda: _attention(prefix=((3, 2, 4), (3, 2, 4))),
+    "a qkv that heads do not divide": lambda: _rotary(width=33),
+    "sections of another sum": lambda: _rotary(sections=(3,)),
+    "more sections than axes": lambda: _rotary(sections=(2, 2)),
+    "positions of other tokens": lambda: _rotary(tokens=4),
+    "rotary tables of another width": lambda: _rotary(tables=2),
+    "an rms residual of another shape": lambda: ops.add_rms_norm(five, torch.zeros(4, 8), eight, 1e-5),
+    "an rms weight of another size": lambda: ops.add_rms_norm(five, None, nine, 1e-5),
+    "a residual of another shape": lambda: ops.add_layer_norm(five, torch.zeros(5, 1), eight, eight, 1e-5),
+    "a norm weight of another size": lambda: ops.add_layer_norm(five, None, nine, nine, 1e-5),
+    "positions and ids differ": lambda: ops.embed_layer_norm(
+        torch.zeros(3, dtype=torch.long), torch.zeros(1, dtype=torch.long), None, five, five, five, eight, eight, 1.0
+    ),
+    "an odd gate": lambda: ops.gated_activation(torch.zeros(2, 7)),
+    "an unknown activation": lambda: ops.activation(five, "gelu"),
+    "an unknown pooling": lambda: _pool(mode="max"),
+    "pooling lengths of other tokens": lambda: _pool(lengths=(2, 2)),
+    "dims of other rows": lambda: _pool(dims=(8,)),
+    "dims beyond the vector": lambda: _pool(dims=(8, 9)),
+    "dims of nothing": lambda: _pool(dims=(8, 0)),
+    "an image of 2 dimensions": lambda: _patches((8, 8)),
+    "a height without whole blocks": lambda: _patches((12, 8, 3)),
+    "a width without whole blocks": lambda: _patches((8, 7, 3)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_shapes_that_do_not_fit_are_refused(case: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        WRONG[case]()

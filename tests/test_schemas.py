@@ -1,0 +1,285 @@
+"""What is a request and what is not: each form, each refusal with its words, and nothing else ever raised."""
+
+import base64
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_embed.gateway import schemas
+from triton_embed.gateway.errors import ApiError
+from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
+from triton_embed.gateway.settings import Settings
+
+SETTINGS = Settings(max_inputs=4, max_request_tokens=10)
+
+
+def parse(body: Any) -> EmbeddingRequest:
+    return schemas.parse_embeddings(body if isinstance(body, bytes) else orjson.dumps(body), SETTINGS)
+
+
+def refusal(body: Any, parser: Any = schemas.parse_embeddings) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parser(body if isinstance(body, bytes) else orjson.dumps(body), SETTINGS)
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("given_input", "texts", "ids", "single"),
+    [
+        ("a", ["a"], [], True),
+        ("今天天气真好", ["今天天气真好"], [], True),
+        (["a"], ["a"], [], False),
+        (["a", "b"], ["a", "b"], [], False),
+        ([1, 2, 3], [], [[1, 2, 3]], True),
+        ([[1, 2], [3]], [], [[1, 2], [3]], False),
+        ({"input": "a"}, ["a"], [], True),
+        ({"input": [[1], [2]]}, [], [[1], [2]], False),
+        ([-1], [], [[-1]], True),  # refused later, by the model's vocabulary
+    ],
+)
+def test_input_forms(given_input: Any, texts: list[str], ids: list[list[int]], single: bool) -> None:
+    request = parse({"input": given_input})
+    assert (request.texts, request.ids, request.single) == (texts, ids, single)
+    assert request.parameters() == {}
+
+
+def test_the_dict_form_is_input_plus_instruction() -> None:
+    inner = parse({"model": "m", "input": {"input": "a", "instruction": "find"}})
+    assert inner == parse({"model": "m", "input": "a", "instruction": "find"})
+    assert inner.instruction == "find"
+
+
+def test_the_inner_instruction_is_the_nearer_one() -> None:
+    body = {"input": {"input": "a", "instruction": "inner"}, "instruction": "outer", "prompt_name": "query"}
+    assert parse(body).parameters() == {"instruction": "inner", "prompt_name": "query"}
+
+
+def test_fields_travel_only_when_given() -> None:
+    body = {"input": "a", "dimensions": 3, "instruction": "i", "prompt_name": "q", "truncate": "start"}
+    expected = {"dimensions": 3, "instruction": "i", "prompt_name": "q", "truncate": "start"}
+    assert parse(body).parameters() == expected
+    absent = {"dimensions": None, "instruction": "", "prompt_name": None, "truncate": None, "user": 7, "new": []}
+    assert parse({"input": "a", **absent}).parameters() == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "wants"),
+    [("float", False), (None, False), (["float"], False), ("base64", True), (["base64"], True)],
+)
+def test_encoding_format(value: Any, wants: bool) -> None:
+    assert parse({"input": "a", "encoding_format": value}).base64 is wants
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [("end", "end"), ("START", "start"), ("none", "none"), (True, "end"), (False, "none"), (None, None)],
+)
+def test_truncate(value: Any, meaning: str | None) -> None:
+    assert parse({"input": "a", "truncate": value}).truncate == meaning
+
+
+BAD_INPUTS = [
+    (None, "input is required"),
+    ("", "Input cannot be empty"),
+    ([], "Input cannot be empty"),
+    (" \n", "Input at index 0 cannot be empty or whitespace only"),
+    (["a", ""], "Input at index 1 cannot be empty or whitespace only"),
+    (["a", "\t"], "Input at index 1 cannot be empty or whitespace only"),
+    ([[1], []], "Input at index 1 cannot be empty"),
+    ([[]], "Input at index 0 cannot be empty"),
+    (7, "Input at index 0 must be a string or a list, got an integer"),
+    (True, "Input at index 0 must be a string or a list, got a boolean"),
+    (["a", 1], "Input at index 1 must be a string, as the first input is, got an integer"),
+    (["a", ["b"]], "Input at index 1 must be a string, as the first input is, got a list"),
+    (["a", None], "Input at index 1 must be a string, as the first input is, got null"),
+    ([1, "a"], "Input at index 0 must be made of token ids, got a string"),
+    ([1, True], "Input at index 0 must be made of token ids, got a boolean"),
+    ([1, 2.0], "Input at index 0 must be made of token ids, got a number"),
+    ([1, 10**30], "Input at index 0 must be made of token ids, got a number"),
+    ([[1], ["a"]], "Input at index 1 must be made of token ids, got a string"),
+    ([[1], 2], "Input at index 1 must be a list of token ids, got an integer"),
+    ([True], "Input at index 0 must be a string or token ids, got a boolean"),
+    ([None], "Input at index 0 must be a string or token ids, got null"),
+    ([{"text": "a"}], "Input at index 0 is an object: this server takes text and token ids only"),
+    (["a", {"image": "b"}], "Input at index 1 is an object: this server takes text and token ids only"),
+    ([[{"type": "text"}]], "Input at index 0 is an object: this server takes text and token ids only"),
+    ({"text": "a"}, "Input at index 0 is an object: this server takes text and token ids only"),
+    ({"input": {"input": "a"}}, "Input at index 0 is an object: this server takes text and token ids only"),
+    (["a"] * 5, "At most 4 inputs fit in one request, got 5"),
+    ([[1]] * 5, "At most 4 inputs fit in one request, got 5"),
+    ([[1] * 5, [1] * 6], "The request has 11 tokens, more than the 10 a request may have"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), BAD_INPUTS)
+def test_bad_inputs(value: Any, message: str) -> None:
+    body = {"input": 10**30 if value is None else value}
+    error = refusal({} if value is None else body_of(body))
+    assert (error.message, error.param) == (message, "input")
+
+
+def body_of(fields: dict[str, Any]) -> bytes:
+    """JSON as the standard library writes it: whole numbers of any size."""
+    import json
+
+    return json.dumps(fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model", 3, "model must be a string, got an integer"),
+        ("model", ["a"], "model must be a string, got a list"),
+        ("dimensions", "3", "dimensions must be an integer, got a string"),
+        ("dimensions", 3.0, "dimensions must be an integer, got a number"),
+        ("dimensions", True, "dimensions must be an integer, got a boolean"),
+        ("instruction", 1, "instruction must be a string, got an integer"),
+        ("prompt_name", {}, "prompt_name must be a string, got an object"),
+        ("truncate", "middle", "truncate must be 'end', 'start', 'none' or a boolean, got 'middle'"),
+        ("truncate", 1, "truncate must be 'end', 'start', 'none' or a boolean, got '1'"),
+        ("truncate", [], "truncate must be 'end', 'start', 'none' or a boolean, got '[]'"),
+        ("encoding_format", "int8", "encoding_format must be either 'float' or 'base64', got 'int8'"),
+        ("encoding_format", False, "encoding_format must be either 'float' or 'base64', got 'False'"),
+        (
+            "encoding_format",
+            ["float", "base64"],
+            "encoding_format must be either 'float' or 'base64', got '['float', 'base64']'",
+        ),
+    ],
+)
+def test_bad_fields(field: str, value: Any, message: str) -> None:
+    error = refusal({"input": "a", field: value})
+    assert (error.message, error.param) == (message, field)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"input=a", b"\xff", b'{"input": NaN}', b"[" * 5000, b'{"input": "\\ud800"}', b'{"input": "\\udc00x"}'],
+)
+def test_what_is_not_json(body: bytes) -> None:
+    assert refusal(body).message.startswith("The request body is not valid JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "word"), [(b"[]", "a list"), (b'"a"', "a string"), (b"null", "null"), (b"1", "an integer")]
+)
+def test_json_that_is_no_object(body: bytes, word: str) -> None:
+    assert refusal(body).message == f"The request body must be a JSON object, got {word}"
+
+
+def test_a_refusal_does_not_echo_a_whole_body() -> None:
+    assert len(refusal({"input": "a", "encoding_format": "x" * 10**6}).message) < 300
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+    max_leaves=20,
+)
+FIELDS = [
+    "input", "text", "input_ids", "image_data", "model", "dimensions", "truncate", "encoding_format", "instruction",
+]  # fmt: skip
+
+
+@given(body=JSON | st.dictionaries(st.sampled_from(FIELDS), JSON))
+@pytest.mark.parametrize("parser", [schemas.parse_embeddings, schemas.parse_encode])
+def test_any_json_is_a_request_or_a_400(parser: Any, body: Any) -> None:
+    try:
+        request = parser(body_of({"body": body})[9:-1], SETTINGS)
+    except ApiError as error:
+        assert error.status == 400
+        assert error.message
+        return
+    assert bool(request.texts) != bool(request.ids)
+    assert all(type(text) is str and text.strip() for text in request.texts)
+    assert all(row and all(type(id_) is int for id_ in row) for row in request.ids)
+    assert len(request.texts) + len(request.ids) <= SETTINGS.max_inputs
+    assert {type(value) for value in request.parameters().values()} <= {int, str}
+
+
+@given(body=st.binary(max_size=60))
+def test_any_bytes_are_a_request_or_a_400(body: bytes) -> None:
+    try:
+        schemas.parse_embeddings(body, SETTINGS)
+    except ApiError as error:
+        assert error.status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "texts", "ids", "single"),
+    [
+        ({"text": "a"}, ["a"], [], True),
+        ({"text": ["a", "b"], "input_ids": None}, ["a", "b"], [], False),
+        ({"input_ids": [1, 2]}, [], [[1, 2]], True),
+        ({"input_ids": [[1, 2]]}, [], [[1, 2]], False),
+    ],
+)
+def test_encode_forms(body: Any, texts: list[str], ids: list[list[int]], single: bool) -> None:
+    request = schemas.parse_encode(orjson.dumps(body), SETTINGS)
+    assert (request.texts, request.ids, request.single) == (texts, ids, single)
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        ({}, "Send either text or input_ids", "text"),
+        ({"text": "a", "input_ids": [1]}, "Send either text or input_ids", "text"),
+        ({"text": [""]}, "Input at index 0 cannot be empty or whitespace only", "text"),
+        ({"input_ids": []}, "Input cannot be empty", "input_ids"),
+        (
+            {"text": "a", "image_data": "b"},
+            "image_data is not supported: this server takes text and token ids only",
+            "image_data",
+        ),
+    ],
+)
+def test_encode_refusals(body: Any, message: str, param: str) -> None:
+    error = refusal(body, schemas.parse_encode)
+    assert (error.message, error.param) == (message, param)
+
+
+def embeddings(rows: int = 2, size: int = 5) -> Embeddings:
+    vectors = np.random.default_rng(0).standard_normal((rows, size)).astype("<f4")
+    return Embeddings(vectors, np.arange(3, 3 + rows, dtype="<i4"), np.arange(rows, dtype="<i4"))
+
+
+def test_the_float_body() -> None:
+    reply = embeddings()
+    body = orjson.loads(schemas.embeddings_json(reply, "m", base64=False))
+    assert list(body) == ["object", "data", "model", "usage"]
+    assert [list(item) for item in body["data"]] == [["object", "embedding", "index"]] * 2
+    assert [item["index"] for item in body["data"]] == [0, 1]
+    assert (body["object"], body["model"], body["usage"]) == ("list", "m", {"prompt_tokens": 7, "total_tokens": 7})
+    got = np.array([item["embedding"] for item in body["data"]], dtype=np.float32)
+    assert np.array_equal(got, reply.vectors)  # every float32 survives its decimal form
+
+
+def test_the_base64_body() -> None:
+    reply = embeddings()
+    body = orjson.loads(schemas.embeddings_json(reply, "m", base64=True))
+    packed = b"".join(base64.b64decode(item["embedding"]) for item in body["data"])
+    assert packed == reply.vectors.astype("<f4").tobytes()
+
+
+def test_the_encode_body() -> None:
+    reply = embeddings()
+    many = orjson.loads(schemas.encode_json(reply, single=False))
+    assert [item["meta_info"] for item in many] == [
+        {"prompt_tokens": 3, "dropped_tokens": 0},
+        {"prompt_tokens": 4, "dropped_tokens": 1},
+    ]
+    assert np.allclose([item["embedding"] for item in many], reply.vectors, atol=0, rtol=1e-7)
+    one = embeddings(rows=1)
+    assert (
+        orjson.loads(schemas.encode_json(one, single=True)) == orjson.loads(schemas.encode_json(one, single=False))[0]
+    )
+
+
+def test_how_many_were_cut() -> None:
+    assert embeddings(rows=4).truncated == 3
+    assert embeddings(rows=1).truncated == 0

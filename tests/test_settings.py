@@ -1,0 +1,76 @@
+"""Settings come from the environment, and a bad one is named as the operator wrote it."""
+
+import pytest
+from pydantic import ValidationError
+
+from triton_embed.gateway.settings import Settings, SettingsError, read_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"TRITON_EMBED_{name.upper()}", raising=False)
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    settings = read_settings()
+    assert (settings.host, settings.port) == ("127.0.0.1", 30000)
+    assert settings.triton_grpc == "127.0.0.1:8001"
+    assert (settings.max_inputs, settings.max_request_tokens) == (2048, 300_000)
+    assert settings.max_body_bytes == 32 * 1024 * 1024
+    assert (settings.request_timeout, settings.refresh_interval) == (60.0, 2.0)
+    assert settings.api_key.get_secret_value() == ""
+
+
+def test_environment_then_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_EMBED_PORT", "8080")
+    monkeypatch.setenv("TRITON_EMBED_HOST", "0.0.0.0")
+    settings = read_settings(port=9090)
+    assert (settings.host, settings.port) == ("0.0.0.0", 9090)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "many"),
+        ("PORT", "65536"),
+        ("PORT", "-1"),
+        ("HOST", ""),
+        ("MAX_INPUTS", "0"),
+        ("MAX_INPUTS", "2049"),
+        ("MAX_REQUEST_TOKENS", "0"),
+        ("MAX_BODY_BYTES", "32MiB"),
+        ("REQUEST_TIMEOUT", "0"),
+        ("REQUEST_TIMEOUT", "nan"),
+        ("REFRESH_INTERVAL", "inf"),
+        ("TRITON_GRPC", "localhost"),
+        ("TRITON_GRPC", "http://localhost:8001"),
+        ("TRITON_REPOSITORY_HEADER", "secret"),
+        ("LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"TRITON_EMBED_{name}", value)
+    with pytest.raises(SettingsError, match=f"^TRITON_EMBED_{name}: "):
+        read_settings()
+
+
+def test_a_bad_override_names_itself() -> None:
+    with pytest.raises(SettingsError, match="^port: "):
+        read_settings(port="many")
+    with pytest.raises(SettingsError, match="^prot: "):
+        read_settings(prot=30000)
+
+
+def test_every_fault_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_EMBED_PORT", "many")
+    monkeypatch.setenv("TRITON_EMBED_LOG_LEVEL", "loud")
+    with pytest.raises(SettingsError, match=r"PORT.*; .*LOG_LEVEL"):
+        read_settings()
+
+
+def test_settings_do_not_change_nor_show_the_key() -> None:
+    settings = read_settings(api_key="hunter2")
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
+    assert "hunter2" not in repr(settings)
