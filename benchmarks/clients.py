@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import time
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,21 @@ from tritonclient.utils import InferenceServerException
 from benchmarks.processes import MODEL
 from benchmarks.worker import Vectors
 
+KEPT = 2.0  # seconds: servers close idle connections after five, say, and a request would meet that
+
 
 class HttpConnection:
     """One HTTP/1.1 connection to a loopback server, opened when needed."""
 
     def __init__(self, port: int) -> None:
         self.port = port
+        self.used = 0.0
         self.writer: asyncio.StreamWriter | None = None
 
     async def exchange(self, request: bytes) -> tuple[int, bytes]:
         """Status and body; ConnectionError when there is no whole answer, and the next call connects anew."""
+        if time.monotonic() - self.used > KEPT:
+            self.close()
         try:
             if self.writer is None:
                 self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -34,6 +40,7 @@ class HttpConnection:
             raise ConnectionError(repr(error)) from error
         if b"\r\nconnection: close" in head:
             self.close()
+        self.used = time.monotonic()
         return int(head[9:12]), body
 
     def close(self) -> None:
@@ -75,11 +82,6 @@ class Http:
         items = orjson.loads(body)["data"]
         return np.stack([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in items])
 
-    def rest(self) -> None:
-        """Close what is idle: servers do so too, after seconds, and the next request would meet it."""
-        while self.idle:
-            self.idle.pop().close()
-
 
 class Grpc:
     """Triton's own protocol. Calls are never cancelled: tritonserver 2.51 can die of it."""
@@ -102,9 +104,6 @@ class Grpc:
     @staticmethod
     def vectors(reply: triton.InferResult) -> Vectors:
         return np.asarray(reply.as_numpy("EMBEDDING"), np.float32)
-
-    def rest(self) -> None:
-        """The channel stays: it mends itself."""
 
 
 Client = Http | Grpc

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from benchmarks import record, report, workloads
 from benchmarks.processes import free_port, leave_on_signal, memory, our_stack, running, wait_for
@@ -122,11 +123,14 @@ def weigh(engines: list[Engine]) -> list[Row]:
     return rows
 
 
-def measure(engines: list[Engine], plan: Plan) -> report.Rounds:
+def measure(engines: list[Engine], plan: Plan) -> tuple[report.Rounds, list[float]]:
+    """The rounds, and how busy the cores were with something else before each, in percent."""
     begin = time.monotonic()
     rounds: report.Rounds = defaultdict(list)
+    busy = []
     cells = dict.fromkeys(cell for engine in engines for cell in plan.cells(engine.place))
     for turn in range(plan.rounds):
+        busy.append(psutil.cpu_percent(interval=1))
         order = engines[turn % len(engines) :] + engines[: turn % len(engines)]
         for cell, engine in itertools.product(cells, order):
             if cell in plan.cells(engine.place):
@@ -134,7 +138,7 @@ def measure(engines: list[Engine], plan: Plan) -> report.Rounds:
                 rounds[engine.place, cell].append(result)
                 passed = f"{time.monotonic() - begin:5.0f} s  round {turn + 1}/{plan.rounds}"
                 print(passed, line(engine.place, cell, result), flush=True)
-    return rounds
+    return rounds, busy
 
 
 def line(place: Place, cell: Cell, result: dict[str, Any]) -> str:
@@ -185,14 +189,17 @@ def main() -> None:
         for engine in engines:  # once unmeasured: the first calls of a size cost more
             for workload in plan.workloads:
                 engine.measure(Cell(workload, 32, 1), plan.seconds / 4, 0)
-        rows = report.rows(measure(engines, plan)) + rows
+        rounds, busy = measure(engines, plan)
+        rows = report.rows(rounds) + rows
         print("memory: peak resident MB of each process (proportional share now)")
         rows += weigh(engines)
     print(f"\nsentences/s: in-process {MANY} texts a call; served 32 texts a request, 8 requests in flight")
     print(f"{report.table(rows)}\n")
     print("\n".join(report.expectations(rows)))
+    if max(busy) > 10:
+        print(f"judge with care: before the rounds the cores were busy with something else, {busy} %")
     texts = {"per_workload": plan.texts, "digest": workloads.digest(pools)}
-    about = {"texts": texts, "rounds": plan.rounds, "seconds_a_cell": plan.seconds}
+    about = {"texts": texts, "rounds": plan.rounds, "seconds_a_cell": plan.seconds, "busy_percent": busy}
     record.write(options.out, result | about | {"rows": rows})
     if options.plots:
         from benchmarks.plots import draw

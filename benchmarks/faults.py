@@ -75,7 +75,6 @@ class Faults:
             for _ in range(CONCURRENCY):
                 tasks.create_task(caller())
             tasks.create_task(probe())
-        client.rest()
         return outcomes.result()
 
     async def kill(self, name: str) -> dict[str, Any]:

@@ -39,7 +39,6 @@ async def measure(
                 await asyncio.sleep(0.05)
 
     await asyncio.gather(*(caller() for _ in range(concurrency)))
-    client.rest()
     return summary(latencies, inputs, time.perf_counter() - begin) | {"failures": dict(failures)}
 
 

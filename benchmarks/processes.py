@@ -69,7 +69,10 @@ def tree(pid: int) -> list[psutil.Process]:
 
 def role(process: psutil.Process) -> str:
     """What a process is, in a word or two: `tritonserver`, `stub minilm`, `uvicorn`, `triton-embed`."""
-    command = process.cmdline() or [process.name()]
+    try:
+        command = process.cmdline() or [process.name()]
+    except psutil.NoSuchProcess:
+        return "ended"
     name = Path(command[0]).name
     if "stub" in name:
         return f"stub {Path(command[1]).parts[-3]}"  # …/<family>/1/model.py

@@ -75,7 +75,6 @@ class Soak:
         end = begin + seconds
         callers = [self.caller(client, random.Random(seed), end) for seed in range(concurrency)]
         await asyncio.gather(self.watch(stack.process.pid, begin, end), *callers)
-        client.rest()
 
 
 def sizes(samples: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -93,7 +93,10 @@ class Gateway:
             await self.client.live()
             await self.registry.resolve(None)
         except ApiError as error:
-            return "" if error.status == 400 else error.message  # 400: several models are ready
+            if error.status == 400:  # several models are ready
+                return ""
+            self.registry.suspect()
+            return error.message
         return ""
 
 

@@ -44,7 +44,8 @@ def serve(options: argparse.Namespace) -> int:
         import uvloop
 
         from triton_embed.gateway.settings import SettingsError, read_settings
-        from triton_embed.gateway.supervisor import ServeError, Supervisor, TritonOptions
+        from triton_embed.gateway.supervisor import ServeError, Supervisor
+        from triton_embed.gateway.triton_process import TritonOptions
 
         triton = TritonOptions(
             repository=source,
@@ -69,7 +70,8 @@ def serve(options: argparse.Namespace) -> int:
                 **{key: value for key, value in stated.items() if value is not None},
             )
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(Supervisor(settings, triton).run())
+                runner.run(Supervisor(settings, triton).run())
+            return 0
         except (SettingsError, ServeError) as error:
             sys.exit(f"triton-embed: {error}")
 

@@ -86,7 +86,7 @@ class Registry:
     async def refresh(self) -> None:
         """Ask Triton again, unless that is under way or has only just been done."""
         if self._refreshing is None or self._refreshing.done():
-            if time.monotonic() - self._refreshed < REFRESH_GAP_SECONDS:
+            if self._rest() > 0:
                 return
             self._refreshing = asyncio.create_task(self._refresh())
         await asyncio.shield(self._refreshing)
@@ -113,6 +113,8 @@ class Registry:
         return look()
 
     def _ready(self, asked: str | None) -> ModelInfo:
+        if self._outage:
+            raise ApiError(503, self._outage)
         card = self._card(asked)
         if card.info is None:
             raise ApiError(503, card.reason, code="model_not_ready")
@@ -146,7 +148,12 @@ class Registry:
                 async with asyncio.timeout(self._interval):
                     await self._wake.wait()
             self._wake.clear()
+            await asyncio.sleep(self._rest())  # a suspicion is never dropped
             await self.refresh()
+
+    def _rest(self) -> float:
+        """Seconds until Triton may be asked again."""
+        return max(0.0, self._refreshed + REFRESH_GAP_SECONDS - time.monotonic())
 
     async def _refresh(self) -> None:
         try:

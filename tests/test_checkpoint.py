@@ -182,6 +182,16 @@ def test_a_download_that_failed_goes_on_with_what_is_missing(hub: Hub, tmp_path:
     assert {name: whole[name] for name in fetched} == fetched
 
 
+def test_half_a_download_is_not_passed_off_as_a_checkpoint_when_the_hub_is_gone(hub: Hub, tmp_path: Path) -> None:
+    """huggingface_hub then returns the directory as it is."""
+    hub.broken = "model.safetensors"
+    assert download("org/tiny", tmp_path, hub.url).returncode == 1
+    assert "config.json" in files_in(tmp_path / "org" / "tiny")
+    found = download("org/tiny", tmp_path, f"http://127.0.0.1:{free_port()}")
+    assert found.returncode == 1
+    assert "ConfigError: " in found.stderr
+
+
 @pytest.mark.parametrize("repo_id", ["org/none", "not an id", "a/b/c"])
 def test_a_repository_that_is_not_there_is_one_sentence(repo_id: str, hub: Hub, tmp_path: Path) -> None:
     found = download(repo_id, tmp_path, hub.url)
@@ -245,10 +255,14 @@ def write_index(directory: Path, *names: str) -> None:
         (["model.safetensors"], [], ["model.safetensors"]),
         (["model.safetensors", "adapter.safetensors"], [], ["model.safetensors"]),
         (["a.safetensors", "b.safetensors", "c.json"], [], ["a.safetensors", "b.safetensors"]),
-        (["m-1.safetensors", "m-2.safetensors"], ["m-2.safetensors", "m-1.safetensors"] * 2, ["m-1.safetensors", "m-2.safetensors"]),
-        (["m-1.safetensors", "other.safetensors"], ["m-1.safetensors"], ["m-1.safetensors"]),
+        (
+            ["1.safetensors", "2.safetensors"],
+            ["2.safetensors", "1.safetensors"] * 2,
+            ["1.safetensors", "2.safetensors"],
+        ),
+        (["1.safetensors", "other.safetensors"], ["1.safetensors"], ["1.safetensors"]),
     ],
-)  # fmt: skip
+)
 def test_weight_files(there: list[str], indexed: list[str], expected: list[str], tmp_path: Path) -> None:
     write(tmp_path, *there)
     if indexed:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MINILM, REPOSITORY, serving
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig, BertConfig
+
+from conftest import MINILM, REPOSITORY, serving
 from triton_embed.gateway import repository
 from triton_embed.python_backend.config import ModelConfig, ServingConfig
 from triton_embed.python_backend.errors import ConfigError

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_ops import ACTIVATIONS, assert_close, random
+from test_ops import ACTIVATIONS, assert_close, one_thread, random  # noqa: F401
 from torch import Tensor
 from transformers.activations import ACT2FN
+
 from triton_embed.kernels import linear, ops
 
 SHAPES = [(1, 1, 1), (1, 384, 1536), (7, 60, 92), (13, 31, 53), (257, 384, 384)]  # T, K, N
@@ -68,8 +69,6 @@ def test_no_activation_is_fused_that_onednn_lacks() -> None:
 @pytest.mark.parametrize(
     ("x", "bias", "act"), [((5, 30), 53, None), ((5, 31), 52, None), ((5, 31), 53, "gelu")], ids=str
 )
-def test_arguments_that_do_not_fit_are_refused(
-    x: tuple[int, int], bias: int, act: str | None, layout: str
-) -> None:
+def test_arguments_that_do_not_fit_are_refused(x: tuple[int, int], bias: int, act: str | None, layout: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         ops.linear(torch.zeros(x), LAYOUTS[layout](random(53, 31)), torch.zeros(bias), act)

@@ -71,7 +71,7 @@ def test_ids_within_the_vocabulary_and_of_the_right_length_fit() -> None:
 @pytest.mark.parametrize("foreign", [-1, 100, 2**40])
 def test_a_foreign_id_is_named_with_its_index(foreign: int) -> None:
     with pytest.raises(ApiError) as caught:
-        check(replace(IDS, ids=[[1], [2, foreign, -7]]), INFO)
+        check(replace(IDS, ids=[[1], [2, foreign]]), INFO)
     assert (caught.value.status, caught.value.param) == (400, "input")
     assert f"Input at index 1 has token id {foreign}, " in caught.value.message
     assert "(0 to 99)" in caught.value.message

@@ -4,7 +4,7 @@ Errors are relative Frobenius norms against float64 on the same rounded inputs, 
 the bound. Shapes are awkward on purpose: length 1, primes, one long sequence among many short ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
 
@@ -36,6 +37,15 @@ DTYPES = list(BOUNDS)
 MANY_SHORT = (67, 1, 2, 3, 5, 7, 11, 1, 1)
 LENGTHS = [(1,), (1, 1, 1), (17,), (3, 3, 3, 5), (19, 19, 2, 2, 19), MANY_SHORT]
 MaskRule = Callable[[int, int, Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads wait for each other at every layer where others keep the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -97,9 +107,7 @@ def test_attention_sees_what_transformers_lets_it_see(
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(1, 1, 64), (5, 1, 80), (4, 2, 128), (12, 12, 32), (3, 3, 10)], ids=str
 )
-def test_attention_in_every_dtype_and_head_layout(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> None:
+def test_attention_in_every_dtype_and_head_layout(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     tokens, scale = sum(MANY_SHORT), head_dim**-0.5
     q = random(tokens, heads, head_dim, dtype=dtype)
     k, v = (random(tokens, kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
@@ -343,9 +351,7 @@ def test_not_a_number_stays_inside_its_own_sequence(mode: str) -> None:
         qkv = ops.linear(x, weight, bias, "gelu_erf")
         q, k, v = qkv.view(len(x), 3, 2, 8).unbind(1)
         y = ops.varlen_attention(q, k, v, packed, False, None, 1.0).flatten(1)
-        return ops.segment_pool(
-            ops.add_layer_norm(y, x, torch.ones(16), torch.zeros(16), 1e-5), packed, mode, [16] * 5
-        )
+        return ops.segment_pool(ops.add_layer_norm(y, x, torch.ones(16), torch.zeros(16), 1e-5), packed, mode, [16] * 5)
 
     x = random(sum(lengths), 16)
     poisoned = x.clone()
@@ -367,13 +373,9 @@ def _image(height: int, width: int) -> Tensor:
 )
 def test_patches_of_qwen2_vl(height: int, width: int, patch: int, merge: int, frames: int) -> None:
     image = _image(height, width)
-    theirs = Qwen2VLImageProcessorPil(
-        do_resize=False, patch_size=patch, merge_size=merge, temporal_patch_size=frames
-    )
+    theirs = Qwen2VLImageProcessorPil(do_resize=False, patch_size=patch, merge_size=merge, temporal_patch_size=frames)
     expected = theirs(images=image.numpy(), return_tensors="pt")["pixel_values"]
-    found = ops.patchify(
-        image, patch, merge, frames, torch.tensor(theirs.image_mean), torch.tensor(theirs.image_std)
-    )
+    found = ops.patchify(image, patch, merge, frames, torch.tensor(theirs.image_mean), torch.tensor(theirs.image_std))
     assert_close(found, expected)
 
 

@@ -5,13 +5,15 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from triton_embed.kernels.packed import Packed
 
 LENGTHS = st.lists(st.integers(1, 300) | st.sampled_from([1, 7]), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_offsets_are_the_running_sum_of_the_lengths(lengths: list[int]) -> None:
     packed = Packed.from_lengths(lengths)
@@ -21,6 +23,7 @@ def test_offsets_are_the_running_sum_of_the_lengths(lengths: list[int]) -> None:
     assert packed.tokens == packed.cu_seqlens[-1]
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_runs_lay_out_every_sequence_once_and_are_as_long_as_they_can_be(lengths: list[int]) -> None:
     packed = Packed.from_lengths(lengths)

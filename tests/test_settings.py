@@ -56,9 +56,9 @@ def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: s
 
 
 def test_a_bad_override_names_itself() -> None:
-    with pytest.raises(SettingsError, match="^port: "):
+    with pytest.raises(SettingsError, match=r"^port: "):
         read_settings(port="many")
-    with pytest.raises(SettingsError, match="^prot: "):
+    with pytest.raises(SettingsError, match=r"^prot: "):
         read_settings(prot=30000)
 
 

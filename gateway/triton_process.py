@@ -1,0 +1,176 @@
+"""One life of tritonserver: start it, pass on its log, notice its end or that of a stub, leave nothing behind.
+
+tritonserver 2.51 never restarts a dead stub and goes on calling its model ready. Unloading and loading the model
+brings it back, but loses requests in flight (7 hung until their deadline in 4 kills, and the server itself crashed
+once), so the end of a stub ends the server: every call in flight then fails at once, and all start afresh.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+STOP_SECONDS = 4.0
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend puts its regions
+STUB = "triton_python_backend_stub"
+
+# tritonserver's words for what a person waits for, and those of a machine without a GPU.
+_PROGRESS = re.compile(r"^(tritonserver: .+)|(loading: [\w.-]+)|^[IE].*serve\.py:\d+\] \"(.+)\"$")
+_NOISE = re.compile(r"CudaDriverHelper|NVML")
+_LOADED = re.compile(r"successfully loaded '([^']+)'")
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """How to start tritonserver: which models of which repository, on which loopback ports."""
+
+    repository: Path
+    models: tuple[str, ...] = ("*",)
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    address: str = "127.0.0.1"
+    verbose: bool = False
+    checkpoints: Path | None = None
+    # Loading a model runs its Python: only the holder of this key may.
+    key: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def repository_header(self) -> str:
+        """`name=value` of the header that opens the model-repository API."""
+        return f"triton-embed={self.key}"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Port by service."""
+        return {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
+
+    def command(self) -> list[str]:
+        """The command line; `tritonserver` is our launcher, found beside this Python."""
+        restricted = f"model-repository:{self.repository_header}"
+        return [
+            str(Path(sys.executable).with_name("tritonserver")),
+            f"--model-repository={self.repository}",
+            "--model-control-mode=explicit",
+            *(f"--load-model={name}" for name in self.models),
+            "--exit-on-error=false",
+            *(f"--{service}-address={self.address}" for service in self.ports),
+            *(f"--{service}-port={port}" for service, port in self.ports.items()),
+            f"--http-restricted-api={restricted}",
+            f"--grpc-restricted-protocol={restricted}",
+            f"--exit-timeout-secs={STOP_SECONDS:.0f}",
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Ours, and where checkpoints are."""
+        added = {} if self.checkpoints is None else {"TRITON_EMBED_CHECKPOINTS": str(self.checkpoints)}
+        return {**os.environ, **added}
+
+
+class TritonProcess:
+    """A running tritonserver; make it with `start`, then await `end`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, verbose: bool) -> None:
+        self.was_up = False
+        self._process = process
+        self._verbose = verbose
+        self._loaded: set[str] = set()
+        self._regions: set[str] = set()  # shared memory its stubs were given
+
+    @classmethod
+    async def start(cls, options: TritonOptions) -> "TritonProcess":
+        """Start it in a process group of its own; it ends when this process does, however that happens."""
+        process = await asyncio.create_subprocess_exec(
+            *options.command(),
+            env=options.environment(),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        return cls(process, options.verbose)
+
+    async def end(self) -> str:
+        """Wait until it, or the stub of a loaded model, ends; returns a sentence on what happened."""
+        relay = asyncio.create_task(self._relay())
+        try:
+            while not relay.done():
+                if (model := self._dead_model()) is not None:
+                    return f"the process of model {model} died"
+                await asyncio.wait([relay], timeout=POLL_SECONDS)
+            return f"tritonserver ended with code {await self._process.wait()}"
+        finally:
+            relay.cancel()
+
+    async def stop(self) -> None:
+        """End it within STOP_SECONDS, drained if it can be; no process and no shared memory stays."""
+        self._dead_model()  # notes what shared memory there is
+        if self._process.returncode is None:
+            self._process.terminate()
+            drain = asyncio.create_task(self._relay())  # a full pipe would block it
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+            drain.cancel()
+        self.kill()
+        await self._process.wait()
+
+    def kill(self) -> None:
+        """End it and its stubs at once, and remove their shared memory."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for name in self._regions:
+            (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+    async def _relay(self) -> None:
+        """Its log until it ends: all of it when verbose, else what a person waits for."""
+        assert self._process.stderr is not None  # noqa: S101 - asked for in `start`
+        while line := await self._process.stderr.readline():
+            text = line.decode(errors="replace").rstrip()
+            self.was_up = self.was_up or "Started GRPCInferenceService" in text
+            self._loaded.update(_LOADED.findall(text))
+            if self._verbose:
+                log.info("%s", text)
+            elif found := _PROGRESS.search(text):
+                log.info("%s", next(group for group in found.groups() if group))
+            elif text.startswith("E") and not _NOISE.search(text):
+                log.error("%s", text)
+
+    def _dead_model(self) -> str | None:
+        """A loaded model without a living stub, if there is one."""
+        stubs = dict(_stubs_of(self._process.pid))
+        self._regions.update(stubs.values())
+        alive = {Path(script).parent.parent.name for script in stubs}
+        return next(iter(self._loaded - alive), None)
+
+
+def _stubs_of(server: int) -> Iterator[tuple[str, str]]:
+    """(model.py, shared-memory region) of each living stub of a server."""
+    try:
+        children = psutil.Process(server).children()
+    except psutil.Error:
+        return
+    for child in children:
+        try:
+            words = child.cmdline()
+        except psutil.Error:  # gone, or a zombie
+            continue
+        if words and Path(words[0]).name == STUB:
+            yield words[1], words[2]
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,158 @@
+"""What a caller may ask, and the exact sentence for each refusal."""
+
+import dataclasses
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import MINILM, serving
+from triton_embed.python_backend.config import ModelConfig
+from triton_embed.python_backend.errors import BadRequest
+from triton_embed.python_backend.request import check_dimensions, decode_text, parse_parameters, unpad_ids
+
+MODEL = ModelConfig.from_checkpoint(Path(MINILM), serving())  # 384 dimensions
+KNOWN = {
+    "dimensions": st.integers(),
+    "instruction": st.text(),
+    "prompt_name": st.text(),
+    "truncate": st.sampled_from(["end", "start", "none"]),
+}
+
+
+@settings(deadline=None)
+@given(st.fixed_dictionaries({}, optional=KNOWN))
+def test_parameters_are_read_as_json_says_them(parameters: dict[str, Any]) -> None:
+    assert parse_parameters(json.dumps(parameters)) == parameters
+
+
+def test_no_parameters() -> None:
+    assert parse_parameters("") == parse_parameters("{}") == {}
+
+
+@settings(deadline=None)
+@given(st.text(string.ascii_letters + "_ ", min_size=1).filter(lambda key: key not in KNOWN), st.integers() | st.text())
+def test_any_other_parameter_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse_parameters(json.dumps({key: value}))
+    for word in (f"'{key}'", *KNOWN):
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"dimensions": "20"}, "Parameter 'dimensions' must be a whole number, got '20'"),
+        ({"dimensions": 20.0}, "Parameter 'dimensions' must be a whole number, got 20.0"),
+        ({"dimensions": True}, "Parameter 'dimensions' must be a whole number, got True"),
+        ({"dimensions": None}, "Parameter 'dimensions' must be a whole number, got None"),
+        ({"instruction": 3}, "Parameter 'instruction' must be a string, got 3"),
+        ({"prompt_name": ["query"]}, "Parameter 'prompt_name' must be a string, got ['query']"),
+        ({"truncate": False}, "Parameter 'truncate' must be a string, got False"),
+        ({"truncate": "END"}, "truncate must be end, start or none, got 'END'"),
+        ({"truncate": ""}, "truncate must be end, start or none, got ''"),
+    ],
+    ids=str,
+)
+def test_a_parameter_of_the_wrong_kind(parameters: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse_parameters(json.dumps(parameters))
+    assert str(refused.value) == sentence
+
+
+UNTRAINED = (
+    "Model 'm' does not support matryoshka representation, changing output dimensions will lead to poor results."
+)
+LISTED = (
+    "Model 'm' only supports [64, 128] matryoshka dimensions, using other output dimensions will lead to poor results."
+)
+TOO_MANY = "Provided dimensions are greater than max embedding dimension: 384"
+TOO_FEW = "Requested dimensions must be greater than 0"
+
+
+@pytest.mark.parametrize(
+    ("trained", "dimensions", "sentence"),
+    [
+        (None, None, None),
+        (None, 384, None),
+        (None, 383, UNTRAINED),
+        (None, 1, UNTRAINED),
+        (None, 385, TOO_MANY),
+        (None, 0, TOO_FEW),
+        ((64, 128), 64, None),
+        ((64, 128), 128, None),
+        ((64, 128), 384, None),
+        ((64, 128), 65, LISTED),
+        ((64, 128), 385, TOO_MANY),
+        ((64, 128), -1, TOO_FEW),
+        (True, 1, None),
+        (True, 383, None),
+        (True, 385, TOO_MANY),
+        (True, 0, TOO_FEW),
+        (True, -(2**63), TOO_FEW),
+        (True, 2**63, TOO_MANY),
+    ],
+)
+def test_dimensions(trained: bool | tuple[int, ...] | None, dimensions: int | None, sentence: str | None) -> None:
+    model = dataclasses.replace(MODEL, matryoshka=trained)
+    if sentence is None:
+        assert check_dimensions(dimensions, "m", model) is None  # type: ignore[func-returns-value]
+        return
+    with pytest.raises(BadRequest) as refused:
+        check_dimensions(dimensions, "m", model)
+    assert str(refused.value) == sentence
+
+
+def row(*values: bytes) -> np.ndarray:
+    return np.array(values, dtype=np.object_)
+
+
+@settings(deadline=None)
+@given(st.text().filter(lambda text: text.strip()))
+def test_a_text_is_its_utf_8(text: str) -> None:
+    assert decode_text(row(text.encode()), 0) == text
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from(" \t\r\n\v\f\u00a0\u2003\u3000")))
+def test_a_text_of_nothing_but_white_space(text: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        decode_text(row(text.encode()), 7)
+    assert str(refused.value) == "Input at index 7 cannot be empty or whitespace only"
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff", b"caf\xe9", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"ok\x80"], ids=str
+)
+def test_bytes_that_are_not_utf_8(data: bytes) -> None:
+    with pytest.raises(BadRequest) as refused:
+        decode_text(row(data), 2)
+    assert str(refused.value) == "Input at index 2 is not valid UTF-8"
+
+
+@pytest.mark.parametrize("values", [(), (b"a", b"b")])
+def test_a_row_of_text_that_is_not_one_value(values: tuple[bytes, ...]) -> None:
+    with pytest.raises(BadRequest, match=rf"TEXT must be \[rows, 1\], row 4 has {len(values)} values"):
+        decode_text(row(*values), 4)
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-5, 30000), max_size=20).filter(lambda v: v and v[-1] != -1), st.integers(0, 20))
+def test_padding_at_the_end_is_cut_and_nothing_else(values: list[int], padding: int) -> None:
+    assert unpad_ids(ids(*values, *[-1] * padding), 0).tolist() == values
+
+
+@pytest.mark.parametrize("padding", [0, 1, 9])
+def test_ids_that_are_all_padding(padding: int) -> None:
+    with pytest.raises(BadRequest) as refused:
+        unpad_ids(ids(*[-1] * padding), 11)
+    assert str(refused.value) == "Input at index 11 cannot be empty"

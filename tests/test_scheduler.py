@@ -1,0 +1,402 @@
+"""The scheduler with real threads: every job is answered exactly once with its own rows in order, whatever fails.
+
+`compute` is a stand-in that says what it was given: a vector holds its row's first id, its length and its sum.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from triton_embed.python_backend.delivery import Delivery
+from triton_embed.python_backend.scheduler import Compute, Job, Scheduler
+from triton_embed.python_backend.tokenizer import Ids
+
+BUDGET = 10
+POISON = 666
+PATIENCE = 5.0  # seconds: how long a test waits before it calls a job forgotten
+Vectors = npt.NDArray[np.float32]
+
+
+class Caller:
+    """A Reply that remembers what it was told."""
+
+    def __init__(self, cancelled: bool = False, asked: Callable[[], bool] | None = None) -> None:
+        self.outcomes: list[Vectors | str] = []
+        self.asked = 0
+        self._cancelled = asked or (lambda: cancelled)
+        self._told = threading.Event()
+
+    def cancelled(self) -> bool:
+        self.asked += 1
+        return self._cancelled()
+
+    def done(self, vectors: Vectors) -> None:
+        self.outcomes.append(vectors)
+        self._told.set()
+
+    def failed(self, reason: str) -> None:
+        self.outcomes.append(reason)
+        self._told.set()
+
+    def outcome(self) -> Vectors | str:
+        """The one outcome. Call it after `close` as well, to be sure that no second one came."""
+        assert self._told.wait(PATIENCE), "never answered"
+        assert len(self.outcomes) == 1, self.outcomes
+        return self.outcomes[0]
+
+
+def row(first: int, length: int) -> Ids:
+    return np.array([first, *[1] * (length - 1)], dtype=np.int32)
+
+
+def job(caller: Caller, *lengths: int, first: int = 0, dims: int = 3) -> Job:
+    """Rows of these lengths, whose first ids count up from `first`."""
+    return Job([row(first + i, length) for i, length in enumerate(lengths)], dims, caller)
+
+
+def vectors_of(asked: Job) -> Vectors:
+    return np.array([[ids[0], len(ids), ids.sum()] for ids in asked.rows], dtype=np.float32)[:, : asked.dims]
+
+
+class Engine:
+    """`compute`, its record, a gate in front of it and ways to go wrong."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Ids]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.spoil: Callable[[Sequence[Ids], Vectors], Vectors] = lambda _, vectors: vectors
+
+    def compute(self, rows: Sequence[Ids], dims: Sequence[int]) -> Vectors:
+        assert len(rows) == len(dims)
+        self.batches.append(list(rows))
+        self.entered.set()
+        assert self.gate.wait(PATIENCE)
+        found = np.zeros((len(rows), 8), dtype=np.float32)
+        for vector, ids in zip(found, rows, strict=True):
+            vector[:3] = ids[0], len(ids), ids.sum()
+        return self.spoil(rows, found)
+
+    def firsts(self) -> list[int]:
+        """First ids of all rows computed, in order."""
+        return [int(ids[0]) for batch in self.batches for ids in batch]
+
+
+class Running:
+    """A scheduler and its delivery thread; `close` as `finalize` does it."""
+
+    def __init__(self, compute: Compute) -> None:
+        self.delivery = Delivery()
+        self.scheduler = Scheduler(compute, BUDGET, self.delivery)
+        self.submit = self.scheduler.submit
+
+    def close(self) -> None:
+        closing = threading.Thread(target=self.scheduler.close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+        assert not closing.is_alive(), "the engine does not stop"
+        self.delivery.close()
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def running(engine: Engine) -> Iterator[Running]:
+    made = Running(engine.compute)
+    yield made
+    engine.gate.set()
+    made.close()
+
+
+def hold(engine: Engine, running: Running) -> Caller:
+    """Occupy the engine with one small job, so that what follows is still in the queue."""
+    engine.gate.clear()
+    first = Caller()
+    running.submit(job(first, 1, first=10_000))
+    assert engine.entered.wait(PATIENCE)
+    return first
+
+
+def test_every_one_of_many_jobs_gets_its_own_rows_in_order(engine: Engine, running: Running) -> None:
+    random = Random(0)
+    callers = [Caller() for _ in range(400)]
+    jobs = [
+        job(caller, *(random.randint(1, 14) for _ in range(random.choice([1, 1, 2, 9]))), first=100 * i, dims=1 + i % 3)
+        for i, caller in enumerate(callers)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(running.submit, jobs))
+    for asked, caller in zip(jobs, callers, strict=True):
+        found = caller.outcome()
+        assert isinstance(found, np.ndarray)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, vectors_of(asked))
+    running.close()
+    assert all(len(caller.outcomes) == 1 for caller in callers)
+    assert all(1 <= caller.asked <= 2 for caller in callers)  # again where its first row did not fit
+    assert sorted(engine.firsts()) == sorted(int(ids[0]) for asked in jobs for ids in asked.rows)
+
+
+def test_a_batch_stays_within_the_budget_and_runs_from_short_to_long(engine: Engine, running: Running) -> None:
+    random, callers = Random(1), [Caller() for _ in range(60)]
+    hold(engine, running)
+    with ThreadPoolExecutor(1) as pool:
+        for caller in callers:
+            pool.submit(running.submit, job(caller, *(random.randint(1, 14) for _ in range(3))))
+        engine.gate.set()
+    for caller in callers:
+        caller.outcome()
+    lengths = [[len(ids) for ids in batch] for batch in engine.batches]
+    assert all(sum(batch) <= BUDGET or len(batch) == 1 for batch in lengths)
+    assert all(batch == sorted(batch) for batch in lengths)
+    assert max(map(len, lengths)) > 1
+
+
+def test_a_job_larger_than_the_budget_is_split_and_answered_once(engine: Engine, running: Running) -> None:
+    caller = Caller()
+    asked = job(caller, 4, 9, 4, 4, 1, 4, 4)
+    running.submit(asked)
+    found = caller.outcome()
+    assert isinstance(found, np.ndarray)
+    assert np.array_equal(found, vectors_of(asked))
+    assert len(engine.batches) > 2
+
+
+def test_a_row_longer_than_the_budget_is_computed_alone(engine: Engine, running: Running) -> None:
+    caller = Caller()
+    running.submit(job(caller, 1, 35, 1))
+    found = caller.outcome()
+    assert isinstance(found, np.ndarray)
+    assert found[:, 1].tolist() == [1, 35, 1]
+    assert [35] in [[len(ids) for ids in batch] for batch in engine.batches]
+
+
+def test_small_jobs_share_a_batch_and_are_served_first_come_first_served(engine: Engine, running: Running) -> None:
+    hold(engine, running)
+    callers = [Caller() for _ in range(7)]
+    for i, caller in enumerate(callers):
+        running.submit(job(caller, 2, first=i))
+    engine.gate.set()
+    for caller in callers:
+        caller.outcome()
+    assert [[int(ids[0]) for ids in batch] for batch in engine.batches[1:]] == [[0, 1, 2, 3, 4], [5, 6]]
+
+
+def test_submit_waits_at_twice_the_budget_and_goes_on_when_there_is_room(engine: Engine, running: Running) -> None:
+    hold(engine, running)  # 1 token
+    callers = [Caller() for _ in range(4)]
+    admitted: list[int] = []
+
+    def submit_all() -> None:
+        for i, caller in enumerate(callers):
+            running.submit(job(caller, BUDGET))
+            admitted.append(i)
+
+    thread = threading.Thread(target=submit_all, daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert admitted == [0, 1]  # 1, then 11 tokens, were below 20; 21 are not
+    engine.gate.set()
+    thread.join(PATIENCE)
+    assert admitted == [0, 1, 2, 3]
+    for caller in callers:
+        assert isinstance(caller.outcome(), np.ndarray)
+
+
+def raising(rows: Sequence[Ids], vectors: Vectors) -> Vectors:
+    if any(ids[0] == POISON for ids in rows):
+        raise MemoryError("the machine is full")
+    return vectors
+
+
+def not_finite(value: float) -> Callable[[Sequence[Ids], Vectors], Vectors]:
+    def spoil(rows: Sequence[Ids], vectors: Vectors) -> Vectors:
+        for ids, vector in zip(rows, vectors, strict=True):
+            if ids[0] == POISON:
+                vector[1] = value
+        return vectors
+
+    return spoil
+
+
+def too_few(rows: Sequence[Ids], vectors: Vectors) -> Vectors:
+    return vectors[:-1] if any(ids[0] == POISON for ids in rows) else vectors
+
+
+def too_short(rows: Sequence[Ids], vectors: Vectors) -> Vectors:
+    return vectors[:, :2] if any(ids[0] == POISON for ids in rows) else vectors
+
+
+WRONG = {
+    "raises": raising,
+    "nan": not_finite(float("nan")),
+    "infinite": not_finite(float("-inf")),
+    "too few vectors": too_few,
+    "vectors too short": too_short,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_forward_pass_that_goes_wrong_is_one_failure_and_the_next_one_runs(
+    wrong: str, engine: Engine, running: Running
+) -> None:
+    engine.spoil = WRONG[wrong]
+    bad, good = Caller(), Caller()
+    running.submit(job(bad, BUDGET, first=POISON))
+    asked = job(good, 3, 4)
+    running.submit(asked)
+    assert isinstance(bad.outcome(), str)
+    assert "machine" not in str(bad.outcome())  # no exception text to callers
+    found = good.outcome()
+    assert isinstance(found, np.ndarray)
+    assert np.array_equal(found, vectors_of(asked))
+    running.close()
+    assert len(bad.outcomes) == len(good.outcomes) == 1
+
+
+@pytest.mark.parametrize("wrong", ["nan", "infinite"])
+def test_a_vector_that_is_not_finite_fails_its_own_job_alone(wrong: str, engine: Engine, running: Running) -> None:
+    hold(engine, running)
+    engine.spoil = WRONG[wrong]
+    bad, good = Caller(), Caller()
+    running.submit(job(good, 2))
+    running.submit(job(bad, 2, 2, first=POISON - 1))
+    engine.gate.set()
+    assert bad.outcome() == "The model computed a vector that is not finite"
+    assert isinstance(good.outcome(), np.ndarray)
+    assert len(engine.batches) == 2  # they shared one
+
+
+def test_a_value_beyond_the_dimensions_asked_for_may_be_anything(engine: Engine, running: Running) -> None:
+    engine.spoil = not_finite(float("nan"))
+    caller = Caller()
+    running.submit(job(caller, 2, first=POISON, dims=1))
+    assert isinstance(caller.outcome(), np.ndarray)
+
+
+def test_the_rest_of_a_failed_job_is_not_computed(engine: Engine, running: Running) -> None:
+    engine.spoil = raising
+    bad, good = Caller(), Caller()
+    running.submit(job(bad, *[BUDGET] * 6, first=POISON))
+    running.submit(job(good, 2))
+    assert isinstance(bad.outcome(), str)
+    assert isinstance(good.outcome(), np.ndarray)
+    assert engine.firsts() == [POISON, 0]
+
+
+def test_admission_is_given_back_whatever_became_of_the_jobs(engine: Engine, running: Running) -> None:
+    """Had any of these kept its tokens, a later submit would wait for ever."""
+    engine.spoil = raising
+    for i in range(30):
+        callers = [Caller(), Caller(cancelled=True), Caller()]
+        for caller, first in zip(callers, (POISON, 0, i), strict=True):
+            submitting = threading.Thread(target=running.submit, args=(job(caller, 7, 7, first=first),), daemon=True)
+            submitting.start()
+            submitting.join(PATIENCE)
+            assert not submitting.is_alive(), "submit hangs"
+        for caller in callers:
+            caller.outcome()
+
+
+class Broken(Caller):
+    """Its connection is gone: sending a result fails, and so may sending an error."""
+
+    def __init__(self, errors_too: bool) -> None:
+        super().__init__()
+        self.tries: list[str] = []
+        self._errors_too = errors_too
+
+    def done(self, vectors: Vectors) -> None:
+        self.tries.append("done")
+        raise ConnectionError("gone")
+
+    def failed(self, reason: str) -> None:
+        self.tries.append("failed")
+        if self._errors_too:
+            raise ConnectionError("gone")
+        super().failed(reason)
+
+
+@pytest.mark.parametrize("errors_too", [False, True])
+def test_a_reply_that_cannot_be_sent_is_an_error_instead_and_harms_nobody(
+    errors_too: bool, engine: Engine, running: Running
+) -> None:
+    hold(engine, running)
+    broken, good = Broken(errors_too), Caller()
+    running.submit(job(broken, 2))
+    running.submit(job(good, 2))
+    engine.gate.set()
+    assert isinstance(good.outcome(), np.ndarray)
+    running.close()
+    assert broken.tries == ["done", "failed"]
+    assert broken.outcomes == ([] if errors_too else ["The reply could not be sent"])
+
+
+def test_a_cancelled_job_is_answered_but_never_computed(engine: Engine, running: Running) -> None:
+    hold(engine, running)
+    gone, good = Caller(cancelled=True), Caller()
+    running.submit(job(gone, *[3] * 3, first=500))
+    running.submit(job(good, 2, first=1))
+    engine.gate.set()
+    assert gone.outcome() == "The request was cancelled"
+    assert isinstance(good.outcome(), np.ndarray)
+    assert engine.firsts() == [10_000, 1]
+
+
+def test_a_job_is_asked_once_and_not_again_half_way(engine: Engine, running: Running) -> None:
+    """Cancelled after its first batch: asking costs more than the rest is worth."""
+    caller = Caller(asked=lambda: bool(engine.batches))
+    running.submit(job(caller, *[BUDGET] * 3))
+    assert isinstance(caller.outcome(), np.ndarray)
+    assert caller.asked == 1
+
+
+def test_a_caller_that_cannot_be_asked_harms_nobody(engine: Engine, running: Running) -> None:
+    def fail() -> bool:
+        raise RuntimeError("no such request")
+
+    hold(engine, running)
+    odd, good = Caller(asked=fail), Caller()
+    running.submit(job(odd, 2))
+    running.submit(job(good, 2))
+    engine.gate.set()
+    assert isinstance(good.outcome(), np.ndarray)
+    odd.outcome()
+
+
+def test_a_job_without_rows_is_answered_or_refused(running: Running) -> None:
+    caller = Caller()
+    try:
+        running.submit(Job([], 3, caller))
+    except ValueError:
+        return
+    caller.outcome()
+
+
+def test_close_computes_everything_that_was_admitted(engine: Engine) -> None:
+    running = Running(engine.compute)
+    first = hold(engine, running)
+    callers = [Caller() for _ in range(6)]
+    for caller in callers:
+        running.submit(job(caller, 3))
+    closing = threading.Thread(target=running.close, daemon=True)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    assert all(not caller.outcomes for caller in callers)
+    engine.gate.set()
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
+    # Answered already: nobody waits here.
+    assert all(isinstance(outcome, np.ndarray) for caller in [first, *callers] for outcome in caller.outcomes)
+    assert [len(caller.outcomes) for caller in [first, *callers]] == [1] * 7
