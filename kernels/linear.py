@@ -11,7 +11,14 @@ _EPILOGUES = {"gelu_erf": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu
 
 
 def pack(weight: Tensor) -> Tensor:
-    """weight [N,K] on a CPU in oneDNN's own layout: an opaque tensor of the same shape, for `linear` alone."""
+    """weight [N,K] on a CPU in oneDNN's own layout: an opaque tensor of the same shape, for `linear` alone.
+
+    Where this CPU lacks the instructions for its dtype, the weight as it is.
+    """
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return weight
+    if weight.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 

@@ -9,6 +9,7 @@ faster path of its own.
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
+
 from triton_embed.kernels import linear as onednn
 from triton_embed.kernels import reference
 from triton_embed.kernels.packed import Packed
@@ -36,6 +37,8 @@ def varlen_attention(
         raise ValueError(f"attention over q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if packed.tokens != q.shape[0]:
         raise ValueError(f"the packed batch has {packed.tokens} tokens, q has {q.shape[0]}")
+    if prefix is not None and not prefix[0].shape == prefix[1].shape == (len(prefix[0]), *k.shape[1:]):
+        raise ValueError(f"a prefix of {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)} for k {tuple(k.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"an attention window of {window} tokens sees nothing")
     return reference.varlen_attention(q, k, v, packed, causal, window, scale, prefix)
@@ -59,7 +62,8 @@ def qk_norm_rope_(
     `mrope_section` for Qwen2-VL text, (D/4, D/4) for its vision tower.
     """
     head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
-    if rest or sum(sections) * 2 != head_dim or len(sections) != len(pos) or pos.shape[1] != len(qkv):
+    fits = not rest and sum(sections) * 2 == head_dim and cos.shape[1] * 2 == head_dim and cos.shape == sin.shape
+    if not fits or len(sections) != len(pos) or pos.shape[1] != len(qkv):
         raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, sections {sections}, pos {pos.shape}")
     return reference.qk_norm_rope_(qkv, heads, cos, sin, pos, sections, q_weight, k_weight, eps)
 
@@ -67,12 +71,14 @@ def qk_norm_rope_(
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of x + residual, and the sum itself (the next residual): both [T,E]."""
     _same_shape(x, residual)
+    _same_size(x, weight)
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
 def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of x + residual: [T,E]."""
     _same_shape(x, residual)
+    _same_size(x, weight, bias)
     return reference.add_layer_norm(x, residual, weight, bias, eps)
 
 
@@ -109,6 +115,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = Non
     """act(x @ weight.T + bias): [T,K] -> [T,N], weight [N,K] as it is or from `pack_linear`."""
     if act is not None:
         _known(act, ACTIVATIONS)
+    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(f"linear over x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias is not None}")
     if not weight.is_mkldnn:
         return reference.linear(x, weight, bias, act)
     if onednn.fuses(act):
@@ -136,6 +144,8 @@ def segment_pool(
     _known(mode, POOLING_MODES)
     if packed.tokens != x.shape[0] or len(dims) != len(packed.lengths):
         raise ValueError(f"pooling {tuple(x.shape)} over {packed.tokens} tokens with {len(dims)} dims")
+    if min(dims) < 1 or max(dims) > x.shape[1]:
+        raise ValueError(f"dims {tuple(dims)} of vectors of {x.shape[1]}")
     return reference.segment_pool(x, packed, mode, dims, norm, l2)
 
 
@@ -153,6 +163,12 @@ def patchify(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, s
 def _same_shape(x: Tensor, y: Tensor | None) -> None:
     if y is not None and x.shape != y.shape:
         raise ValueError(f"shapes {tuple(x.shape)} and {tuple(y.shape)} differ")
+
+
+def _same_size(x: Tensor, *weights: Tensor) -> None:
+    for weight in weights:
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"a weight of {tuple(weight.shape)} for x {tuple(x.shape)}")
 
 
 def _known(name: str, names: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
 from triton_embed.kernels.packed import Packed
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.tokenizer import Ids
 

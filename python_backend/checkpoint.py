@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from triton_embed.python_backend.config import ServingConfig
+from triton_embed.python_backend.config import ServingConfig, read_json
 from triton_embed.python_backend.errors import ConfigError
 
 # What is needed to serve: never pickles (*.bin, *.pt), never code.
@@ -36,9 +36,10 @@ def weight_files(directory: Path) -> list[Path]:
         raise ConfigError(f"{directory} holds no *.safetensors file")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        import json
-
-        named = {directory / name for name in json.loads(index.read_text())["weight_map"].values()}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ConfigError(f"{index} has no weight_map")
+        named = {directory / name for name in weight_map.values()}
         if missing := sorted(str(path) for path in named if not path.is_file()):
             raise ConfigError(f"{index} names {missing[0]}, which is missing")
         return sorted(named)
@@ -50,14 +51,14 @@ def download(repo_id: str, root: Path) -> Path:
 
     Reads HF_ENDPOINT and HF_TOKEN as huggingface_hub does. ConfigError: the hub refuses or is out of reach.
     """
-    import httpx
+    import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     directory = directory_of(repo_id, root)
     try:
         snapshot_download(repo_id, local_dir=directory, allow_patterns=list(WANTED_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot download {repo_id}: {reason}") from error
     return directory

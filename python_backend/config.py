@@ -140,7 +140,7 @@ class ModelConfig:
     @classmethod
     def from_checkpoint(cls, directory: Path, serving: ServingConfig) -> "ModelConfig":
         """Read config.json and sentence-transformers' files beside it. ConfigError: file, key and both values."""
-        config = _read(directory / "config.json", required=True)
+        config = read_json(directory / "config.json", required=True)
         file = f"{directory / 'config.json'}"
         model_type = config.get("model_type")
         if model_type not in serving.model_types:
@@ -154,45 +154,50 @@ class ModelConfig:
                 raise ConfigError(f"{file}: '{key}' is missing")
             return config[key]
 
+        def size(key: str) -> int:
+            if type(value := need(key)) is not int or value < 1:
+                raise ConfigError(f"{file}: {key} is {value!r}, not a whole number above 0")
+            return value
+
         if (kind := config.get("position_embedding_type", "absolute")) != "absolute":
             raise ConfigError(f"{file}: position_embedding_type is '{kind}', only 'absolute' is implemented")
         if (name := need("hidden_act")) not in _ACTIVATIONS:
             raise ConfigError(f"{file}: hidden_act is '{name}', not one of {', '.join(_ACTIVATIONS)}")
-        if need("hidden_size") % need("num_attention_heads"):
+        if size("hidden_size") % size("num_attention_heads"):
             raise ConfigError(
                 f"{file}: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads "
                 f"{config['num_attention_heads']}"
             )
-        sentence = _read(directory / "sentence_bert_config.json")
-        positions = need("max_position_embeddings")
+        sentence = read_json(directory / "sentence_bert_config.json")
+        positions = size("max_position_embeddings")
         limits = [positions, sentence.get("max_seq_length"), serving.max_tokens]
         return cls(
             model_type=model_type,
-            vocab_size=need("vocab_size"),
+            vocab_size=size("vocab_size"),
             hidden_size=config["hidden_size"],
-            layers=need("num_hidden_layers"),
+            layers=size("num_hidden_layers"),
             heads=config["num_attention_heads"],
-            intermediate_size=need("intermediate_size"),
+            intermediate_size=size("intermediate_size"),
             positions=positions,
-            token_types=need("type_vocab_size"),
+            token_types=size("type_vocab_size"),
             norm_eps=need("layer_norm_eps"),
             activation=_ACTIVATIONS[name],
             pooling=_pooling(directory, serving),
             max_tokens=min(limit for limit in limits if limit),
             lowercase=bool(sentence.get("do_lower_case")),
             matryoshka=_matryoshka(config, config["hidden_size"], file, serving),
-            prompts=_read(directory / "config_sentence_transformers.json").get("prompts") or {},
+            prompts=read_json(directory / "config_sentence_transformers.json").get("prompts") or {},
         )
 
 
 def _pooling(directory: Path, serving: ServingConfig) -> str:
     """The pooling mode, from 1_Pooling or the operator; there is no default, for a guess gives wrong vectors."""
-    for module in _read(directory / "modules.json", default=[]):
+    for module in read_json(directory / "modules.json", kind=list):
         kind = module["type"].rsplit(".", 1)[-1]
         if kind not in {"Transformer", "Pooling", "Normalize"}:
             raise ConfigError(f"{directory / 'modules.json'}: module '{module['type']}' is not implemented")
     file = directory / "1_Pooling" / "config.json"
-    stated = _read(file)
+    stated = read_json(file)
     if "pooling_mode" in stated:  # the form sentence-transformers 5 and later write
         mode = stated["pooling_mode"]
         chosen = [mode] if isinstance(mode, str) else list(mode)
@@ -228,12 +233,19 @@ def _matryoshka(
     return sizes or True
 
 
-def _read(path: Path, required: bool = False, default: Any = None) -> Any:
-    if not path.is_file() and not required:
-        return {} if default is None else default
+def read_json(path: Path, required: bool = False, kind: type = dict) -> Any:
+    """A JSON file of the checkpoint; an empty one of its kind where there is none.
+
+    ConfigError: it is missing and required, unreadable, or not a JSON object (`kind` dict) or list.
+    """
+    if not path.is_file():
+        if required:
+            raise ConfigError(f"{path} is missing")
+        return kind()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, kind):
+        raise ConfigError(f"{path} does not hold a JSON {'object' if kind is dict else 'list'}")
+    return found

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from triton_embed.python_backend import head, weights
 from triton_embed.python_backend.batch import Batch
 from triton_embed.python_backend.config import ModelConfig, ServingConfig

@@ -6,6 +6,7 @@ Modules are named as BERT checkpoints name their tensors; `self` is BERT's name 
 from typing import ClassVar
 
 from torch import Tensor, nn
+
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.batch import Batch

@@ -1,6 +1,7 @@
 """Hidden states -> embeddings: pool, cut to each row's size, normalise; all in fp32."""
 
 from torch import Tensor
+
 from triton_embed.kernels import ops
 from triton_embed.python_backend.batch import Batch
 

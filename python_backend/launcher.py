@@ -4,6 +4,7 @@ The official binary is used where it exists (NVIDIA's images), else the one nvid
 becomes the server (`execve`), so signals and the exit code are the server's own.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -109,10 +110,12 @@ def clean_up_after_the_dead() -> None:
                 os.kill(int(process.name), signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 continue
+    regions = list(SHARED_MEMORY.glob(f"{REGION}*"))  # before asking who holds them: one may be being made
     held = _regions_in_use()
-    for region in SHARED_MEMORY.glob(f"{REGION}*"):
-        if region.name not in held and region.owner() == Path("/proc/self").owner():
-            region.unlink(missing_ok=True)
+    for region in regions:
+        with contextlib.suppress(FileNotFoundError):  # another server may be cleaning up too
+            if region.name not in held and region.stat().st_uid == os.getuid():
+                region.unlink()
 
 
 def _server_of(process: Path) -> int | None:

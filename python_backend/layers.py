@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+
 from triton_embed.kernels import ops
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest
 

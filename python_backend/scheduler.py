@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.tokenizer import Ids
 
@@ -79,12 +80,13 @@ class Scheduler:
             jobs = {job for job, _ in rows}
             try:
                 vectors = self._compute([job.rows[i] for job, i in rows], [job.dims for job, _ in rows])
+                for (job, i), vector in zip(rows, vectors, strict=True):
+                    job.vectors[i] = vector[: job.dims]
             except Exception:
                 log.exception("a forward pass over %d rows failed", len(rows))
                 self._abandon(jobs, "The model failed to compute this request")
                 continue
-            for (job, i), vector in zip(rows, vectors, strict=True):
-                job.vectors[i] = vector[: job.dims]
+            for job, _ in rows:
                 job.left -= 1
             self._settle([job for job in jobs if not job.left])
 
@@ -100,7 +102,7 @@ class Scheduler:
                 while self._queue:
                     job = self._queue[0]
                     # Asking costs tens of microseconds: once, before the first row is computed.
-                    if len(job.waiting) == len(job.rows) and job.reply.cancelled():
+                    if len(job.waiting) == len(job.rows) and _cancelled(job):
                         self._queue.popleft()
                         self._admitted -= job.tokens
                         self._delivery.put(partial(self._finish, job, "The request was cancelled"))
@@ -143,3 +145,11 @@ class Scheduler:
                 log.exception("a reply could not be sent")
                 reason = "The reply could not be sent"
         job.reply.failed(reason)
+
+
+def _cancelled(job: Job) -> bool:
+    try:
+        return job.reply.cancelled()
+    except Exception:
+        log.exception("a request could not be asked whether it was cancelled")
+        return False

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
+
 from triton_embed.python_backend import checkpoint
 from triton_embed.python_backend.config import ServingConfig
 from triton_embed.python_backend.delivery import Delivery

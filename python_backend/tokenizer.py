@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as FastTokenizer
+
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest, ConfigError
 

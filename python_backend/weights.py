@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
 from triton_embed.python_backend.checkpoint import weight_files
 from triton_embed.python_backend.errors import ConfigError
 
@@ -25,7 +26,8 @@ def load(
     """Give every parameter of `network` (built on meta) its tensor, in `dtype` on `device`.
 
     `prefixes`: what a checkpoint may put before every name (`bert.`). `fused`: the module that holds, along
-    dimension 0, the concatenation of these siblings. `ignored`: name beginnings the network has no use for.
+    dimension 0, the concatenation of these siblings, all of one size. `ignored`: beginnings of names that the network
+    has no use for.
     ConfigError: a tensor that is missing, left over or of another shape, or a file that cannot be read; it names it.
     """
     with ExitStack() as stack:
@@ -40,20 +42,19 @@ def load(
                 tensors[name] = (handle, key, path)
 
         for name, parameter in list(network.named_parameters()):
+            names = _parts(name, fused)
+            shape = [parameter.shape[0] // len(names), *parameter.shape[1:]]
             parts = []
-            for part in _parts(name, fused):
+            for part in names:
                 if part not in tensors:
                     raise ConfigError(f"{directory}: tensor '{part}' is missing")
                 handle, key, path = tensors.pop(part)
                 parts.append(handle.get_tensor(key))
-            found = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if found.shape != parameter.shape:
-                raise ConfigError(
-                    f"{path}: tensor '{part}' gives '{name}' the shape {list(found.shape)}, "
-                    f"config.json asks for {list(parameter.shape)}"
-                )
+                if (found := list(parts[-1].shape)) != shape:
+                    raise ConfigError(f"{path}: tensor '{part}' has shape {found}, config.json asks for {shape}")
             owner, _, attribute = name.rpartition(".")
-            value = nn.Parameter(found.to(device=device, dtype=dtype), requires_grad=False)
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            value = nn.Parameter(whole.to(device=device, dtype=dtype), requires_grad=False)
             setattr(network.get_submodule(owner), attribute, value)
 
         if left := sorted(name for name in tensors if not name.startswith(ignored)):

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
 from triton_embed.gateway import repository
 from triton_embed.python_backend.config import ServingConfig
 

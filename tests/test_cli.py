@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, write_bert
 
+from conftest import REPOSITORY, write_bert
 from triton_embed.gateway import cli, repository
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import openai
 import pytest
 import requests
-from conftest import MINILM, ROOT, Stack, write_bert
 from sentence_transformers import SentenceTransformer
+
+from conftest import MINILM, ROOT, Stack, write_bert
+from triton_embed.gateway.triton_process import SHARED_MEMORY
 
 TEXT = "Once upon a time"
 
@@ -139,4 +141,4 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
     assert server.stop(number) < 10
     assert server.process.returncode == 0
     assert not [process for process in processes if process.is_running()]
-    assert not [name for name in regions if Path("/dev/shm", name).exists()]
+    assert not [name for name in regions if (SHARED_MEMORY / name).exists()]

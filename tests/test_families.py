@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.http
+
 from conftest import REPOSITORY, Triton, write_bert
 from triton_embed.gateway import repository
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from conftest import MINILM, REPOSITORY, write_bert
 from triton_embed.gateway import repository
 from triton_embed.gateway.repository import RepositoryError

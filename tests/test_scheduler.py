@@ -374,15 +374,6 @@ def test_a_caller_that_cannot_be_asked_harms_nobody(engine: Engine, running: Run
     odd.outcome()
 
 
-def test_a_job_without_rows_is_answered_or_refused(running: Running) -> None:
-    caller = Caller()
-    try:
-        running.submit(Job([], 3, caller))
-    except ValueError:
-        return
-    caller.outcome()
-
-
 def test_close_computes_everything_that_was_admitted(engine: Engine) -> None:
     running = Running(engine.compute)
     first = hold(engine, running)

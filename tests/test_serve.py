@@ -10,9 +10,10 @@ import pytest
 import torch
 import tritonclient.grpc
 import tritonclient.http
-from conftest import Triton
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
+
+from conftest import Triton
 
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 TEXTS = ["The cat sat.", "hello world", "a", "Where is the dog? " * 5, "0.5 - 0.25!"]

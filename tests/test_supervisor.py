@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import requests
+
 from conftest import Stack
 
 

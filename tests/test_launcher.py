@@ -1,0 +1,392 @@
+"""The `tritonserver` command: safe defaults, a clear word before a hang, and a clean-up that only touches the dead.
+
+Stubs and servers here are bash under their names, regions lie in a directory of our own in /dev/shm. Other people's
+servers run on machines like this one: no signal of these tests ever reaches a process that they did not start.
+"""
+
+import contextlib
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path, PosixPath
+from typing import Any
+
+import psutil
+import pytest
+
+from triton_embed.python_backend import launcher
+
+SAFE = [
+    "--http-address=127.0.0.1",
+    "--grpc-address=127.0.0.1",
+    "--metrics-address=127.0.0.1",
+    "--disable-auto-complete-config",
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ([], SAFE),
+        (["--model-repository", "m"], SAFE),
+        (["--http-address=0.0.0.0"], SAFE[1:]),
+        (["--http-address", "0.0.0.0"], SAFE[1:]),
+        (["--disable-auto-complete-config"], SAFE[:3]),
+        (["--metrics-address=::1", "--grpc-address", "10.0.0.1"], [SAFE[0], SAFE[3]]),
+        (["--http-address-extra=1", "--http-port=1"], SAFE),
+    ],
+    ids=" ".join,
+)
+def test_defaults_are_safe_and_the_callers_own_word_wins(given: list[str], added: list[str]) -> None:
+    assert launcher.with_defaults(given) == given + added
+
+
+class Replaced(Exception):  # noqa: N818 - what execve does to this process
+    pass
+
+
+@pytest.fixture
+def execve(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `main` became: [cleaned up first, binary, arguments, environment]."""
+    became: list[Any] = []
+
+    def replace(*what: Any) -> None:
+        became.extend(what)
+        raise Replaced
+
+    monkeypatch.setattr(launcher.os, "execve", replace)
+    monkeypatch.setattr(launcher, "clean_up_after_the_dead", lambda: became.append("cleaned"))
+    monkeypatch.setattr(launcher, "OFFICIAL", Path("/nonexistent/tritonserver"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return became
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["tritonserver", *arguments])
+    with pytest.raises(Replaced):
+        launcher.main()
+
+
+def test_it_becomes_the_wheels_server_with_this_pythons_backend(
+    execve: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/their/libraries")
+    run_main(monkeypatch, "--model-repository=m")
+    cleaned, binary, arguments, environment = execve
+    assert cleaned == "cleaned"
+    assert os.access(binary, os.X_OK)
+    assert arguments[:2] == ["tritonserver", "--model-repository=m"]
+    assert set(SAFE) < set(arguments)
+    (backends,) = [Path(word.partition("=")[2]) for word in arguments if word.startswith("--backend-directory=")]
+    assert (backends / "python" / "libtriton_python.so").is_file()
+    stub = (backends / "python" / launcher.STUB).resolve()
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in stub.parts
+    assert os.access(stub, os.X_OK)
+    assert environment["PATH"].split(":")[0] == str(Path(sys.prefix) / "bin")
+    assert environment["LD_LIBRARY_PATH"].split(":") == [sysconfig.get_config_var("LIBDIR"), "/their/libraries"]
+    assert "pytriton" not in sys.modules
+
+
+def test_a_backend_directory_of_the_callers_own(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_main(monkeypatch, "--backend-directory", "/theirs")
+    assert [word for word in execve[2] if word.startswith("--backend-directory")] == ["--backend-directory"]
+
+
+def test_the_official_server_runs_as_it_is(execve: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    official = tmp_path / "tritonserver"
+    official.touch()
+    monkeypatch.setattr(launcher, "OFFICIAL", official)
+    run_main(monkeypatch)
+    assert execve[1:] == [official, ["tritonserver", *SAFE], dict(os.environ)]
+
+
+def test_it_refuses_to_serve_with_interpreted_kernels(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET=1"):
+        launcher.main()
+    assert execve == []
+
+
+def test_no_server_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="nvidia-pytriton package is installed"):
+        launcher.wheel_directory()
+
+
+WITHOUT_LIBPYTHON = """
+import ctypes, os, sys, sysconfig
+known = sysconfig.get_config_var
+sysconfig.get_config_var = lambda name: "/nowhere" if name == "LIBDIR" else known(name)
+def missing(*_):
+    raise OSError("cannot open shared object file")
+ctypes.CDLL = missing
+os.execve = lambda *_: sys.exit("started all the same")
+from triton_embed.python_backend import launcher
+launcher.OFFICIAL = launcher.Path("/nonexistent")
+launcher.clean_up_after_the_dead = lambda: sys.exit("cleaned up first")
+launcher.main()
+"""
+
+
+def test_without_libpython_it_says_so_instead_of_hanging() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBPYTHON], capture_output=True, text=True, timeout=60, check=False
+    )
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"tritonserver: libpython{version}.so.1.0 is missing from /nowhere")
+    assert f"apt-get install libpython{version}" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The parts of nvidia-pytriton that matter, for four Pythons; this environment is `prefix`."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    names = ["backends/python/libtriton_python.so", "backends/python/triton_python_backend_utils.py"]
+    names += [f"python_backend_stubs/3.{minor}/{launcher.STUB}" for minor in (10, 11, 12, 13)]
+    for name in names:
+        (tmp_path / "wheel" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "wheel" / name).write_text(name)
+    return tmp_path / "wheel"
+
+
+def links(directory: Path) -> dict[str, tuple[str, int]]:
+    """Each link's target's content, and the link's own identity."""
+    return {path.name: (path.read_text(), path.lstat().st_ino) for path in (directory / "python").iterdir()}
+
+
+def test_the_backend_directory_links_this_pythons_stub(wheel: Path) -> None:
+    directory = launcher.backend_directory(wheel)
+    assert directory.is_relative_to(wheel.parent / "prefix")
+    assert {name: text for name, (text, _) in links(directory).items()} == {
+        "libtriton_python.so": "backends/python/libtriton_python.so",
+        "triton_python_backend_utils.py": "backends/python/triton_python_backend_utils.py",
+        launcher.STUB: f"python_backend_stubs/3.{sys.version_info.minor}/{launcher.STUB}",
+    }
+    assert all(path.is_symlink() for path in (directory / "python").iterdir())
+
+
+def test_links_that_are_right_stay_and_wrong_ones_are_replaced(wheel: Path) -> None:
+    before = links(directory := launcher.backend_directory(wheel))
+    assert links(launcher.backend_directory(wheel)) == before
+    utils, stub = directory / "python" / "triton_python_backend_utils.py", directory / "python" / launcher.STUB
+    utils.unlink()
+    utils.symlink_to("/of/an/older/wheel")
+    stub.unlink()
+    stub.write_text("a copy")
+    after = links(launcher.backend_directory(wheel))
+    assert {name: text for name, (text, _) in after.items()} == {name: text for name, (text, _) in before.items()}
+    assert stub.is_symlink()
+    assert after["libtriton_python.so"] == before["libtriton_python.so"]
+
+
+class Processes:
+    """Starts bash under other names; only what it started can be killed while a test runs."""
+
+    def __init__(self, directory: Path) -> None:
+        self._script = directory / "model.py"
+        self._script.write_text("echo started; read -t 60\n")
+        self._directory = directory
+        self.mine: dict[int, subprocess.Popen[bytes]] = {}
+        self.spared: list[int] = []  # pids of others that the clean-up wanted to kill
+        self.kill = os.kill
+
+    def start(self, name: str, *arguments: object, code: str = "") -> subprocess.Popen[bytes]:
+        """A process whose first word is `name`; `code` is Python instead of waiting in bash."""
+        script = self._script
+        if code:
+            script = self._directory / f"code{len(self.mine)}.py"
+            script.write_text(f"{code}\nprint('started', flush=True)\ninput()\n")
+        process = subprocess.Popen(
+            [f"/somewhere/{name}", str(script), *map(str, arguments)],
+            executable=sys.executable if code else "/bin/bash",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self.mine[process.pid] = process
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"started\n"
+        return process
+
+    def stub(self, server: object, region: str = "region", code: str = "") -> subprocess.Popen[bytes]:
+        """The argument order of Triton 2.51 and later: model, region, its size, its growth, server, ..."""
+        return self.start(
+            launcher.STUB, region, 1048576, 1048576, server, "/backends/python", 336, "minilm_0_0", "DEFAULT", code=code
+        )
+
+    def guarded_kill(self, pid: int, number: int) -> None:
+        if pid in self.mine:
+            self.kill(pid, number)
+        else:
+            self.spared.append(pid)
+
+    def stop(self) -> None:
+        for process in self.mine.values():
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
+    made = Processes(tmp_path)
+    monkeypatch.setattr(os, "kill", made.guarded_kill)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory in /dev/shm that stands in for it: regions of others are out of reach."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        monkeypatch.setattr(launcher, "SHARED_MEMORY", Path(directory))
+        yield Path(directory)
+
+
+def region(directory: Path, name: str) -> Path:
+    path = directory / f"{launcher.REGION}{name}"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+@contextlib.contextmanager
+def mapped(path: Path) -> Iterator[None]:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+        yield
+
+
+def ended() -> int:
+    """The pid of a process that is gone."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.usefixtures("shared_memory")
+def test_only_stubs_of_a_dead_server_are_killed(processes: Processes) -> None:
+    server = processes.start("tritonserver", "--model-repository=m")
+    unreaped = processes.start("tritonserver")
+    processes.kill(unreaped.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    orphans = [
+        processes.stub(ended()),
+        processes.stub(os.getpid()),  # the server's number belongs to another program by now
+        processes.stub(unreaped.pid),
+    ]
+    alive = [
+        server,
+        processes.stub(server.pid),
+        processes.stub("not-a-pid"),
+        processes.start(launcher.STUB, "too", "few"),
+        processes.start("debugger", launcher.STUB, "r", 1, 1, ended()),
+        processes.start(f"{launcher.STUB}_wrapper", "region", 1, 1, ended()),
+    ]
+    launcher.clean_up_after_the_dead()
+    assert [orphan.wait(10) for orphan in orphans] == [-signal.SIGKILL] * 3
+    assert [process.poll() for process in alive] == [None] * len(alive)
+
+
+@pytest.mark.usefixtures("shared_memory")
+def test_other_peoples_live_servers_are_left_alone(processes: Processes) -> None:
+    """Whatever real tritonserver runs on this machine now, beside one of ours."""
+    ours = processes.stub(processes.start("tritonserver").pid)
+    servers = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "tritonserver"]
+    stubs = {child.pid for server in servers for child in server.children()}
+    launcher.clean_up_after_the_dead()
+    assert not stubs & set(processes.spared)
+    assert not {server.pid for server in servers} & set(processes.spared)
+    assert ours.poll() is None
+
+
+def test_only_regions_that_nobody_has_mapped_are_removed(processes: Processes, shared_memory: Path) -> None:
+    stale, held_here, held_there = (region(shared_memory, name) for name in ("stale-1", "here-2", "there-3"))
+    foreign = shared_memory / "somebody_elses_region"
+    foreign.touch()
+    server = processes.start("tritonserver")
+    processes.stub(server.pid, held_there.name, code=MAP.format(path=held_there, size=4096))
+    with mapped(held_here):
+        launcher.clean_up_after_the_dead()
+    assert not stale.exists()
+    assert {path.name for path in shared_memory.iterdir()} == {held_here.name, held_there.name, foreign.name}
+
+
+MAP = """
+import mmap
+with open({path!r}, "r+b") as file:
+    region = mmap.mmap(file.fileno(), {size})
+region.write(b"x" * {size})
+""".replace("{path!r}", "'{path}'")
+
+
+def test_a_region_dies_with_the_orphan_that_held_it(processes: Processes, shared_memory: Path) -> None:
+    held = region(shared_memory, "orphan")
+    processes.stub(ended(), held.name, code=MAP.format(path=held, size=4096))
+    launcher.clean_up_after_the_dead()
+    assert not held.exists()
+
+
+def test_the_region_of_a_server_that_starts_meanwhile_stays(
+    shared_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made and mapped at the worst moment: just before the regions are listed."""
+    with contextlib.ExitStack() as stack:
+        fresh: list[Path] = []
+
+        class Starting(PosixPath):
+            def glob(self, pattern: str) -> Any:
+                fresh.append(region(shared_memory, f"fresh-{len(fresh)}"))
+                stack.enter_context(mapped(fresh[-1]))
+                return super().glob(pattern)
+
+        monkeypatch.setattr(launcher, "SHARED_MEMORY", Starting(shared_memory))
+        launcher.clean_up_after_the_dead()
+        assert fresh
+        assert all(path.exists() for path in fresh)
+
+
+def no_such_user(_: int) -> None:
+    raise KeyError("getpwuid(): uid not found")
+
+
+def test_a_user_without_a_name_can_clean_up(shared_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`docker run --user 12345`: there is no such line in /etc/passwd."""
+    stale = region(shared_memory, "stale")
+    monkeypatch.setattr("pwd.getpwuid", no_such_user)
+    launcher.clean_up_after_the_dead()
+    assert not stale.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("user", [65534, 54321], ids=["nobody", "a user without a name"])
+def test_regions_of_another_user_stay(user: int, shared_memory: Path) -> None:
+    theirs = region(shared_memory, "theirs")
+    os.chown(theirs, user, user)
+    launcher.clean_up_after_the_dead()
+    assert theirs.exists()
+
+
+def test_two_servers_may_clean_up_at_once(shared_memory: Path) -> None:
+    for i in range(1500):
+        (shared_memory / f"{launcher.REGION}{i}").touch()
+    errors: list[BaseException] = []
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(launcher.clean_up_after_the_dead,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert list(shared_memory.iterdir()) == []
