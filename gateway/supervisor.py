@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SHORTEST_PAUSE, LONGEST_PAUSE, STEADY_SECONDS = 0.5, 30.0, 30.0
 DRAIN_SECONDS = 4  # for HTTP requests; with tritonserver's own this is under the ten seconds promised
 ANNOUNCE_SECONDS = 0.1
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, or they meet it closed
 
 
 class ServeError(RuntimeError):
@@ -57,6 +58,7 @@ class Supervisor:
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         server = _Gateway(config)
         serving = asyncio.create_task(server.serve())

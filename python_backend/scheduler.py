@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol
 
@@ -47,9 +48,14 @@ class Job:
 
 
 class Scheduler:
-    """Owns the engine thread; `close` lets everything admitted be computed first."""
+    """Runs on the engine, an executor of one thread; `close` lets everything admitted be computed first.
 
-    def __init__(self, compute: Compute, batch_tokens: int, delivery: Delivery) -> None:
+    The engine is given, because torch should be used on no other thread: each thread that runs it gets a pool of
+    OpenMP workers of its own, and with more workers than cores they stop spinning and sleep between operations
+    (a short query then takes about half as long again).
+    """
+
+    def __init__(self, compute: Compute, batch_tokens: int, delivery: Delivery, engine: Executor) -> None:
         self._compute = compute
         self._delivery = delivery
         self._budget = batch_tokens
@@ -57,8 +63,7 @@ class Scheduler:
         self._admitted = 0
         self._closing = False
         self._change = threading.Condition()
-        self._engine = threading.Thread(target=self._run_engine, name="engine", daemon=True)
-        self._engine.start()
+        self._running = engine.submit(self._run_engine)
 
     def submit(self, job: Job) -> None:
         """Admit a job; blocks while twice the token budget is admitted already."""
@@ -73,7 +78,7 @@ class Scheduler:
         with self._change:
             self._closing = True
             self._change.notify_all()
-        self._engine.join()
+        self._running.result()
 
     def _run_engine(self) -> None:
         while rows := self._take():

@@ -8,6 +8,7 @@ Everything else is a request parameter. Every request ends in exactly one respon
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,9 +52,10 @@ class EmbeddingServer:
         from triton_embed.python_backend.embedder import Embedder
         from triton_embed.python_backend.scheduler import Scheduler
 
-        self._embedder = Embedder(self.spec, directory, serving)
+        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._embedder = self._engine.submit(Embedder, self.spec, directory, serving).result()
         self._model = self._embedder.model
-        self._scheduler = Scheduler(self._embedder.embed, serving.batch_tokens, self._delivery)
+        self._scheduler = Scheduler(self._embedder.embed, serving.batch_tokens, self._delivery, self._engine)
         self._info = json.dumps(self._describe()).encode()
         logging.info(
             "%s: serving %s in %s on %s, kernels %s, %d tokens a forward pass",
@@ -80,6 +82,7 @@ class EmbeddingServer:
         """Drain: everything admitted is answered."""
         if self._unavailable is None:
             self._scheduler.close()
+            self._engine.shutdown()
         self._delivery.close()
 
     def _guard(self, readings: Sequence["_Reading"], step: Callable[["_Reading"], None]) -> None:

@@ -69,6 +69,12 @@ def test_only_a_family_with_a_checkpoint_pays_for_torch(plain: Triton) -> None:
     assert torch_loaded == {name: name == "minilm" for name in FAMILIES}
 
 
+def test_idle_workers_of_torch_do_not_spin_for_long(plain: Triton) -> None:
+    stubs = [child for child in psutil.Process(plain.process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    assert stubs
+    assert all(int(stub.environ()["GOMP_SPINCOUNT"]) <= 30_000 for stub in stubs)
+
+
 def test_nothing_listens_beyond_this_machine(plain: Triton) -> None:
     listening = {
         connection.laddr.ip.removeprefix("::ffff:")

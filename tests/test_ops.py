@@ -351,7 +351,9 @@ def test_not_a_number_stays_inside_its_own_sequence(mode: str) -> None:
         qkv = ops.linear(x, weight, bias, "gelu_erf")
         q, k, v = qkv.view(len(x), 3, 2, 8).unbind(1)
         y = ops.varlen_attention(q, k, v, packed, False, None, 1.0).flatten(1)
-        return ops.segment_pool(ops.add_layer_norm(y, x, torch.ones(16), torch.zeros(16), 1e-5), packed, mode, [16] * 5)
+        return ops.segment_pool(
+            ops.add_layer_norm(y, None, torch.ones(16), torch.zeros(16), 1e-5), packed, mode, [16] * 5
+        )
 
     x = random(sum(lengths), 16)
     poisoned = x.clone()

@@ -93,7 +93,7 @@ class Running:
 
     def __init__(self, compute: Compute) -> None:
         self.delivery = Delivery()
-        self.scheduler = Scheduler(compute, BUDGET, self.delivery)
+        self.scheduler = Scheduler(compute, BUDGET, self.delivery, ThreadPoolExecutor(1))
         self.submit = self.scheduler.submit
 
     def close(self) -> None:
