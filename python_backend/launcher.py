@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,16 +110,22 @@ def clean_up_after_the_dead() -> None:
     """Kill stubs whose server is gone, then remove shared memory that no process has open."""
     for process in Path("/proc").glob("[0-9]*"):
         if (server := _server_of(process)) and not _is_server(server):
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(process.name), signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
+                _wait_for_end(process)
     regions = list(SHARED_MEMORY.glob(f"{REGION}*"))  # before asking who holds them: one may be being made
     held = _regions_in_use()
     for region in regions:
         with contextlib.suppress(FileNotFoundError):  # another server may be cleaning up too
             if region.name not in held and region.stat().st_uid == os.getuid():
                 region.unlink()
+
+
+def _wait_for_end(process: Path, seconds: float = 2.0) -> None:
+    """A killed process holds its memory for a moment longer."""
+    deadline = time.monotonic() + seconds
+    while _command(process) and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _server_of(process: Path) -> int | None:
@@ -136,10 +143,12 @@ def _is_server(pid: int) -> bool:
 
 
 def _command(process: Path) -> list[str]:
+    """The words of a process's command line; none for one that has ended."""
     try:
-        return (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+        line = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0")
     except OSError:
         return []
+    return line.split("\0") if line else []
 
 
 def _regions_in_use() -> set[str]:

@@ -248,6 +248,7 @@ def test_matryoshka_sizes(
 
 
 CONFIG, POOLING, MODULES = "config.json", "1_Pooling/config.json", "modules.json"
+SENTENCE, PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
 NO_POOLING = dict.fromkeys(["pooling_mode", "include_prompt"])
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {
     # name: file, its changed keys, the operator's word, words the error must have beside the file's name
@@ -273,6 +274,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {
             "layer_norm_eps",
         )
     },
+    "an activation that is a list": (CONFIG, {"hidden_act": ["gelu"]}, {}, ["hidden_act"]),
+    "an epsilon that is text": (CONFIG, {"layer_norm_eps": "1e-12"}, {}, ["layer_norm_eps", "1e-12"]),
+    "an epsilon below 0": (CONFIG, {"layer_norm_eps": -1e-12}, {}, ["layer_norm_eps"]),
+    "a text limit that is text": (SENTENCE, {"max_seq_length": "256"}, {}, ["max_seq_length", "256"]),
+    "a text limit below 1": (SENTENCE, {"max_seq_length": -1}, {}, ["max_seq_length", "-1"]),
+    "prompts that are a list": (PROMPTS, {"prompts": ["query: "]}, {}, ["prompts"]),
+    "matryoshka sizes that are one": (CONFIG, {"matryoshka_dimensions": 20}, {}, ["matryoshka_dimensions", "20"]),
+    "matryoshka sizes of text": (CONFIG, {"matryoshka_dimensions": ["20"]}, {}, ["matryoshka_dimensions", "20"]),
+    "a pooling that is a number": (POOLING, {"pooling_mode": 1}, {}, ["pooling"]),
     "matryoshka too large": (CONFIG, {"matryoshka_dimensions": [20, 61]}, {}, ["[20, 61]", "60"]),
     "matryoshka of nothing": (CONFIG, {"matryoshka_dimensions": [0]}, {}, ["[0]", "60"]),
     "pooling contradiction": (POOLING, {}, {"pooling": "mean"}, ["'cls'", "'mean'", "tiny/config.pbtxt"]),
@@ -343,6 +353,13 @@ def test_a_module_that_is_not_implemented(module: str, checkpoint: Path) -> None
 def test_a_file_that_is_no_json_object(name: str, text: str, checkpoint: Path) -> None:
     (checkpoint / name).write_text(text)
     with pytest.raises(ConfigError, match=name):
+        ModelConfig.from_checkpoint(checkpoint, serving())
+
+
+@pytest.mark.parametrize("module", ["Transformer", {}, {"type": 3}, None])
+def test_a_list_of_modules_that_are_none(module: object, checkpoint: Path) -> None:
+    (checkpoint / MODULES).write_text(json.dumps([module]))
+    with pytest.raises(ConfigError, match=r"modules\.json"):
         ModelConfig.from_checkpoint(checkpoint, serving())
 
 

@@ -93,6 +93,12 @@ def test_it_becomes_the_wheels_server_with_this_pythons_backend(
     assert "pytriton" not in sys.modules
 
 
+def test_idle_workers_of_torch_are_told_to_sleep_soon(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    run_main(monkeypatch)
+    assert 0 < int(execve[3]["GOMP_SPINCOUNT"]) < 1_000_000
+
+
 def test_a_backend_directory_of_the_callers_own(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     run_main(monkeypatch, "--backend-directory", "/theirs")
     assert [word for word in execve[2] if word.startswith("--backend-directory")] == ["--backend-directory"]

@@ -5,8 +5,9 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from random import Random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,12 +89,28 @@ class Engine:
         return [int(ids[0]) for batch in self.batches for ids in batch]
 
 
+class DaemonExecutor(Executor):
+    """One thread that an engine in an endless loop cannot keep pytest alive with."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="engine", daemon=True).start()
+        return future
+
+
 class Running:
     """A scheduler and its delivery thread; `close` as `finalize` does it."""
 
     def __init__(self, compute: Compute) -> None:
         self.delivery = Delivery()
-        self.scheduler = Scheduler(compute, BUDGET, self.delivery, ThreadPoolExecutor(1))
+        self.scheduler = Scheduler(compute, BUDGET, self.delivery, DaemonExecutor())
         self.submit = self.scheduler.submit
 
     def close(self) -> None:

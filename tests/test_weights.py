@@ -75,6 +75,14 @@ def test_every_value_arrives_in_the_dtype_asked_for(
         assert (value.dtype, value.requires_grad) == (wanted, False)
 
 
+def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
+    """Whichever came last would win."""
+    written = tensors()
+    save_file({**written, "bert.block.norm.bias": torch.ones(6)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors.*block\.norm\.bias"):
+        load(tmp_path)
+
+
 def shard(directory: Path, written: Mapping[str, Tensor]) -> None:
     """Two files and their index, every other tensor in each."""
     names = list(written)
