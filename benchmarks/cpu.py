@@ -8,6 +8,7 @@ round to round; a figure is the median of the rounds. Cosines to sentence-transf
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -17,10 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 
 from benchmarks import record, report, workloads
-from benchmarks.processes import free_port, leave_on_signal, memory, our_stack, running, wait_for
+from benchmarks.processes import cpu_seconds_elsewhere, free_port, leave_on_signal, memory, our_stack, running, wait_for
 from benchmarks.report import BASELINE, MANY, Cell, Place, Row
 from benchmarks.worker import Vectors, Worker, worker
 
@@ -124,13 +124,13 @@ def weigh(engines: list[Engine]) -> list[Row]:
 
 
 def measure(engines: list[Engine], plan: Plan) -> tuple[report.Rounds, list[float]]:
-    """The rounds, and how busy the cores were with something else before each, in percent."""
+    """The rounds, and the share of all cores that something else took during each, in percent."""
     begin = time.monotonic()
     rounds: report.Rounds = defaultdict(list)
-    busy = []
+    elsewhere = []
     cells = dict.fromkeys(cell for engine in engines for cell in plan.cells(engine.place))
     for turn in range(plan.rounds):
-        busy.append(psutil.cpu_percent(interval=1))
+        wall, cpu = time.monotonic(), cpu_seconds_elsewhere()
         order = engines[turn % len(engines) :] + engines[: turn % len(engines)]
         for cell, engine in itertools.product(cells, order):
             if cell in plan.cells(engine.place):
@@ -138,7 +138,9 @@ def measure(engines: list[Engine], plan: Plan) -> tuple[report.Rounds, list[floa
                 rounds[engine.place, cell].append(result)
                 passed = f"{time.monotonic() - begin:5.0f} s  round {turn + 1}/{plan.rounds}"
                 print(passed, line(engine.place, cell, result), flush=True)
-    return rounds, busy
+        wall, cpu = time.monotonic() - wall, cpu_seconds_elsewhere() - cpu
+        elsewhere.append(round(100 * cpu / wall / len(os.sched_getaffinity(0)), 1))
+    return rounds, elsewhere
 
 
 def line(place: Place, cell: Cell, result: dict[str, Any]) -> str:
@@ -189,17 +191,18 @@ def main() -> None:
         for engine in engines:  # once unmeasured: the first calls of a size cost more
             for workload in plan.workloads:
                 engine.measure(Cell(workload, 32, 1), plan.seconds / 4, 0)
-        rounds, busy = measure(engines, plan)
+        rounds, elsewhere = measure(engines, plan)
         rows = report.rows(rounds) + rows
         print("memory: peak resident MB of each process (proportional share now)")
         rows += weigh(engines)
     print(f"\nsentences/s: in-process {MANY} texts a call; served 32 texts a request, 8 requests in flight")
     print(f"{report.table(rows)}\n")
     print("\n".join(report.expectations(rows)))
-    if max(busy) > 10:
-        print(f"judge with care: before the rounds the cores were busy with something else, {busy} %")
+    if max(elsewhere) > 5:
+        print(f"judge with care: something else took {elsewhere} % of the cores in the rounds")
     texts = {"per_workload": plan.texts, "digest": workloads.digest(pools)}
-    about = {"texts": texts, "rounds": plan.rounds, "seconds_a_cell": plan.seconds, "busy_percent": busy}
+    about = {"texts": texts, "rounds": plan.rounds, "seconds_a_cell": plan.seconds}
+    about["cpu_percent_elsewhere"] = elsewhere
     record.write(options.out, result | about | {"rows": rows})
     if options.plots:
         from benchmarks.plots import draw

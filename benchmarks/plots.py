@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import MANY, Cell, Place, Row, find
+from benchmarks.report import MANY, Cell, Place, Row, amount, find
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,7 +34,7 @@ def throughput(result: dict[str, Any]) -> Figure:
         if shown := {x: row for x, row in rows.items() if row["ratio_to_st_fp32"]}:
             heights = [row["ratio_to_st_fp32"] for row in shown.values()]
             bars = axes.bar(list(shown), heights, WIDTH * 0.9, label=", ".join(place), color=colour)
-            axes.bar_label(bars, [f"{row['median']:.3g}" for row in shown.values()], fontsize=7, padding=2)
+            axes.bar_label(bars, [amount(row["median"]) for row in shown.values()], fontsize=7, padding=2)
     axes.axhline(1, color="#555", lw=0.6)
     title = f"Throughput: {MANY} texts a call in-process, 32 a request and 8 in flight served"
     axes.set(title=title, ylabel="times sentence-transformers fp32 (labels: sentences/s)")
@@ -51,7 +51,7 @@ def latency(result: dict[str, Any]) -> Figure:
         middle, high = (_rows(result, place, metric, cells) for metric in ("p50_ms", "p99_ms"))
         for x, row in middle.items():
             axes.plot([x, x], [row["median"], high[x]["median"]], color=colour, lw=1.5)
-            axes.annotate(f"{row['median']:.3g}", (x + 0.03, row["median"]), size=7, va="top")
+            axes.annotate(amount(row["median"]), (x + 0.03, row["median"]), size=7, va="top")
         if middle:
             dots = [row["median"] for row in middle.values()]
             axes.plot(list(middle), dots, "o", label=", ".join(place), color=colour)

@@ -1,5 +1,6 @@
 """Processes of a benchmark: started, weighed, and gone when the benchmark is, Ctrl-C included."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -93,6 +94,18 @@ def memory(pid: int) -> dict[str, dict[str, float]]:
             name = f"{name} #{process.pid}" if name in weights else name
             weights[name] = {"peak_rss": peak / 1024, "rss": now.rss / 2**20, "pss": now.pss / 2**20}
     return weights
+
+
+def cpu_seconds_elsewhere() -> float:
+    """CPU time spent so far on this machine by all but this process and its descendants, stolen time included."""
+    times = psutil.cpu_times()
+    everyone = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+    ours = 0.0
+    for process in tree(os.getpid()):
+        with suppress(psutil.NoSuchProcess):
+            spent = process.cpu_times()
+            ours += spent.user + spent.system
+    return float(everyone - ours)
 
 
 def wait_for(url: str, process: subprocess.Popen[str], log: Path, seconds: float = 180) -> float:

@@ -87,8 +87,12 @@ def _figure(r: Row | None) -> str:
     if r is None:
         return "–"
     ratio = r["ratio_to_st_fp32"]
-    value = f"{r['median']:,.0f}" if r["median"] >= 100 else f"{r['median']:.3g}"
-    return value if ratio is None else f"{value} ({ratio:.2f}×)"
+    return amount(r["median"]) + ("" if ratio is None else f" ({ratio:.2f}×)")
+
+
+def amount(value: float) -> str:
+    """Three figures, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def expectations(rows: list[Row]) -> list[str]:

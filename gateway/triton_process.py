@@ -106,14 +106,17 @@ class TritonProcess:
     async def end(self) -> str:
         """Wait until it, or the stub of a loaded model, ends; returns a sentence on what happened."""
         relay = asyncio.create_task(self._relay())
+        ended = asyncio.create_task(self._process.wait())
         try:
-            while not relay.done():
-                if (model := self._dead_model()) is not None:
+            # Not until its log ends: stubs that outlive it hold that open.
+            while (code := self._process.returncode) is None:
+                if (model := self._dead_model()) is not None and self._process.returncode is None:
                     return f"the process of model {model} died"
-                await asyncio.wait([relay], timeout=POLL_SECONDS)
-            return f"tritonserver ended with code {await self._process.wait()}"
+                await asyncio.wait([relay, ended], timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            return f"tritonserver ended with code {code}"
         finally:
             relay.cancel()
+            ended.cancel()
 
     async def stop(self) -> None:
         """End it within STOP_SECONDS, drained if it can be; no process and no shared memory stays."""

@@ -5,7 +5,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from random import Random
 from typing import Any
 
@@ -20,6 +20,7 @@ from triton_embed.python_backend.tokenizer import Ids
 BUDGET = 10
 POISON = 666
 PATIENCE = 5.0  # seconds: how long a test waits before it calls a job forgotten
+pytestmark = pytest.mark.timeout(60)
 Vectors = npt.NDArray[np.float32]
 
 
@@ -134,6 +135,25 @@ def running(engine: Engine) -> Iterator[Running]:
     made.close()
 
 
+def submitting(running: Running, jobs: Sequence[Job], threads: int) -> list[threading.Thread]:
+    """Threads that submit these jobs between them; `finish` waits for them."""
+
+    def submit(share: Sequence[Job]) -> None:
+        for one in share:
+            running.submit(one)
+
+    started = [threading.Thread(target=submit, args=(jobs[i::threads],), daemon=True) for i in range(threads)]
+    for thread in started:
+        thread.start()
+    return started
+
+
+def finish(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "submit hangs"
+
+
 def hold(engine: Engine, running: Running) -> Caller:
     """Occupy the engine with one small job, so that what follows is still in the queue."""
     engine.gate.clear()
@@ -150,8 +170,7 @@ def test_every_one_of_many_jobs_gets_its_own_rows_in_order(engine: Engine, runni
         job(caller, *(random.randint(1, 14) for _ in range(random.choice([1, 1, 2, 9]))), first=100 * i, dims=1 + i % 3)
         for i, caller in enumerate(callers)
     ]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(running.submit, jobs))
+    finish(submitting(running, jobs, threads=4))
     for asked, caller in zip(jobs, callers, strict=True):
         found = caller.outcome()
         assert isinstance(found, np.ndarray)
@@ -166,10 +185,10 @@ def test_every_one_of_many_jobs_gets_its_own_rows_in_order(engine: Engine, runni
 def test_a_batch_stays_within_the_budget_and_runs_from_short_to_long(engine: Engine, running: Running) -> None:
     random, callers = Random(1), [Caller() for _ in range(60)]
     hold(engine, running)
-    with ThreadPoolExecutor(1) as pool:
-        for caller in callers:
-            pool.submit(running.submit, job(caller, *(random.randint(1, 14) for _ in range(3))))
-        engine.gate.set()
+    jobs = [job(caller, *(random.randint(1, 14) for _ in range(3))) for caller in callers]
+    threads = submitting(running, jobs, threads=1)
+    engine.gate.set()
+    finish(threads)
     for caller in callers:
         caller.outcome()
     lengths = [[len(ids) for ids in batch] for batch in engine.batches]
@@ -317,10 +336,7 @@ def test_admission_is_given_back_whatever_became_of_the_jobs(engine: Engine, run
     for i in range(30):
         callers = [Caller(), Caller(cancelled=True), Caller()]
         for caller, first in zip(callers, (POISON, 0, i), strict=True):
-            submitting = threading.Thread(target=running.submit, args=(job(caller, 7, 7, first=first),), daemon=True)
-            submitting.start()
-            submitting.join(PATIENCE)
-            assert not submitting.is_alive(), "submit hangs"
+            finish(submitting(running, [job(caller, 7, 7, first=first)], threads=1))
         for caller in callers:
             caller.outcome()
 
