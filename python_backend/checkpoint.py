@@ -36,7 +36,7 @@ def weight_files(directory: Path) -> list[Path]:
         raise ConfigError(f"{directory} holds no *.safetensors file")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, dict).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ConfigError(f"{index} has no weight_map")
         named = {directory / name for name in weight_map.values()}

@@ -140,107 +140,135 @@ class ModelConfig:
     @classmethod
     def from_checkpoint(cls, directory: Path, serving: ServingConfig) -> "ModelConfig":
         """Read config.json and sentence-transformers' files beside it. ConfigError: file, key and both values."""
-        config = read_json(directory / "config.json", required=True)
-        file = f"{directory / 'config.json'}"
-        model_type = config.get("model_type")
+        config = JsonFile(directory / "config.json", required=True)
+        model_type = config.need("model_type", str)
         if model_type not in serving.model_types:
-            raise ConfigError(
-                f"{file}: model_type is '{model_type}', {serving.name}/config.pbtxt serves "
-                f"{', '.join(serving.model_types) or 'none'}"
+            raise config.refuse(
+                "model_type", f"{serving.name}/config.pbtxt serves {', '.join(serving.model_types) or 'none'}"
             )
-
-        def need(key: str) -> Any:
-            if key not in config:
-                raise ConfigError(f"{file}: '{key}' is missing")
-            return config[key]
-
-        def size(key: str) -> int:
-            if type(value := need(key)) is not int or value < 1:
-                raise ConfigError(f"{file}: {key} is {value!r}, not a whole number above 0")
-            return value
-
-        if (kind := config.get("position_embedding_type", "absolute")) != "absolute":
-            raise ConfigError(f"{file}: position_embedding_type is '{kind}', only 'absolute' is implemented")
-        if (name := need("hidden_act")) not in _ACTIVATIONS:
-            raise ConfigError(f"{file}: hidden_act is '{name}', not one of {', '.join(_ACTIVATIONS)}")
-        if size("hidden_size") % size("num_attention_heads"):
-            raise ConfigError(
-                f"{file}: hidden_size {config['hidden_size']} is not a multiple of num_attention_heads "
-                f"{config['num_attention_heads']}"
-            )
-        sentence = read_json(directory / "sentence_bert_config.json")
-        positions = size("max_position_embeddings")
-        limits = [positions, sentence.get("max_seq_length"), serving.max_tokens]
+        if config.get("position_embedding_type", str, "absolute") != "absolute":
+            raise config.refuse("position_embedding_type", "only 'absolute' is implemented")
+        activation = config.need("hidden_act", str)
+        if activation not in _ACTIVATIONS:
+            raise config.refuse("hidden_act", f"not one of {', '.join(_ACTIVATIONS)}")
+        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+        if hidden % heads:
+            raise ConfigError(f"{config.path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        if (eps := config.need("layer_norm_eps", float)) <= 0:
+            raise config.refuse("layer_norm_eps", "not above 0")
+        sentence = JsonFile(directory / "sentence_bert_config.json")
+        positions = config.size("max_position_embeddings")
+        limits = [positions, sentence.size("max_seq_length") if sentence.has("max_seq_length") else 0]
+        prompts = JsonFile(directory / "config_sentence_transformers.json")
         return cls(
             model_type=model_type,
-            vocab_size=size("vocab_size"),
-            hidden_size=config["hidden_size"],
-            layers=size("num_hidden_layers"),
-            heads=config["num_attention_heads"],
-            intermediate_size=size("intermediate_size"),
+            vocab_size=config.size("vocab_size"),
+            hidden_size=hidden,
+            layers=config.size("num_hidden_layers"),
+            heads=heads,
+            intermediate_size=config.size("intermediate_size"),
             positions=positions,
-            token_types=size("type_vocab_size"),
-            norm_eps=need("layer_norm_eps"),
-            activation=_ACTIVATIONS[name],
+            token_types=config.size("type_vocab_size"),
+            norm_eps=eps,
+            activation=_ACTIVATIONS[activation],
             pooling=_pooling(directory, serving),
-            max_tokens=min(limit for limit in limits if limit),
-            lowercase=bool(sentence.get("do_lower_case")),
-            matryoshka=_matryoshka(config, config["hidden_size"], file, serving),
-            prompts=read_json(directory / "config_sentence_transformers.json").get("prompts") or {},
+            max_tokens=min(limit for limit in (*limits, serving.max_tokens) if limit),
+            lowercase=sentence.get("do_lower_case", bool, False),
+            matryoshka=_matryoshka(config, hidden, serving),
+            prompts=prompts.get("prompts", dict, {}),
         )
 
 
 def _pooling(directory: Path, serving: ServingConfig) -> str:
     """The pooling mode, from 1_Pooling or the operator; there is no default, for a guess gives wrong vectors."""
-    for module in read_json(directory / "modules.json", kind=list):
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind not in {"Transformer", "Pooling", "Normalize"}:
-            raise ConfigError(f"{directory / 'modules.json'}: module '{module['type']}' is not implemented")
-    file = directory / "1_Pooling" / "config.json"
-    stated = read_json(file)
-    if "pooling_mode" in stated:  # the form sentence-transformers 5 and later write
-        mode = stated["pooling_mode"]
-        chosen = [mode] if isinstance(mode, str) else list(mode)
-        chosen = [{"lasttoken": "last"}.get(name, name) for name in chosen]
+    modules = directory / "modules.json"
+    for module in read_json(modules, list):
+        name = module.get("type") if isinstance(module, dict) else module
+        if str(name).rsplit(".", 1)[-1] not in {"Transformer", "Pooling", "Normalize"} or not isinstance(module, dict):
+            raise ConfigError(f"{modules}: module {name!r} is not implemented")
+    file = JsonFile(directory / "1_Pooling" / "config.json")
+    if not file.get("include_prompt", bool, True):
+        raise file.refuse("include_prompt", "only true is implemented")
+    if file.has("pooling_mode"):  # the form sentence-transformers 5 and later write
+        mode = file.get("pooling_mode", (str, list), "")
+        chosen = [_POOLING.get(f"pooling_mode_{name}", name) for name in ([mode] if isinstance(mode, str) else mode)]
     else:
-        chosen = [
-            _POOLING.get(key, key) for key, value in stated.items() if key.startswith("pooling_mode_") and value is True
-        ]
-    if stated.get("include_prompt") is False:
-        raise ConfigError(f"{file}: include_prompt false is not implemented")
+        switches = [key for key, on in file.values.items() if key.startswith("pooling_mode_") and on is True]
+        chosen = [_POOLING.get(key, key) for key in switches]
     if not chosen and not serving.pooling:
-        raise ConfigError(f"{file} is missing: state pooling (cls, mean or last) in {serving.name}/config.pbtxt")
-    pooling = serving.pooling or (chosen[0] if len(chosen) == 1 else "+".join(chosen))
-    if chosen and chosen != [pooling]:
-        raise ConfigError(f"{file} says pooling '{'+'.join(chosen)}', {serving.name}/config.pbtxt says '{pooling}'")
+        raise ConfigError(f"{file.path} is missing: state pooling (cls, mean or last) in {serving.name}/config.pbtxt")
+    stated = "+".join(map(str, chosen))
+    pooling = serving.pooling or stated
+    if chosen and stated != pooling:
+        raise ConfigError(f"{file.path} says pooling '{stated}', {serving.name}/config.pbtxt says '{pooling}'")
     if pooling not in _POOLING.values():
-        raise ConfigError(f"{file}: pooling '{pooling}' is not implemented; cls, mean and last are")
+        raise ConfigError(f"{file.path}: pooling '{pooling}' is not implemented; cls, mean and last are")
     return pooling
 
 
-def _matryoshka(
-    config: Mapping[str, Any], hidden: int, file: str, serving: ServingConfig
-) -> Literal[True] | tuple[int, ...] | None:
+def _matryoshka(config: "JsonFile", hidden: int, serving: ServingConfig) -> Literal[True] | tuple[int, ...] | None:
     """Which output sizes the model was trained for; the operator's word wins over the checkpoint's."""
     if serving.is_matryoshka or serving.matryoshka_dimensions:
         sizes, where = serving.matryoshka_dimensions, f"{serving.name}/config.pbtxt"
     else:
-        sizes, where = tuple(config.get("matryoshka_dimensions") or ()), file
-        if not sizes and not config.get("is_matryoshka"):
+        sizes, where = tuple(config.get("matryoshka_dimensions", list, [])), str(config.path)
+        if not sizes and not config.get("is_matryoshka", bool, False):
             return None
-    if any(not 1 <= size <= hidden for size in sizes):
-        raise ConfigError(f"{where}: matryoshka_dimensions {list(sizes)} go beyond hidden_size {hidden}")
+    if any(type(size) is not int or not 1 <= size <= hidden for size in sizes):
+        raise ConfigError(f"{where}: matryoshka_dimensions {list(sizes)} are not all sizes up to hidden_size {hidden}")
     return sizes or True
 
 
-def read_json(path: Path, required: bool = False, kind: type = dict) -> Any:
-    """A JSON file of the checkpoint; an empty one of its kind where there is none.
+class JsonFile:
+    """A JSON object of a checkpoint, read key by key; empty where there is no file and none is required.
 
-    ConfigError: it is missing and required, unreadable, or not a JSON object (`kind` dict) or list.
+    ConfigError, naming file, key and value: no file, no JSON object, a missing key or a value of another kind.
+    """
+
+    def __init__(self, path: Path, required: bool = False) -> None:
+        if required and not path.is_file():
+            raise ConfigError(f"{path} is missing")
+        self.path = path
+        self.values: dict[str, Any] = read_json(path, dict)
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there with a value; null is none."""
+        return self.values.get(key) is not None
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """The value, of this kind, or the default where there is none."""
+        if not self.has(key):
+            return default
+        value = self.values[key]
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise self.refuse(key, f"not of type {' or '.join(k.__name__ for k in kinds)}")
+        return value
+
+    def need(self, key: str, kind: type) -> Any:
+        """The value, which must be there."""
+        if not self.has(key):
+            raise ConfigError(f"{self.path}: '{key}' is missing")
+        return self.get(key, kind, None)
+
+    def size(self, key: str) -> int:
+        """A whole number above 0, which must be there."""
+        value: int = self.need(key, int)
+        if value < 1:
+            raise self.refuse(key, "not above 0")
+        return value
+
+    def refuse(self, key: str, why: str) -> ConfigError:
+        """The error that names this file, the key and its value."""
+        return ConfigError(f"{self.path}: {key} is {self.values.get(key)!r}, {why}")
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """A JSON file that holds a dict or a list, as `kind` says; an empty one where there is no file.
+
+    ConfigError: it is not JSON, or holds something else.
     """
     if not path.is_file():
-        if required:
-            raise ConfigError(f"{path} is missing")
         return kind()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

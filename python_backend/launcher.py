@@ -31,7 +31,7 @@ DEFAULTS = {
 }
 # How long an idle OpenMP worker of torch spins before it sleeps. GNU's default is so long that on a busy machine
 # workers that spin keep those that work off the cores: one short query in a hundred took 355 ms instead of 10.
-SPIN_COUNT = "5000"
+SPIN_COUNT = "20000"
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ hold requests back, so that its queue limits, priorities and timeouts mean somet
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -19,6 +20,8 @@ from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.tokenizer import Ids
 
 log = logging.getLogger(__name__)
+
+CANCEL_SECONDS = 0.05
 
 Compute = Callable[[Sequence[Ids], Sequence[int]], npt.NDArray[np.float32]]
 
@@ -45,6 +48,7 @@ class Job:
         self.tokens = sum(len(row) for row in rows)
         self.waiting = deque(sorted(range(len(rows)), key=lambda i: len(rows[i])))
         self.left = len(rows)
+        self.submitted = time.monotonic()
 
 
 class Scheduler:
@@ -106,7 +110,6 @@ class Scheduler:
                 tokens = 0
                 while self._queue:
                     job = self._queue[0]
-                    # Asking costs tens of microseconds: once, before the first row is computed.
                     if len(job.waiting) == len(job.rows) and _cancelled(job):
                         self._queue.popleft()
                         self._admitted -= job.tokens
@@ -153,6 +156,9 @@ class Scheduler:
 
 
 def _cancelled(job: Job) -> bool:
+    """Whether nobody waits for it any more. Asking costs tens of microseconds: only where it may have waited long."""
+    if time.monotonic() - job.submitted < CANCEL_SECONDS:
+        return False
     try:
         return job.reply.cancelled()
     except Exception:

@@ -39,6 +39,8 @@ def load(
                 raise ConfigError(f"{path} cannot be read: {error}") from error
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 name = next((key.removeprefix(p) for p in prefixes if key.startswith(p)), key)
+                if name in tensors:
+                    raise ConfigError(f"{path}: tensors '{tensors[name][1]}' and '{key}' have one place, '{name}'")
                 tensors[name] = (handle, key, path)
 
         for name, parameter in list(network.named_parameters()):

@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,33 @@ def test_a_checkpoint_anywhere_is_served_under_the_name_asked_for(tmp_path: Path
     finally:
         server.stop()
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_full_queue_is_429_and_loses_nobody_else(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(ROOT / "model_repository" / "minilm", models / "minilm", ignore=shutil.ignore_patterns("__pyc*"))
+    config = models / "minilm" / "config.pbtxt"
+    small = re.sub(r"max_queue_size: \d+", "max_queue_size: 2", config.read_text())
+    assert small != config.read_text()
+    config.write_text(small)
+    server = Stack(tmp_path / "log", f"--model-repository={models}")
+    body = {"input": ["many words " * 100] * 24, "encoding_format": "base64"}
+
+    def ask(_: int) -> requests.Response:
+        return requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
+
+    try:
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(pool.map(ask, range(24)))
+    finally:
+        server.stop()
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+        else:
+            assert len(answer.json()["data"]) == 24
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from triton_embed.python_backend import scheduler
 from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.scheduler import Compute, Job, Scheduler
 from triton_embed.python_backend.tokenizer import Ids
@@ -120,6 +121,12 @@ class Running:
         closing.join(PATIENCE)
         assert not closing.is_alive(), "the engine does not stop"
         self.delivery.close()
+
+
+@pytest.fixture(autouse=True)
+def ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every job is asked whether it was cancelled, however short its wait."""
+    monkeypatch.setattr(scheduler, "CANCEL_SECONDS", 0)
 
 
 @pytest.fixture
@@ -424,3 +431,13 @@ def test_close_computes_everything_that_was_admitted(engine: Engine) -> None:
     # Answered already: nobody waits here.
     assert all(isinstance(outcome, np.ndarray) for caller in [first, *callers] for outcome in caller.outcomes)
     assert [len(caller.outcomes) for caller in [first, *callers]] == [1] * 7
+
+
+def test_a_job_that_did_not_wait_is_not_asked(
+    engine: Engine, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "CANCEL_SECONDS", PATIENCE)
+    caller = Caller()
+    caller.cancelled = lambda: pytest.fail("asked")  # type: ignore[method-assign]
+    running.submit(job(caller, 3))
+    assert isinstance(caller.outcome(), np.ndarray)
