@@ -18,9 +18,11 @@ import requests
 from sentence_transformers import SentenceTransformer
 
 from conftest import MINILM, ROOT, Stack, write_bert
+from test_checkpoint import Hub, hub
 from triton_embed.gateway.triton_process import SHARED_MEMORY
 
 TEXT = "Once upon a time"
+__all__ = ["hub"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,24 @@ def test_a_checkpoint_anywhere_is_served_under_the_name_asked_for(tmp_path: Path
     finally:
         server.stop()
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_an_id_is_downloaded_then_served_under_it(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_bert(tmp_path / "source")
+    files = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    monkeypatch.setattr("test_checkpoint.FILES", {**files, "pytorch_model.bin": b"a pickle", "modeling.py": b"code"})
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    server = Stack(tmp_path / "log", "--model-path=org/tiny", f"--checkpoints={tmp_path / 'checkpoints'}")
+    try:
+        answer = requests.post(f"{server.url}/v1/embeddings", json={"model": "org/tiny", "input": "a cat"}, timeout=30)
+    finally:
+        server.stop()
+    assert len(answer.json()["data"][0]["embedding"]) == 60
+    fetched = {
+        str(path.relative_to(tmp_path / "checkpoints" / "org" / "tiny")) for path in tmp_path.rglob("tiny/**/*.*")
+    }
+    assert files.keys() <= fetched
+    assert not {"pytorch_model.bin", "modeling.py"} & fetched
 
 
 def test_a_full_queue_is_429_and_loses_nobody_else(tmp_path: Path) -> None:

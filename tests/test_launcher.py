@@ -241,8 +241,9 @@ class Processes:
             process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
+    """For every test: a launcher that goes wrong must not take the servers of others with it."""
     made = Processes(tmp_path)
     monkeypatch.setattr(os, "kill", made.guarded_kill)
     yield made
