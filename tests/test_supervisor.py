@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from conftest import Stack
+from triton_embed.gateway.triton_process import SHARED_MEMORY
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,9 @@ def test_what_is_killed_under_load_comes_back(stack: Stack, name: str, seconds: 
             seen.append((began, time.monotonic() - began, answer.status_code, answer.json()))
             time.sleep(0.02)
 
+    stub = _victim(stack, "triton_python_backend_stub")
+    region = SHARED_MEMORY / stub.cmdline()[2]
+    assert region.exists()
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -56,6 +60,8 @@ def test_what_is_killed_under_load_comes_back(stack: Stack, name: str, seconds: 
     assert set(statuses) <= {200, 500, 503}
     assert any(status != 200 for status in statuses)  # it did die
     assert all("error" in body for _, _, status, body in seen if status != 200)
+    assert not region.exists()
+    assert not stub.is_running()
     assert max(took for _, took, _, _ in seen) < 10
 
 
