@@ -60,7 +60,7 @@ class Plan(NamedTuple):
         return [Cell(w, n, c) for w in self.workloads for n in (1, 32) for c in self.concurrencies]
 
 
-FULL = Plan(4, 3.0, ("short", "mixed", "long"), (1, 8, 32), 2048)
+FULL = Plan(4, 3.0, ("short", "mixed", "long"), (1, 8, 32), 1280)
 QUICK = Plan(3, 0.5, ("short", "mixed"), (1, 8), 512)
 
 

@@ -68,7 +68,7 @@ def digest(pools: dict[str, list[str]]) -> str:
 def _cutter(tokenizer: Tokenizer, paragraphs: list[str]) -> Callable[[int], str]:
     """cut(n): a text never given before, of exactly n tokens, that begins where a paragraph begins."""
     given: set[str] = set()
-    stream = itertools.chain.from_iterable(itertools.repeat(paragraphs, 100))
+    stream = itertools.chain.from_iterable(itertools.repeat(paragraphs, 5))
 
     def cut(tokens: int) -> str:
         text = ""
