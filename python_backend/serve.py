@@ -7,7 +7,7 @@ Everything else is a request parameter. Every request ends in exactly one respon
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -120,14 +120,17 @@ class EmbeddingServer:
 
     def _tokenise(self, readings: Sequence["_Reading"]) -> Callable[["_Reading"], None]:
         """Encode the texts of all requests at once, on every core; the step hands each request its own."""
-        texts = [text for reading in readings for text in reading.texts]
-        encoded = iter(self._embedder.tokenizer.encode(texts) if texts else ())
+        encoded = self._encode([text for reading in readings for text in reading.texts])
 
         def hand_out(reading: "_Reading") -> None:
             if reading.texts:
                 reading.ids = [next(encoded) for _ in reading.texts]
 
         return hand_out
+
+    def _encode(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
+        """A generator, so that what goes wrong does so inside a step, where requests are answered for it."""
+        yield from self._embedder.tokenizer.encode(texts)
 
     def _template(self, parameters: Mapping[str, Any]) -> Callable[[str], str]:
         """How instruction or prompt_name go around a text."""
