@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(if $(shell $(p
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format bench clean
+.PHONY: help install serve test check format verify vectors bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,12 @@ check: $(VENV)/.test  ## Lint, formatting and types; changes nothing
 format: $(VENV)/.test  ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+verify: $(VENV)/.test  ## Prove a model with the weights you have (MODEL=directory, id or name)
+	@$(BIN)/triton-embed verify $(MODEL) $(ARGS)
+
+vectors: $(VENV)/.test  ## Compare every family with transformers through the real server, and print the figures
+	$(BIN)/python -m pytest tests/test_vectors.py $(ARGS)
 
 bench: $(VENV)/.bench  ## Measure against sentence-transformers on this machine (ARGS='--quick')
 	$(BIN)/python -m benchmarks.cpu $(ARGS)

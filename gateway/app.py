@@ -1,7 +1,7 @@
 """The routes: what HTTP clients see. One straight line each: read, check, ask Triton, write."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,16 +14,18 @@ from starlette.responses import Response
 from triton_embed.gateway import schemas
 from triton_embed.gateway.client import TritonClient
 from triton_embed.gateway.errors import ApiError
+from triton_embed.gateway.fetch import Fetcher
 from triton_embed.gateway.front import Front, api_error, http_error, read_body
+from triton_embed.gateway.media import Media
 from triton_embed.gateway.metrics import CONTENT_TYPE, Metrics
-from triton_embed.gateway.model import check
+from triton_embed.gateway.model import ModelInfo, check
 from triton_embed.gateway.registry import Card, Registry
 from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 from triton_embed.gateway.settings import Settings
 
 router = APIRouter()
 
-PROBE = EmbeddingRequest(model=None, texts=[], ids=[[0]], single=True, param="input")
+PROBE = EmbeddingRequest(model=None, texts=["a"], ids=[], single=True, param="input")
 EMBEDDINGS_BODY = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": schemas.EMBEDDINGS_BODY}}}
 }
@@ -39,6 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
         await gateway.registry.start()
         yield
         await gateway.registry.stop()
+        await gateway.media.close()
         await gateway.client.close()
 
     app = FastAPI(title="triton-embed", lifespan=lifespan, redirect_slashes=False)
@@ -60,6 +63,11 @@ class Gateway:
             timeout=settings.request_timeout,
             repository_header=settings.triton_repository_header,
         )
+        self.media = Media(
+            Fetcher(settings.allowed_hosts) if settings.media_urls else None,
+            max_bytes=settings.max_body_bytes,
+            timeout=settings.request_timeout,
+        )
         self.registry = Registry(
             self.client, interval=settings.refresh_interval, served_name=settings.served_model_name
         )
@@ -73,19 +81,35 @@ class Gateway:
             asked = parse(body, self.settings)
             model = await self.registry.resolve(asked.model)
             check(asked, model)
+        images = await self._images(asked, model)
         with self.metrics.stage("triton"):
-            reply = await self.ask(model.name, asked)
+            reply = await self.ask(model.name, asked, images)
         self.metrics.embedded(model.name, len(reply.tokens), reply.token_count, reply.truncated)
         return asked, model.name, reply
 
-    async def ask(self, model: str, asked: EmbeddingRequest) -> Embeddings:
+    async def _images(self, asked: EmbeddingRequest, model: ModelInfo) -> Sequence[Sequence[bytes]] | None:
+        """Those of each input; None for a model that takes none."""
+        if "image" not in model.modalities:
+            return None
+        if not asked.images:
+            return [()] * len(asked.texts)
+        with self.metrics.stage("media"):
+            return await self.media.load(asked.images, asked.param)
+
+    async def ask(
+        self, model: str, asked: EmbeddingRequest, images: Sequence[Sequence[bytes]] | None = None
+    ) -> Embeddings:
         """One inference; a failure that is not the caller's makes the registry look again."""
         try:
-            return await self.client.embed(model, asked)
+            return await self.client.embed(model, asked, images)
         except ApiError as error:
             if error.status >= 500:
                 self.registry.suspect()
             raise
+
+    async def probe(self, card: Card) -> Embeddings:
+        """A text of one letter, as the model takes texts."""
+        return await self.ask(card.name, PROBE, await self._images(PROBE, card.info) if card.info else None)
 
     async def trouble(self) -> str:
         """Why nothing can be embedded now; empty when something can."""
@@ -100,7 +124,7 @@ class Gateway:
         return ""
 
 
-@router.post("/v1/embeddings", summary="Embed texts or token ids", openapi_extra=EMBEDDINGS_BODY)
+@router.post("/v1/embeddings", summary="Embed texts, images or token ids", openapi_extra=EMBEDDINGS_BODY)
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings(request: Request) -> Response:
     """OpenAI's embeddings endpoint. Inputs that had to be cut are counted in `x-truncated-inputs`."""
@@ -111,9 +135,9 @@ async def embeddings(request: Request) -> Response:
         return _json_bytes(schemas.embeddings_json(reply, name, base64=asked.base64), reply)
 
 
-@router.post("/encode", summary="Embed texts or token ids, in SGLang's form")
+@router.post("/encode", summary="Embed texts, images or token ids, in SGLang's form")
 async def encode(request: Request) -> Response:
-    """`text` or `input_ids` in; `embedding` and `meta_info` out, a list of them for a list."""
+    """`text` and `image_data` or `input_ids` in; `embedding` and `meta_info` out, a list of them for a list."""
     gateway = _gateway(request)
     asked, _, reply = await gateway.embed(request, schemas.parse_encode)
     with gateway.metrics.stage("encode"):
@@ -150,15 +174,15 @@ async def health(request: Request) -> Response:
     return _json({"status": "unavailable", "reason": trouble}, 503) if trouble else _json({"status": "healthy"})
 
 
-@router.get("/health_generate", summary="Whether every ready model really embeds: one token through each")
+@router.get("/health_generate", summary="Whether every ready model really embeds: one letter through each")
 async def health_generate(request: Request) -> Response:
     """503 as well when Triton calls a model ready that does not answer. A full queue is no failure."""
     gateway = _gateway(request)
     if trouble := await gateway.trouble():
         return _json({"status": "unavailable", "reason": trouble}, 503)
-    names = [card.name for card in gateway.registry.cards if card.info or card.broken]
-    answers = await asyncio.gather(*(gateway.ask(name, PROBE) for name in names), return_exceptions=True)
-    found = {name: _verdict(answer) for name, answer in zip(names, answers, strict=True)}
+    cards = [card for card in gateway.registry.cards if card.info or card.broken]
+    answers = await asyncio.gather(*(gateway.probe(card) for card in cards), return_exceptions=True)
+    found = {card.name: _verdict(answer) for card, answer in zip(cards, answers, strict=True)}
     healthy = all(verdict in ("ok", "busy") for verdict in found.values())
     return _json({"status": "healthy" if healthy else "unavailable", "models": found}, 200 if healthy else 503)
 

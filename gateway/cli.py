@@ -1,20 +1,29 @@
-"""`triton-embed`: serve models, fetch checkpoints. The one place where the gateway and the engine's files meet."""
+"""`triton-embed`: serve models, fetch and add checkpoints. Where the gateway and the engine's files meet."""
 
 import argparse
 import asyncio
 import json
 import logging
 import re
+import runpy
+import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from triton_embed.gateway import repository
-from triton_embed.gateway.repository import RepositoryError
+from triton_embed.gateway import repository, verify
+from triton_embed.gateway.repository import Checkpoint, RepositoryError
 from triton_embed.python_backend.errors import ConfigError
 
+if TYPE_CHECKING:
+    from triton_embed.python_backend.config import ModelConfig
+
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: this package is installed in place
+MODELS = ROOT / "model_repository"
+CHECKPOINTS = ROOT / "checkpoints"
 CHAT_TEMPLATES = ("gme-qwen2-vl",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # What people type for --dtype -> config.pbtxt's word.
@@ -28,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         level=options.log_level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
     # Not ours, and only of interest to someone who debugs.
-    for name in ("httpx", "httpcore", "huggingface_hub", "asyncio"):
+    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         sys.exit(options.run(options))
@@ -40,6 +49,7 @@ def serve(options: argparse.Namespace) -> int:
     """Run tritonserver and the gateway until stopped."""
     with tempfile.TemporaryDirectory(prefix="triton-embed-") as scratch:
         source, models = _models(options, Path(scratch))
+        repository.check_place(source)
         # After what can be refused at once: these imports take a second.
         import uvloop
 
@@ -85,6 +95,45 @@ def download(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_model(options: argparse.Namespace) -> int:
+    """Write a model directory for a checkpoint into a repository, where every later start finds it."""
+    target = options.model_repository.absolute()
+    repository.check_place(target)
+    checkpoint = _checkpoint(options.checkpoint, options.checkpoints)
+    name = options.name or repository.model_name(checkpoint.title)
+    repository.check_name(name, target)  # before gigabytes are downloaded
+    for other in repository.loaded_by(checkpoint, target):
+        logging.warning("%s loads this checkpoint already: each needs memory of its own", other)
+    try:
+        # Not inside: a directory that is no whole model stops tritonserver.
+        with tempfile.TemporaryDirectory(prefix="triton-embed-", dir=target.parent) as scratch:
+            family, model = _write(checkpoint, MODELS, Path(scratch), name, {})
+            directory = repository.install(Path(scratch) / name, target)
+    except OSError as error:
+        raise RepositoryError(f"{target / name} cannot be written: {error.strerror or error}") from None
+    sizes = "or any smaller size" if model.matryoshka is True else f"or one of {model.matryoshka}"
+    logging.info("%s: family %s, pooling %s, %d tokens of a text", name, family, model.pooling, model.max_tokens)
+    logging.info("%d dimensions%s", model.dimensions, f", {sizes}" if model.matryoshka else "")
+    logging.info("clients call it %s", ", ".join(dict.fromkeys((name, *checkpoint.names))))
+    logging.info("written to %s", directory)
+    root = options.checkpoints.absolute() if checkpoint.stated == checkpoint.id else None
+    alone, among_all = _serving_commands(name, target, root)
+    logging.info("serve it alone: %s", alone)
+    logging.info("or with all models there: %s", among_all)
+    return 0
+
+
+def _serving_commands(name: str, models: Path, checkpoints: Path | None) -> tuple[str, str]:
+    """(the command that serves this model alone, Triton's own for all); `checkpoints` is where its id is looked up."""
+    gateway = ["triton-embed", "serve", f"--model={name}"]
+    gateway += [f"--model-repository={models}"] if models != MODELS else []
+    gateway += [f"--checkpoints={checkpoints}"] if checkpoints not in (None, CHECKPOINTS) else []
+    triton = shlex.join(["tritonserver", f"--model-repository={models}"])
+    if checkpoints not in (None, models.parent / "checkpoints"):  # where the engine looks by itself
+        triton = f"TRITON_EMBED_CHECKPOINTS={shlex.quote(str(checkpoints))} {triton}"
+    return shlex.join(gateway), triton
+
+
 def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, tuple[str, ...]]:
     """(repository, models to load): the checked-in repository, or a generated one where something is overridden."""
     overrides = _overrides(options)
@@ -97,24 +146,64 @@ def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, tuple[str
         return scratch, tuple(names)
     if options.model:
         raise RepositoryError("--model names models of --model-repository; with --model-path it has no meaning")
-    directory, checkpoint = _checkpoint(options.model_path, options.checkpoints)
-    family = repository.family_of(directory, options.model_repository)
-    logging.info("%s is served as %s", directory, family)
-    name = re.sub(r"[^\w.-]", "-", directory.name)
-    repository.write_model(options.model_repository, family, scratch, name, {**overrides, "checkpoint": checkpoint})
+    checkpoint = _checkpoint(options.model_path, options.checkpoints)
+    name = repository.model_name(checkpoint.title)
+    family, _ = _write(checkpoint, options.model_repository, scratch, name, overrides)
+    logging.info("%s is served as %s", checkpoint.directory, family)
     return scratch, (name,)
 
 
-def _checkpoint(path: str, root: Path) -> tuple[Path, str]:
-    """(directory, config.pbtxt's checkpoint) of --model-path: a directory anywhere, else an id to download."""
-    directory = Path(path).expanduser()
+def _checkpoint(given: str, root: Path) -> Checkpoint:
+    """A directory anywhere, else an id, whose files belong under `root`; nothing is downloaded yet."""
+    directory = Path(given).expanduser()
     if directory.is_dir():
-        return directory.resolve(), str(directory.resolve())
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise RepositoryError(f"--model-path {path} is neither a directory nor an id like Qwen/Qwen3-Embedding-0.6B")
-    from triton_embed.python_backend import checkpoint
+        directory = directory.resolve()
+        return Checkpoint(directory, str(directory), _id_of(directory, root.resolve()))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        raise RepositoryError(f"{given} is neither a directory nor an id like Qwen/Qwen3-Embedding-0.6B")
+    return Checkpoint(root / given, given, given)
 
-    return checkpoint.download(path, root), path
+
+def _id_of(directory: Path, root: Path) -> str:
+    """The Hugging Face id that a place tells: <root>/<org>/<name>, or the hub's own cache; empty for any other."""
+    if directory.parent.parent == root:
+        return f"{directory.parent.name}/{directory.name}"
+    cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+$", str(directory))
+    return f"{cached[1]}/{cached[2]}" if cached else ""
+
+
+def _write(
+    checkpoint: Checkpoint, source: Path, target: Path, name: str, overrides: Mapping[str, str]
+) -> tuple[str, "ModelConfig"]:
+    """Write `target/name` from the family in `source` that serves a checkpoint, downloaded if it has to be.
+
+    Returns the family, and what the engine will read in the checkpoint. RepositoryError or ConfigError: it will not
+    load it.
+    """
+    from triton_embed.python_backend import checkpoint as files
+
+    if checkpoint.stated == checkpoint.id:
+        files.download(checkpoint.id, checkpoint.directory.parent.parent)
+    family = repository.family_of(checkpoint.directory, source)
+    repository.check_weights(checkpoint)
+    files.weight_files(checkpoint.directory)
+    parameters = repository.facts(checkpoint, family, source, name)
+    made = repository.write_model(source, family, target, name, {**parameters, **overrides})
+    return family, _engine_reads(checkpoint.directory, made)
+
+
+def _engine_reads(checkpoint: Path, made: Path) -> "ModelConfig":
+    """What the engine reads in a checkpoint by a model directory. ConfigError: the two do not agree."""
+    from triton_embed.python_backend.config import ModelConfig, ServingConfig
+
+    # The family's file leads to the one that imports it. Only inside Triton is there any; nothing of it is used here.
+    sys.modules.setdefault("triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    family = runpy.run_path(str(made / "1" / "model.py"))["TritonPythonModel"]
+    stated = repository.read_config(made.parent, made.name).parameters
+    parameters = {key: {"string_value": value.string_value} for key, value in stated.items()}
+    config = json.dumps({"name": made.name, "parameters": parameters})
+    serving = ServingConfig.from_triton({"model_config": config, "model_repository": str(made)})
+    return ModelConfig.from_checkpoint(checkpoint, serving, family.spec)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
@@ -145,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="debug shows Triton's whole log")
-    common.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="where checkpoints are kept")
+    common.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where checkpoints are kept")
 
     command = commands.add_parser("serve", parents=[common], help="serve embeddings until stopped")
     command.set_defaults(run=serve)
@@ -159,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="load only this model of the repository; repeatable",
     )
-    command.add_argument("--model-repository", type=Path, default=ROOT / "model_repository")
+    command.add_argument("--model-repository", type=Path, default=MODELS)
     command.add_argument(
         "--model-path", metavar="DIR_OR_ID", help="serve this checkpoint: a directory, or an id to download"
     )
@@ -182,6 +271,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("download", parents=[common], help="fetch a checkpoint from the Hugging Face hub")
     command.set_defaults(run=download)
     command.add_argument("id", metavar="ORG/NAME")
+
+    command = commands.add_parser("add-model", parents=[common], help="add a checkpoint to a model repository")
+    command.set_defaults(run=add_model)
+    command.add_argument("checkpoint", metavar="ID_OR_DIR", help="a directory, or an id to download")
+    command.add_argument("--name", help="of the new model (default: after the checkpoint)")
+    command.add_argument("--model-repository", type=Path, default=MODELS, metavar="DIR", help="where it is written")
+
+    command = commands.add_parser("verify", parents=[common], help="check a model against its card and transformers")
+    command.set_defaults(run=verify.run)
+    verify.add_arguments(command)
     return parser
 
 

@@ -95,10 +95,16 @@ class TritonClient:
         reply = await self._call(model, lambda: self._stub.ModelInfer(request), CONTROL_SECONDS)
         return _output(reply, "INFO")[4:]  # after the length
 
-    async def embed(self, model: str, request: EmbeddingRequest) -> Embeddings:
-        """Vectors of every input, in order. ApiError 400: the model refuses them; 429: its queue is full."""
+    async def embed(
+        self, model: str, request: EmbeddingRequest, images: Sequence[Sequence[bytes]] | None = None
+    ) -> Embeddings:
+        """Vectors of every input, in order. ApiError 400: the model refuses them; 429: its queue is full.
+
+        A model that takes images must be given `images`, those of each input, even where there are none: requests
+        with different sets of tensors never share a batch.
+        """
         if request.texts:
-            return await self._infer(model, request, partial(_add_texts, texts=request.texts))
+            return await self._infer(model, request, partial(_add_texts, texts=request.texts, images=images))
         parts = [await self._infer(model, request, partial(_add_ids, rows=rows)) for rows in even_parts(request.ids)]
         if len(parts) == 1:
             return parts[0]
@@ -157,11 +163,19 @@ async def _finish(start: Callable[[], Awaitable[T]]) -> T:
     return await start()
 
 
-def _add_texts(infer: Any, texts: Sequence[str]) -> None:
-    """BYTES [n,1]: each text in UTF-8 after its length."""
-    encoded = [text.encode() for text in texts]
-    infer.inputs.add(name="TEXT", datatype="BYTES", shape=(len(texts), 1))
-    infer.raw_input_contents.append(b"".join(len(text).to_bytes(4, "little") + text for text in encoded))
+def _add_texts(infer: Any, texts: Sequence[str], images: Sequence[Sequence[bytes]] | None) -> None:
+    """TEXT [n,1] in UTF-8, and IMAGE [n,k], k the most images of an input; an empty cell is none."""
+    _add_bytes(infer, "TEXT", (len(texts), 1), [text.encode() for text in texts])
+    if images is not None:
+        width = max(1, *map(len, images))
+        cells = [image for row in images for image in (*row, *[b""] * (width - len(row)))]
+        _add_bytes(infer, "IMAGE", (len(images), width), cells)
+
+
+def _add_bytes(infer: Any, name: str, shape: tuple[int, int], cells: Sequence[bytes]) -> None:
+    """BYTES: each cell after its length, row by row."""
+    infer.inputs.add(name=name, datatype="BYTES", shape=shape)
+    infer.raw_input_contents.append(b"".join(len(cell).to_bytes(4, "little") + cell for cell in cells))
 
 
 def _add_ids(infer: Any, rows: Sequence[Sequence[int]]) -> None:

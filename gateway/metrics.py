@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-STAGES = ("parse", "triton", "encode")
+STAGES = ("parse", "media", "triton", "encode")
 # Seconds. Parsing takes tens of microseconds, a long batch on a CPU takes a minute.
 BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 
@@ -29,7 +29,7 @@ class Metrics:
         )
         stages = Histogram(
             "triton_embed_stage_seconds",
-            "Time of a request's stages: read and check it, wait for Triton, write the answer",
+            "Time of a request's stages: read and check it, get its images, wait for Triton, write the answer",
             ("stage",),
             buckets=BUCKETS,
             registry=registry,

@@ -18,7 +18,7 @@ class ModelInfo(BaseModel):
     max_model_len: PositiveInt  # tokens
     vocab_size: PositiveInt
     pooling: str
-    modalities: list[str]
+    modalities: list[str]  # text, image, and text+image: all of one input's texts and images in one vector
     matryoshka: bool | list[int] | None  # true: any size up to `dimensions`
     instructions: bool
     prompt_names: list[str]
@@ -37,6 +37,8 @@ def check(request: EmbeddingRequest, model: ModelInfo) -> None:
         raise invalid("Send either instruction or prompt_name", "prompt_name")
     if request.ids:
         _check_ids(request, model)
+    if request.images:
+        _check_images(request, model)
 
 
 def _check_dimensions(asked: int | None, model: ModelInfo) -> None:
@@ -75,3 +77,18 @@ def _check_ids(request: EmbeddingRequest, model: ModelInfo) -> None:
                 f"({model.max_model_len} tokens). (input at index {i})"
             )
             raise invalid(message, request.param)
+
+
+def _check_images(request: EmbeddingRequest, model: ModelInfo) -> None:
+    if "text+image" in model.modalities:
+        return
+    for i, (text, images) in enumerate(zip(request.texts, request.images, strict=True)):
+        fault = ""
+        if images and "image" not in model.modalities:
+            fault = f"takes no images: input at index {i} has one"
+        elif images and text:
+            fault = f"embeds a text or an image, not both together: input at index {i} has both"
+        elif len(images) > 1:
+            fault = f"embeds one image at a time: input at index {i} has {len(images)}"
+        if fault:
+            raise invalid(f"Model '{model.name}' {fault}", request.param)

@@ -6,6 +6,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "TRITON_EMBED_"
+_HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?"
 
 
 class SettingsError(ValueError):
@@ -32,6 +33,15 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(32 * 2**20, ge=1)
     request_timeout: float = Field(60.0, gt=0, allow_inf_nan=False)
     refresh_interval: float = Field(2.0, gt=0, allow_inf_nan=False)
+
+    media_urls: bool = True  # whether images named by http(s) URLs are fetched
+    # "host" or "host:port", comma-separated: these alone may have addresses that are not public
+    media_allowed_hosts: str = Field("", pattern=rf"^({_HOST}(\s*,\s*{_HOST})*)?$")
+
+    @property
+    def allowed_hosts(self) -> frozenset[str]:
+        """`media_allowed_hosts` one by one, in lower case."""
+        return frozenset(filter(None, (host.strip().lower() for host in self.media_allowed_hosts.split(","))))
 
 
 def read_settings(**overrides: Any) -> Settings:

@@ -15,7 +15,7 @@ from triton_embed.kernels import reference
 from triton_embed.kernels.packed import Packed
 
 ACTIVATIONS = reference.ACTIVATIONS
-POOLING_MODES = ("cls", "last", "mean")
+POOLING_MODES = ("cls", "last", "mean", "max")
 
 
 def varlen_attention(
@@ -30,8 +30,8 @@ def varlen_attention(
 ) -> Tensor:
     """Attention inside each packed sequence: q [T,H,D], k and v [T,G,D] -> [T,H,D].
 
-    `window`: a query sees the keys with |i - j| < window (transformers' sliding-window rule). `prefix`: keys and
-    values [P,G,D] that stand before every sequence. Query head h reads key head h // (H / G).
+    `window`: a query sees the keys with i - j < window (transformers' rule); causal attention only. `prefix`: keys
+    and values [P,G,D] that stand before every sequence. Query head h reads key head h // (H / G).
     """
     if q.dim() != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"attention over q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
@@ -39,9 +39,24 @@ def varlen_attention(
         raise ValueError(f"the packed batch has {packed.tokens} tokens, q has {q.shape[0]}")
     if prefix is not None and not prefix[0].shape == prefix[1].shape == (len(prefix[0]), *k.shape[1:]):
         raise ValueError(f"a prefix of {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)} for k {tuple(k.shape)}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window of {window} tokens in {'causal' if causal else 'bidirectional'} attention")
+    return reference.varlen_attention(q, k, v, packed, causal, window, scale, prefix)
+
+
+def pooled_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None, scale: float) -> Tensor:
+    """Attention of one query a sequence, which sees all of it: q [B,H,D], k and v [T,G,D] -> [B,H,D].
+
+    What the last layer owes to a pooled row: the last row of a causal sequence, any row of a bidirectional one.
+    `window`: the query is the last row and sees that many keys, its own included.
+    """
+    if q.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention over q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if packed.tokens != k.shape[0] or len(packed.lengths) != q.shape[0]:
+        raise ValueError(f"{len(packed.lengths)} sequences of {packed.tokens} tokens, q {q.shape[0]}, k {k.shape[0]}")
     if window is not None and window < 1:
         raise ValueError(f"an attention window of {window} tokens sees nothing")
-    return reference.varlen_attention(q, k, v, packed, causal, window, scale, prefix)
+    return reference.pooled_attention(q, k, v, packed, window, scale)
 
 
 def qk_norm_rope_(
@@ -49,23 +64,19 @@ def qk_norm_rope_(
     heads: tuple[int, int],
     cos: Tensor,
     sin: Tensor,
-    pos: Tensor,
-    sections: Sequence[int],
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
     """Per-head RMSNorm (where a weight is given), then rotary positions, on q and k of `qkv` in place.
 
-    qkv [T,(H+2G)*D] with `heads` = (H, G); cos, sin fp32 [positions, D/2]; pos int [A,T], one row an axis;
-    `sections` says how many of the D/2 columns follow each axis: (D/2,) for plain text, the config's
-    `mrope_section` for Qwen2-VL text, (D/4, D/4) for its vision tower.
+    qkv [T,(H+2G)*D] with `heads` = (H, G); cos, sin fp32 [T, D/2]: the angles of each token, the same in every layer
+    and so computed once a forward, whatever axes its position has.
     """
     head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
-    fits = not rest and sum(sections) * 2 == head_dim and cos.shape[1] * 2 == head_dim and cos.shape == sin.shape
-    if not fits or len(sections) != len(pos) or pos.shape[1] != len(qkv):
-        raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, sections {sections}, pos {pos.shape}")
-    return reference.qk_norm_rope_(qkv, heads, cos, sin, pos, sections, q_weight, k_weight, eps)
+    if rest or not cos.shape == sin.shape == (len(qkv), head_dim / 2):
+        raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, cos and sin {tuple(cos.shape)}")
+    return reference.qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -137,14 +148,14 @@ def segment_pool(
     norm: Callable[[Tensor], Tensor] | None = None,
     l2: bool = True,
 ) -> Tensor:
-    """One fp32 vector a sequence: [T,E] -> [B,E]. Pool, `norm`, keep the first dims[b] values, L2-normalise.
+    """One fp32 vector a sequence: [T,E] -> [B,F]. Pool, `norm`, keep the first dims[b] values, L2-normalise.
 
-    Values past dims[b] are 0. `mode` is one of `POOLING_MODES`.
+    Values past dims[b] are 0. `mode` is one of `POOLING_MODES`. `norm`, or any map [B,E] -> [B,F], gets fp32.
     """
     _known(mode, POOLING_MODES)
     if packed.tokens != x.shape[0] or len(dims) != len(packed.lengths):
         raise ValueError(f"pooling {tuple(x.shape)} over {packed.tokens} tokens with {len(dims)} dims")
-    if min(dims) < 1 or max(dims) > x.shape[1]:
+    if min(dims) < 1 or (norm is None and max(dims) > x.shape[1]):
         raise ValueError(f"dims {tuple(dims)} of vectors of {x.shape[1]}")
     return reference.segment_pool(x, packed, mode, dims, norm, l2)
 

@@ -18,6 +18,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "silu": F.silu,
+    "tanh": torch.tanh,
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)
 
@@ -33,44 +34,76 @@ def varlen_attention(
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `ops.varlen_attention`."""
-    heads, head_dim = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for start, count, length in packed.runs:
         rows = slice(start, start + count * length)
-        block_q, block_k, block_v = (
-            x[rows].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
-        )  # [count, heads, length, D]
-        shared = 0
+        # [count, heads, length, D]
+        dense_q, dense_k, dense_v = (x[rows].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         if prefix is not None:
-            shared = prefix[0].shape[0]
-            block_k, block_v = (
-                torch.cat([p.transpose(0, 1).expand(count, -1, -1, -1), x], dim=2)
-                for p, x in zip(prefix, (block_k, block_v), strict=True)
-            )
-        attended = F.scaled_dot_product_attention(
-            block_q,
-            block_k,
-            block_v,
-            attn_mask=_visible(length, shared, causal, window, q.device),
-            scale=scale,
-            enable_gqa=heads != k.shape[1],
-        )
-        out[rows] = attended.transpose(1, 2).reshape(count * length, heads, head_dim)
+            attended = _attend_prefix(dense_q, dense_k, dense_v, prefix, scale, causal, window)
+        elif window is None or window >= length:
+            attended = _attend(dense_q, dense_k, dense_v, scale, is_causal=causal)
+        else:
+            attended = _attend_window(dense_q, dense_k, dense_v, scale, window)
+        out[rows] = attended.transpose(1, 2).flatten(0, 1)
     return out
 
 
-def _visible(length: int, shared: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Bool [length, shared + length]: which keys a query sees; None where it sees all of them."""
-    if not causal and window is None:
-        return None
+def pooled_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None, scale: float) -> Tensor:
+    """See `ops.pooled_attention`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    first = 0
+    for start, count, length in packed.runs:
+        seen = min(length, window or length)
+        block_k, block_v = (
+            x[start : start + count * length].view(count, length, *x.shape[1:])[:, length - seen :].transpose(1, 2)
+            for x in (k, v)
+        )
+        rows = slice(first, first + count)
+        out[rows] = _attend(q[rows, :, None], block_k, block_v, scale=scale).squeeze(2)
+        first += count
+    return out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Dense attention: q [N,H,n,D], k and v [N,G,m,D] -> [N,H,n,D]."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """Causal attention in blocks of `window` queries, each over its own keys and the window before them: memory and
+    work grow with n * window, not n * n."""
+    parts = []
+    for start in range(0, q.shape[2], window):
+        queries, keys = slice(start, start + window), slice(max(0, start - window + 1), start + window)
+        block = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+        mask = _visible(block[0].shape[2], block[1].shape[2] - block[0].shape[2], window, q.device)
+        parts.append(_attend(*block, scale=scale, mask=mask))
+    return torch.cat(parts, dim=2)
+
+
+def _attend_prefix(
+    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], scale: float, causal: bool, window: int | None
+) -> Tensor:
+    """Attention with the same keys and values [P,G,D] before every sequence."""
+    k, v = (
+        torch.cat([shared.transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
+        for shared, x in zip(prefix, (k, v), strict=True)
+    )
+    mask = _visible(q.shape[2], len(prefix[0]), window, q.device) if causal else None
+    return _attend(q, k, v, scale=scale, mask=mask)
+
+
+def _visible(length: int, shared: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [length, shared + length]: which keys a query sees causally."""
     query = torch.arange(shared, shared + length, device=device)[:, None]
     key = torch.arange(shared + length, device=device)[None, :]
-    visible = torch.ones(length, shared + length, dtype=torch.bool, device=device)
-    if causal:
-        visible &= key <= query
-    if window is not None:
-        visible &= (query - key).abs() < window
-    return visible
+    visible = key <= query
+    return visible if window is None else visible & (query - key < window)
 
 
 def qk_norm_rope_(
@@ -78,8 +111,6 @@ def qk_norm_rope_(
     heads: tuple[int, int],
     cos: Tensor,
     sin: Tensor,
-    pos: Tensor,
-    sections: Sequence[int],
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
@@ -87,26 +118,33 @@ def qk_norm_rope_(
     """See `ops.qk_norm_rope_`."""
     query_heads, kv_heads = heads
     head_dim = qkv.shape[1] // (query_heads + 2 * kv_heads)
-    axis = torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections)).to(qkv.device)
-    column = torch.arange(head_dim // 2, device=qkv.device)
-    cos, sin = (table[pos[axis], column[:, None]].T[:, None, :] for table in (cos, sin))  # [T, 1, D/2]
     view = qkv.view(len(qkv), -1, head_dim)
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, D/2]
     for weight, part in (
         (q_weight, view[:, :query_heads]),
         (k_weight, view[:, query_heads : query_heads + kv_heads]),
     ):
-        x = part.float()
-        if weight is not None:
-            x = F.rms_norm(x, (head_dim,), weight.float(), eps)
-        first, second = x.chunk(2, dim=-1)
-        part.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+        x = part.float() if weight is None else _rms_norm(part, weight, eps)
+        (first, second), (to_first, to_second) = x.chunk(2, dim=-1), part.chunk(2, dim=-1)
+        turned_first = (first * cos).addcmul_(second, sin, value=-1)
+        turned_second = (second * cos).addcmul_(first, sin)
+        to_first.copy_(turned_first)
+        to_second.copy_(turned_second)
     return qkv
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `ops.add_rms_norm`."""
     total = x if residual is None else x + residual
-    return F.rms_norm(total.float(), weight.shape, weight.float(), eps).to(x.dtype), total
+    return _rms_norm(total, weight, eps).to(x.dtype), total
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In fp32, with one large temporary where `F.rms_norm` has three on a CPU."""
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    y: Tensor = wide * (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
+    return y.mul_(weight.float())
 
 
 def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -133,7 +171,7 @@ def embed_layer_norm(
 def gated_activation(gate_up: Tensor) -> Tensor:
     """See `ops.gated_activation`."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
@@ -162,7 +200,7 @@ def segment_pool(
     elif mode == "last":
         pooled = x[ends - 1].float()
     else:
-        pooled = torch.segment_reduce(x.float(), "mean", offsets=packed.cu_seqlens.long(), axis=0)
+        pooled = torch.segment_reduce(x.float(), mode, offsets=packed.cu_seqlens.long(), axis=0)
     if norm is not None:
         pooled = norm(pooled).float()
     kept = torch.arange(pooled.shape[1], device=x.device) < torch.tensor(dims, device=x.device)[:, None]

@@ -3,8 +3,9 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from triton_embed.python_backend.config import ServingConfig, read_json
+from triton_embed.python_backend.config import ServingConfig
 from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.json_file import read_json
 
 # What is needed to serve: never pickles (*.bin, *.pt), never code.
 WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")

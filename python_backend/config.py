@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.json_file import JsonFile, read_json
+from triton_embed.python_backend.shapes import Shape
+from triton_embed.python_backend.spec import Channels, Spec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+IMAGE_POSITIONS = ("mrope", "sequential")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class ServingConfig:
     max_request_tokens: int = 300_000
     matryoshka_dimensions: tuple[int, ...] = ()
     is_matryoshka: bool = False
+    query_instruction: str = ""  # what prompt_name "query" stands for where the checkpoint names no prompts
+    image_positions: str = "mrope"  # or sequential: how GME numbers image tokens
+    min_image_tokens: int = 256  # of a picture, for models that keep its shape
+    max_image_tokens: int = 1_280
     threads: int = 0  # 0: every core this process may use
 
     @property
@@ -59,10 +67,11 @@ class ServingConfig:
                     f"{config['name']}/config.pbtxt: unknown parameter '{key}'; known are {', '.join(settable)}"
                 )
             values[key] = _parse(f"{config['name']}/config.pbtxt: {key}", text, settable[key])
-        if values.get("dtype", "auto") not in DTYPES:
-            raise ConfigError(
-                f"{config['name']}/config.pbtxt: dtype is '{values['dtype']}', not one of {', '.join(DTYPES)}"
-            )
+        for key, known in (("dtype", DTYPES), ("image_positions", IMAGE_POSITIONS)):
+            if values.get(key, known[0]) not in known:
+                raise ConfigError(
+                    f"{config['name']}/config.pbtxt: {key} is '{values[key]}', not one of {', '.join(known)}"
+                )
         if "checkpoint" not in values:
             raise ConfigError(f"{config['name']}/config.pbtxt: parameter 'checkpoint' is missing")
         return cls(
@@ -100,45 +109,62 @@ _KINDS = {
     tuple[int, ...]: "a comma-separated list of whole numbers",
 }
 
-# config.json's names for activations -> kernels.ops names
-_ACTIVATIONS = {
-    "gelu": "gelu_erf",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
 # 1_Pooling/config.json's switches -> our names; sentence-transformers' other modes are refused by name
 _POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
+    "pooling_mode_max_tokens": "max",
+}
+MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # of modules.json, in the only order there is
+SENTENCE = "sentence_embedding"  # sentence-transformers' name of the pooled vector
+# sentence-transformers' activation of a Dense module -> kernels.ops names
+_DENSE_ACTIVATIONS = {
+    "torch.nn.modules.linear.Identity": None,
+    "torch.nn.modules.activation.GELU": "gelu_erf",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.Tanh": "tanh",
 }
 
 
 @dataclass(frozen=True)
+class Dense:
+    """A sentence-transformers Dense module: a projection of the pooled vector."""
+
+    directory: Path
+    inputs: int
+    outputs: int
+    bias: bool
+    activation: str | None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """What the checkpoint's own files state. Sizes in elements, lengths in tokens."""
+    """What the checkpoint's own files state. Lengths in tokens."""
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-    positions: int
-    token_types: int
-    norm_eps: float
-    activation: str
+    shape: Shape
     pooling: str
     max_tokens: int
+    dense: tuple[Dense, ...] = ()
     lowercase: bool = False
     matryoshka: Literal[True] | tuple[int, ...] | None = None  # True: any size; None: the model was not trained for it
     prompts: Mapping[str, str] = field(default_factory=dict)
+    image_positions: str = "mrope"
+    normalisation: tuple[Channels, ...] = ()  # mean and standard deviation of a picture's pixels
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shape.vocab_size
+
+    @property
+    def dimensions(self) -> int:
+        """Values of a full vector."""
+        return self.dense[-1].outputs if self.dense else self.shape.hidden_size
 
     @classmethod
-    def from_checkpoint(cls, directory: Path, serving: ServingConfig) -> "ModelConfig":
+    def from_checkpoint(cls, directory: Path, serving: ServingConfig, spec: Spec) -> "ModelConfig":
         """Read config.json and sentence-transformers' files beside it. ConfigError: file, key and both values."""
         config = JsonFile(directory / "config.json", required=True)
         model_type = config.need("model_type", str)
@@ -146,134 +172,118 @@ class ModelConfig:
             raise config.refuse(
                 "model_type", f"{serving.name}/config.pbtxt serves {', '.join(serving.model_types) or 'none'}"
             )
-        if config.get("position_embedding_type", str, "absolute") != "absolute":
-            raise config.refuse("position_embedding_type", "only 'absolute' is implemented")
-        activation = config.need("hidden_act", str)
-        if activation not in _ACTIVATIONS:
-            raise config.refuse("hidden_act", f"not one of {', '.join(_ACTIVATIONS)}")
-        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-        if hidden % heads:
-            raise ConfigError(f"{config.path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        if (eps := config.need("layer_norm_eps", float)) <= 0:
-            raise config.refuse("layer_norm_eps", "not above 0")
+        shape = spec.read(config)
         sentence = JsonFile(directory / "sentence_bert_config.json")
-        positions = config.size("max_position_embeddings")
-        limits = [positions, sentence.size("max_seq_length") if sentence.has("max_seq_length") else 0]
-        prompts = JsonFile(directory / "config_sentence_transformers.json")
+        length = sentence.size("max_seq_length") if sentence.has("max_seq_length") else 0
+        dense = _dense(directory, shape.hidden_size)
         return cls(
             model_type=model_type,
-            vocab_size=config.size("vocab_size"),
-            hidden_size=hidden,
-            layers=config.size("num_hidden_layers"),
-            heads=heads,
-            intermediate_size=config.size("intermediate_size"),
-            positions=positions,
-            token_types=config.size("type_vocab_size"),
-            norm_eps=eps,
-            activation=_ACTIVATIONS[activation],
-            pooling=_pooling(directory, serving),
-            max_tokens=min(limit for limit in (*limits, serving.max_tokens) if limit),
+            shape=shape,
+            pooling=_pooling(directory, serving, spec.pooling),
+            max_tokens=min(limit for limit in (shape.max_tokens, length, serving.max_tokens) if limit),
+            dense=dense,
             lowercase=sentence.get("do_lower_case", bool, False),
-            matryoshka=_matryoshka(config, hidden, serving),
-            prompts=prompts.get("prompts", dict, {}),
+            matryoshka=_matryoshka(config, dense[-1].outputs if dense else shape.hidden_size, serving),
+            prompts=_prompts(directory),
+            image_positions=serving.image_positions,
+            normalisation=spec.normalisation(directory),
         )
 
 
-def _pooling(directory: Path, serving: ServingConfig) -> str:
-    """The pooling mode, from 1_Pooling or the operator; there is no default, for a guess gives wrong vectors."""
-    modules = directory / "modules.json"
-    for module in read_json(modules, list):
-        name = module.get("type") if isinstance(module, dict) else module
-        if str(name).rsplit(".", 1)[-1] not in {"Transformer", "Pooling", "Normalize"} or not isinstance(module, dict):
-            raise ConfigError(f"{modules}: module {name!r} is not implemented")
-    file = JsonFile(directory / "1_Pooling" / "config.json")
+def _prompts(directory: Path) -> dict[str, str]:
+    """The named prompts of config_sentence_transformers.json."""
+    file = JsonFile(directory / "config_sentence_transformers.json")
+    prompts: dict[str, str] = file.get("prompts", dict, {})
+    if any(not isinstance(prompt, str) for prompt in prompts.values()):
+        raise file.refuse("prompts", "not all of which are strings")
+    return prompts
+
+
+def _modules(directory: Path) -> list[tuple[str, Path]]:
+    """(kind, directory) of each module that modules.json lists: Transformer, Pooling, any Dense, Normalize.
+
+    The network itself goes by several names, the remote code's own among them (GME's MultiModalTransformer).
+    """
+    path = directory / "modules.json"
+    found: list[tuple[str, Path]] = []
+    for module in read_json(path, list):
+        stated = module if isinstance(module, dict) else {"type": module}
+        kind = str(stated.get("type")).rsplit(".", 1)[-1]
+        if not found and kind.endswith(("Transformer", "CLIPModel")):
+            kind = "Transformer"
+        if kind not in MODULES or stated is not module:
+            raise ConfigError(f"{path}: module {stated.get('type')!r} is not implemented")
+        found.append((kind, directory / str(stated.get("path", ""))))
+    order = [kind for kind, _ in found]
+    if order != sorted(order, key=MODULES.index):
+        raise ConfigError(f"{path}: modules in the order {', '.join(order)} are not implemented")
+    return found
+
+
+def _dense(directory: Path, hidden: int) -> tuple[Dense, ...]:
+    """The Dense modules, each taking what the one before it gives."""
+    found: list[Dense] = []
+    for path in [path for kind, path in _modules(directory) if kind == "Dense"]:
+        config = JsonFile(path / "config.json", required=True)
+        name = config.get("activation_function", str, "torch.nn.modules.activation.Tanh")
+        if name not in _DENSE_ACTIVATIONS:
+            raise config.refuse("activation_function", f"not one of {', '.join(_DENSE_ACTIVATIONS)}")
+        inputs = found[-1].outputs if found else hidden
+        if config.size("in_features") != inputs:
+            raise config.refuse("in_features", f"the module before gives {inputs}")
+        for key, only in (("use_residual", False), ("module_input_name", SENTENCE), ("module_output_name", SENTENCE)):
+            if config.get(key, type(only), only) != only:
+                raise config.refuse(key, f"only {only!r} is implemented")
+        outputs, bias = config.size("out_features"), config.get("bias", bool, True)
+        found.append(Dense(path, inputs, outputs, bias, _DENSE_ACTIVATIONS[name]))
+    return tuple(found)
+
+
+def _pooling(directory: Path, serving: ServingConfig, fixed: str | None) -> str:
+    """The pooling mode: the family's `fixed` one, or from the Pooling module's config.json or the operator; there is no
+    default, for a guess gives wrong vectors."""
+    if fixed is not None:
+        if serving.pooling not in ("", fixed):
+            raise ConfigError(f"{serving.name}/config.pbtxt: pooling is '{serving.pooling}', the family has '{fixed}'")
+        return fixed
+    where = next((path for kind, path in _modules(directory) if kind == "Pooling"), directory / "1_Pooling")
+    file = JsonFile(where / "config.json")
     if not file.get("include_prompt", bool, True):
         raise file.refuse("include_prompt", "only true is implemented")
     if file.has("pooling_mode"):  # the form sentence-transformers 5 and later write
         mode = file.get("pooling_mode", (str, list), "")
-        chosen = [_POOLING.get(f"pooling_mode_{name}", name) for name in ([mode] if isinstance(mode, str) else mode)]
+        chosen = [_stated_mode(name) for name in ([mode] if isinstance(mode, str) else mode)]
     else:
         switches = [key for key, on in file.values.items() if key.startswith("pooling_mode_") and on is True]
         chosen = [_POOLING.get(key, key) for key in switches]
+    modes = ", ".join(_POOLING.values())
     if not chosen and not serving.pooling:
-        raise ConfigError(f"{file.path} is missing: state pooling (cls, mean or last) in {serving.name}/config.pbtxt")
+        raise ConfigError(f"{file.path} states no pooling: state it ({modes}) in {serving.name}/config.pbtxt")
     stated = "+".join(map(str, chosen))
     pooling = serving.pooling or stated
     if chosen and stated != pooling:
         raise ConfigError(f"{file.path} says pooling '{stated}', {serving.name}/config.pbtxt says '{pooling}'")
     if pooling not in _POOLING.values():
-        raise ConfigError(f"{file.path}: pooling '{pooling}' is not implemented; cls, mean and last are")
+        raise ConfigError(f"{file.path}: pooling '{pooling}' is not implemented; {modes} are")
     return pooling
 
 
-def _matryoshka(config: "JsonFile", hidden: int, serving: ServingConfig) -> Literal[True] | tuple[int, ...] | None:
-    """Which output sizes the model was trained for; the operator's word wins over the checkpoint's."""
+def _stated_mode(name: object) -> str:
+    """sentence-transformers' short name of a mode -> ours."""
+    return {"lasttoken": "last"}.get(str(name), str(name))
+
+
+def _matryoshka(config: JsonFile, dimensions: int, serving: ServingConfig) -> Literal[True] | tuple[int, ...] | None:
+    """Which output sizes the model was trained for; the operator's word wins over the checkpoint's.
+
+    One list serves a family: sizes beyond this checkpoint's own do no harm, they are only not for it.
+    """
     if serving.is_matryoshka or serving.matryoshka_dimensions:
         sizes, where = serving.matryoshka_dimensions, f"{serving.name}/config.pbtxt"
     else:
         sizes, where = tuple(config.get("matryoshka_dimensions", list, [])), str(config.path)
         if not sizes and not config.get("is_matryoshka", bool, False):
             return None
-    if any(type(size) is not int or not 1 <= size <= hidden for size in sizes):
-        raise ConfigError(f"{where}: matryoshka_dimensions {list(sizes)} are not all sizes up to hidden_size {hidden}")
-    return sizes or True
-
-
-class JsonFile:
-    """A JSON object of a checkpoint, read key by key; empty where there is no file and none is required.
-
-    ConfigError, naming file, key and value: no file, no JSON object, a missing key or a value of another kind.
-    """
-
-    def __init__(self, path: Path, required: bool = False) -> None:
-        if required and not path.is_file():
-            raise ConfigError(f"{path} is missing")
-        self.path = path
-        self.values: dict[str, Any] = read_json(path, dict)
-
-    def has(self, key: str) -> bool:
-        """Whether the key is there with a value; null is none."""
-        return self.values.get(key) is not None
-
-    def get(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        """The value, of this kind, or the default where there is none."""
-        if not self.has(key):
-            return default
-        value = self.values[key]
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise self.refuse(key, f"not of type {' or '.join(k.__name__ for k in kinds)}")
-        return value
-
-    def need(self, key: str, kind: type) -> Any:
-        """The value, which must be there."""
-        if not self.has(key):
-            raise ConfigError(f"{self.path}: '{key}' is missing")
-        return self.get(key, kind, None)
-
-    def size(self, key: str) -> int:
-        """A whole number above 0, which must be there."""
-        value: int = self.need(key, int)
-        if value < 1:
-            raise self.refuse(key, "not above 0")
-        return value
-
-    def refuse(self, key: str, why: str) -> ConfigError:
-        """The error that names this file, the key and its value."""
-        return ConfigError(f"{self.path}: {key} is {self.values.get(key)!r}, {why}")
-
-
-def read_json(path: Path, kind: type) -> Any:
-    """A JSON file that holds a dict or a list, as `kind` says; an empty one where there is no file.
-
-    ConfigError: it is not JSON, or holds something else.
-    """
-    if not path.is_file():
-        return kind()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, kind):
-        raise ConfigError(f"{path} does not hold a JSON {'object' if kind is dict else 'list'}")
-    return found
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise ConfigError(f"{where}: matryoshka_dimensions {list(sizes)} are not all sizes above 0")
+    return tuple(size for size in sizes if size <= dimensions) if sizes else True

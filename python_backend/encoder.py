@@ -1,53 +1,72 @@
-"""Encoder: BERT, post-norm, bidirectional, over packed tokens.
+"""Encoder: BERT and XLM-RoBERTa, post-norm, bidirectional, over packed tokens.
 
 Modules are named as BERT checkpoints name their tensors; `self` is BERT's name for the attention projections.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.batch import Batch
 from triton_embed.python_backend.config import ModelConfig
-from triton_embed.python_backend.layers import AddLayerNorm, Linear, Table
+from triton_embed.python_backend.layers import FusedLinear, LayerNorm, Linear, Table
+from triton_embed.python_backend.row import Ids, Row
+from triton_embed.python_backend.shapes import EncoderShape
+from triton_embed.python_backend.weights import Naming
 
 
 class Encoder(nn.Module):
-    """Batch of T tokens -> hidden states [T,E]."""
+    """Rows of token ids -> their hidden states [T,E], or [B,E] of the pooled tokens alone, and the layout of those."""
 
-    prefixes = ("bert.",)
-    fused: ClassVar = {"qkv": ("query", "key", "value")}
-    # The pooler and the pre-training heads play no part in embeddings; position_ids is a constant.
-    ignored = ("pooler.", "cls.", "embeddings.position_ids")
+    naming = Naming(
+        renames=(("bert.", ""), ("roberta.", "")),
+        fused={"qkv": ("query", "key", "value")},
+        # The pooler and the pre-training heads play no part in embeddings; position_ids is a constant.
+        ignored=("pooler.", "cls.", "lm_head.", "embeddings.position_ids"),
+    )
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, shape: EncoderShape, device: str) -> None:
         super().__init__()
-        self.embeddings = Embeddings(model)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(model) for _ in range(model.layers))})
+        self._pooling, self._device = model.pooling, device
+        self._first_position = shape.first_position
+        self.embeddings = Embeddings(shape)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(shape) for _ in range(shape.layers))})
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
+        ids = [row.ids for row in rows]
+        positions = [self._positions(one) for one in ids] if self._first_position else None
+        batch = Batch.pack(ids, self._pooling, self._device, positions)
         x: Tensor = self.embeddings(batch)
-        for layer in self.encoder["layer"].children():
+        *layers, last = self.encoder["layer"].children()
+        for layer in layers:
             x = layer(x, batch.packed)
-        return x
+        return last(x, batch.packed, batch.pooled), batch.states
+
+    def _positions(self, ids: Ids) -> npt.NDArray[np.int64]:
+        """RoBERTa counts from behind its padding token, which itself stands still before all others."""
+        counted = ids != self._first_position - 1
+        found: npt.NDArray[np.int64] = np.cumsum(counted) * counted + self._first_position - 1
+        return found[None]
 
 
 class Embeddings(nn.Module):
     """Word + position + type 0, then LayerNorm."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
-        self.word_embeddings = Table(model.vocab_size, model.hidden_size)
-        self.position_embeddings = Table(model.positions, model.hidden_size)
-        self.token_type_embeddings = Table(model.token_types, model.hidden_size)
-        self.LayerNorm = AddLayerNorm(model.hidden_size, model.norm_eps)
+        self.word_embeddings = Table(shape.vocab_size, shape.hidden_size)
+        self.position_embeddings = Table(shape.positions, shape.hidden_size)
+        self.token_type_embeddings = Table(shape.token_types, shape.hidden_size)
+        self.LayerNorm = LayerNorm(shape.hidden_size, shape.norm_eps)
 
     def forward(self, batch: Batch) -> Tensor:
         return ops.embed_layer_norm(
             batch.ids,
-            batch.positions,
+            batch.positions[0],
             None,
             self.word_embeddings.weight,
             self.position_embeddings.weight,
@@ -61,16 +80,18 @@ class Embeddings(nn.Module):
 class Layer(nn.Module):
     """Attention, add and norm, MLP, add and norm."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
-        self.attention = nn.ModuleDict({"self": Attention(model), "output": Output(model.hidden_size, model)})
+        self.attention = nn.ModuleDict({"self": Attention(shape), "output": Output(shape.hidden_size, shape)})
         self.intermediate = nn.ModuleDict(
-            {"dense": Linear(model.hidden_size, model.intermediate_size, model.activation)}
+            {"dense": Linear(shape.hidden_size, shape.intermediate_size, shape.activation)}
         )
-        self.output = Output(model.intermediate_size, model)
+        self.output = Output(shape.intermediate_size, shape)
 
-    def forward(self, x: Tensor, packed: Packed) -> Tensor:
-        x = self.attention["output"](self.attention["self"](x, packed), x)
+    def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None = None) -> Tensor:
+        """`pooled`: compute these rows alone, for nothing reads the others any more."""
+        attended = self.attention["self"](x, packed, pooled)
+        x = self.attention["output"](attended, x if pooled is None else x[pooled])
         y: Tensor = self.output(self.intermediate["dense"](x), x)
         return y
 
@@ -78,24 +99,26 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v projection and attention inside each sequence."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
-        self.heads = model.heads
-        self.scale = (model.hidden_size // model.heads) ** -0.5
-        self.qkv = Linear(model.hidden_size, 3 * model.hidden_size)
+        self.heads = shape.heads
+        self.scale = (shape.hidden_size // shape.heads) ** -0.5
+        self.qkv = FusedLinear(shape.hidden_size, (shape.hidden_size,) * 3)
 
-    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
+        if pooled is not None:
+            return ops.pooled_attention(q[pooled], k, v, packed, window=None, scale=self.scale).flatten(1)
         return ops.varlen_attention(q, k, v, packed, causal=False, window=None, scale=self.scale).flatten(1)
 
 
 class Output(nn.Module):
     """Projection back to E, plus the residual, then LayerNorm."""
 
-    def __init__(self, inputs: int, model: ModelConfig) -> None:
+    def __init__(self, inputs: int, shape: EncoderShape) -> None:
         super().__init__()
-        self.dense = Linear(inputs, model.hidden_size)
-        self.LayerNorm = AddLayerNorm(model.hidden_size, model.norm_eps)
+        self.dense = Linear(inputs, shape.hidden_size)
+        self.LayerNorm = LayerNorm(shape.hidden_size, shape.norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         y: Tensor = self.LayerNorm(self.dense(x), residual)

@@ -1,11 +1,34 @@
-"""Hidden states -> embeddings: pool, cut to each row's size, normalise; all in fp32."""
+"""Hidden states -> embeddings: pool, project, cut to each row's size, normalise; all in fp32."""
 
-from torch import Tensor
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 from triton_embed.kernels import ops
-from triton_embed.python_backend.batch import Batch
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.config import ModelConfig
+from triton_embed.python_backend.layers import Projection
 
 
-def embed(hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
-    """hidden [T,E] -> fp32 [B,E]: L2 norm 1 over the first dims[b] values of row b, zeros after them."""
-    return ops.segment_pool(hidden, batch.packed, pooling, batch.dims)
+class Head(nn.Module):
+    """hidden [T,E] of B rows -> fp32 [B,F]: L2 norm 1 over the first dims[b] values of row b, zeros after them."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self._pooling = model.pooling if model.pooling in ops.POOLING_MODES else "cls"
+        self.dense = nn.Sequential(*(Dense(d.inputs, d.outputs, d.activation, d.bias) for d in model.dense))
+
+    def forward(self, hidden: Tensor, packed: Packed, dims: Sequence[int]) -> Tensor:
+        return ops.segment_pool(hidden, packed, self._pooling, dims, self.dense if len(self.dense) else None)
+
+
+class Dense(nn.Module):
+    """sentence-transformers' Dense module."""
+
+    def __init__(self, inputs: int, outputs: int, act: str | None, bias: bool) -> None:
+        super().__init__()
+        self.linear = Projection(inputs, outputs, act, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y

@@ -1,5 +1,7 @@
 """Thin modules over kernels.ops: they hold parameters under the checkpoint's names and nothing else."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +11,10 @@ from triton_embed.kernels import ops
 class Linear(nn.Module):
     """x [T,K] -> act(x W^T + b) [T,N]."""
 
-    def __init__(self, inputs: int, outputs: int, act: str | None = None) -> None:
+    def __init__(self, inputs: int, outputs: int, act: str | None = None, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.act = act
 
     def pack(self) -> None:
@@ -23,8 +25,37 @@ class Linear(nn.Module):
         return ops.linear(x, self.weight, self.bias, self.act)
 
 
-class AddLayerNorm(nn.Module):
-    """LayerNorm of x + residual."""
+class FusedLinear(Linear):
+    """Several projections of one input as one: the checkpoint's tensors, of these sizes, one below the other."""
+
+    def __init__(self, inputs: int, sizes: tuple[int, ...], bias: bool = True) -> None:
+        super().__init__(inputs, sum(sizes), bias=bias)
+        self.sizes = sizes
+
+
+class PatchEmbedding(Linear):
+    """A convolution whose stride is its kernel, over patches that are cut out already: [P, C*kernel] -> [P,N]."""
+
+    def __init__(self, kernel: tuple[int, ...], outputs: int) -> None:
+        super().__init__(3 * math.prod(kernel), outputs, bias=False)
+        self.weight = nn.Parameter(torch.empty(outputs, 3, *kernel))  # as the checkpoint has it, until it is packed
+
+    def pack(self) -> None:
+        self.weight = nn.Parameter(self.weight.data.flatten(1), requires_grad=False)
+        super().pack()
+
+
+class Projection(Linear):
+    """A map of pooled vectors: fp32 whatever the rest of the network is, and few rows, so never packed."""
+
+    dtype = torch.float32
+
+    def pack(self) -> None:
+        """Nothing to do."""
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm of x, or of x + residual."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -32,13 +63,28 @@ class AddLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
+class RMSNorm(nn.Module):
+    """RMSNorm of x + residual, and that sum."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
 class Table(nn.Module):
-    """An embedding table [rows, E]; whoever owns it looks things up."""
+    """An embedding table [rows, E]: ids [T] -> [T,E]."""
 
     def __init__(self, rows: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight)

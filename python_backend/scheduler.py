@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_embed.python_backend.delivery import Delivery
-from triton_embed.python_backend.tokenizer import Ids
+from triton_embed.python_backend.row import Row
 
 log = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 0.05
 
-Compute = Callable[[Sequence[Ids], Sequence[int]], npt.NDArray[np.float32]]
+Compute = Callable[[Sequence[Row], Sequence[int]], npt.NDArray[np.float32]]
 
 
 class Reply(Protocol):
@@ -40,13 +40,13 @@ class Job:
     `vectors` is fp32 [rows, dims]; rows are computed shortest first, so that equal lengths are neighbours.
     """
 
-    def __init__(self, rows: Sequence[Ids], dims: int, reply: Reply) -> None:
+    def __init__(self, rows: Sequence[Row], dims: int, reply: Reply) -> None:
         self.rows = rows
         self.dims = dims
         self.reply = reply
         self.vectors = np.empty((len(rows), dims), dtype=np.float32)
-        self.tokens = sum(len(row) for row in rows)
-        self.waiting = deque(sorted(range(len(rows)), key=lambda i: len(rows[i])))
+        self.cost = sum(row.cost for row in rows)
+        self.waiting = deque(sorted(range(len(rows)), key=lambda i: rows[i].cost))
         self.left = len(rows)
         self.submitted = time.monotonic()
 
@@ -73,7 +73,7 @@ class Scheduler:
         """Admit a job; blocks while twice the token budget is admitted already."""
         with self._change:
             self._change.wait_for(lambda: self._admitted < 2 * self._budget)
-            self._admitted += job.tokens
+            self._admitted += job.cost
             self._queue.append(job)
             self._change.notify_all()
 
@@ -112,23 +112,23 @@ class Scheduler:
                     job = self._queue[0]
                     if len(job.waiting) == len(job.rows) and _cancelled(job):
                         self._queue.popleft()
-                        self._admitted -= job.tokens
+                        self._admitted -= job.cost
                         self._delivery.put(partial(self._finish, job, "The request was cancelled"))
                         continue
-                    while job.waiting and (not rows or tokens + len(job.rows[job.waiting[0]]) <= self._budget):
+                    while job.waiting and (not rows or tokens + job.rows[job.waiting[0]].cost <= self._budget):
                         i = job.waiting.popleft()
                         rows.append((job, i))
-                        tokens += len(job.rows[i])
+                        tokens += job.rows[i].cost
                     if job.waiting:
                         break
                     self._queue.popleft()
                 self._change.notify_all()
                 if rows:
-                    return sorted(rows, key=lambda row: len(row[0].rows[row[1]]))
+                    return sorted(rows, key=lambda row: row[0].rows[row[1]].cost)
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         with self._change:
-            self._admitted -= sum(job.tokens for job in jobs)
+            self._admitted -= sum(job.cost for job in jobs)
             self._change.notify_all()
         for job in jobs:
             self._delivery.put(partial(self._finish, job))
@@ -136,7 +136,7 @@ class Scheduler:
     def _abandon(self, jobs: set[Job], reason: str) -> None:
         with self._change:
             self._queue = deque(job for job in self._queue if job not in jobs)
-            self._admitted -= sum(job.tokens for job in jobs)
+            self._admitted -= sum(job.cost for job in jobs)
             self._change.notify_all()
         for job in jobs:
             self._delivery.put(partial(self._finish, job, reason))

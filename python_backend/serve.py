@@ -1,15 +1,16 @@
 """EmbeddingServer: a family as Triton sees it. The only file that talks to Triton's Python backend.
 
-Inputs TEXT (BYTES [n,1]) or INPUT_IDS (INT32 [n,L], rows padded with -1); outputs EMBEDDING (FP32 [n,d]),
-TOKENS and DROPPED (INT32 [n,1]), and INFO (BYTES [n,1]: JSON about the model) when it alone is asked for.
+Inputs TEXT (BYTES [n,1]) and, where the model takes pictures, IMAGE (BYTES [n,k]: encoded files, empty = none), or
+INPUT_IDS (INT32 [n,L], rows padded with -1); outputs EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), and
+INFO (BYTES [n,1]: JSON about the model) when it alone is asked for.
 Everything else is a request parameter. Every request ends in exactly one response.
 """
 
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,18 @@ from triton_embed.python_backend import checkpoint
 from triton_embed.python_backend.config import ServingConfig
 from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.errors import BadRequest
-from triton_embed.python_backend.request import check_dimensions, decode_text, parse_parameters, unpad_ids
-from triton_embed.python_backend.spec import EncoderSpec
+from triton_embed.python_backend.request import Item, check_dimensions, parse_parameters, read_items, unpad_ids
+from triton_embed.python_backend.row import NO_IDS, Ids, Pixels
+from triton_embed.python_backend.spec import Spec
+
+if TYPE_CHECKING:
+    from triton_embed.python_backend.reader import Reader, Template
 
 
 class EmbeddingServer:
     """What every family's `1/model.py` derives from, stating only what its weights demand."""
 
-    spec: ClassVar[EncoderSpec | None] = None  # None: the network of this family is not written yet
+    spec: ClassVar[Spec]
     prompt: ClassVar[str | None] = None  # with {instruction} and {text}; None: an instruction is refused
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -36,15 +41,12 @@ class EmbeddingServer:
         self._delivery = Delivery()
         self._unavailable = None
         directory = checkpoint.locate(serving)
-        if self.spec is None:
-            self._unavailable = f"Model '{serving.name}' is not implemented in this version"
-        elif directory is None:
+        if directory is None:
             looked = checkpoint.directory_of(serving.checkpoint, serving.checkpoint_root)
             self._unavailable = (
                 f"Model '{serving.name}' has no checkpoint. Fetch it with: "
                 f"triton-embed download {serving.checkpoint}\nLooked in {looked}"
             )
-        if self._unavailable or self.spec is None or directory is None:
             logging.warning(self._unavailable)
             return
 
@@ -55,6 +57,10 @@ class EmbeddingServer:
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._embedder = self._engine.submit(Embedder, self.spec, directory, serving).result()
         self._model = self._embedder.model
+        reader = self.spec.load(self.spec.reader)
+        self._reader: Reader = reader(directory, self._model, self._model.shape, serving, self.spec.eos, self.prompt)
+        # Pillow lets go of the interpreter while it decodes and resizes.
+        self._pool = ThreadPoolExecutor(serving.thread_count, thread_name_prefix="picture")
         self._scheduler = Scheduler(self._embedder.embed, serving.batch_tokens, self._delivery, self._engine)
         self._info = json.dumps(self._describe()).encode()
         logging.info(
@@ -83,6 +89,7 @@ class EmbeddingServer:
         if self._unavailable is None:
             self._scheduler.close()
             self._engine.shutdown()
+            self._pool.shutdown()
         self._delivery.close()
 
     def _guard(self, readings: Sequence["_Reading"], step: Callable[["_Reading"], None]) -> None:
@@ -107,64 +114,59 @@ class EmbeddingServer:
             return
         reading.parameters = parse_parameters(reading.request.parameters())
         check_dimensions(reading.parameters.get("dimensions"), self._serving.name, self._model)
-        text, ids = reading.tensor("TEXT"), reading.tensor("INPUT_IDS")
-        if (text is None) == (ids is None):
-            raise BadRequest("Send either TEXT or INPUT_IDS")
-        if text is not None:
-            template = self._template(reading.parameters)
-            reading.texts = [template(decode_text(row, i)) for i, row in enumerate(text.reshape(len(text), -1))]
-        elif ids is not None:
+        ids = reading.tensor("INPUT_IDS")
+        if ids is None:
+            reading.items = read_items(reading.tensor("TEXT"), reading.tensor("IMAGE"))
+            for i, item in enumerate(reading.items):
+                self._reader.check(item, i)
+            reading.template = self._reader.template(reading.parameters)
+            reading.pictures = [
+                [self._pool.submit(self._reader.picture, image, i) for image in item.images]
+                for i, item in enumerate(reading.items)
+            ]
+        else:
+            if reading.tensor("TEXT") is not None or reading.tensor("IMAGE") is not None:
+                raise BadRequest("Send either INPUT_IDS or TEXT and IMAGE")
             if {"instruction", "prompt_name"} & reading.parameters.keys():
                 raise BadRequest("instruction and prompt_name need TEXT: token ids are used as they are")
             reading.ids = [unpad_ids(row, i) for i, row in enumerate(ids)]
 
     def _tokenise(self, readings: Sequence["_Reading"]) -> Callable[["_Reading"], None]:
         """Encode the texts of all requests at once, on every core; the step hands each request its own."""
-        encoded = self._encode([text for reading in readings for text in reading.texts])
+        encoded = self._encode([text for reading in readings if not reading.answered for text in self._texts(reading)])
 
         def hand_out(reading: "_Reading") -> None:
-            if reading.texts:
-                reading.ids = [next(encoded) for _ in reading.texts]
+            if reading.items:
+                reading.ids = [next(encoded) if self._reader.has_ids(item) else NO_IDS for item in reading.items]
 
         return hand_out
 
+    def _texts(self, reading: "_Reading") -> list[str]:
+        return [reading.template(item) for item in reading.items if self._reader.has_ids(item)]
+
     def _encode(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
         """A generator, so that what goes wrong does so inside a step, where requests are answered for it."""
-        yield from self._embedder.tokenizer.encode(texts)
-
-    def _template(self, parameters: Mapping[str, Any]) -> Callable[[str], str]:
-        """How instruction or prompt_name go around a text."""
-        if "prompt_name" in parameters:
-            name = parameters["prompt_name"]
-            if "instruction" in parameters:
-                raise BadRequest("Send either instruction or prompt_name")
-            if name not in self._model.prompts:
-                known = ", ".join(self._model.prompts) or "none"
-                raise BadRequest(f"Model '{self._serving.name}' has no prompt_name '{name}'; it has: {known}")
-            prompt = self._model.prompts[name]
-            return lambda text: prompt + text
-        instruction = parameters.get("instruction")
-        if not instruction:
-            return lambda text: text
-        if self.prompt is None:
-            raise BadRequest(f"Model '{self._serving.name}' takes no instruction: it was trained without one")
-        before, after = self.prompt.split("{text}")
-        return lambda text: before.replace("{instruction}", instruction) + text + after
+        yield from self._reader.tokenizer.encode(texts)
 
     def _admit(self, reading: "_Reading") -> None:
         from triton_embed.python_backend.scheduler import Job
 
-        tokenizer = self._embedder.tokenizer
-        fit = tokenizer.cut_text if reading.texts else tokenizer.check_ids
         truncate = reading.parameters.get("truncate", "end")
-        rows = [fit(ids, truncate, i) for i, ids in enumerate(reading.ids)]
-        total, limit = sum(len(row.ids) for row in rows), self._serving.max_request_tokens
+        if reading.items:
+            pictures = [tuple(future.result() for future in row) for row in reading.pictures]
+            rows = [
+                self._reader.row(ids, found, truncate, i)
+                for i, (ids, found) in enumerate(zip(reading.ids, pictures, strict=True))
+            ]
+        else:
+            rows = [self._reader.ids_row(ids, truncate, i) for i, ids in enumerate(reading.ids)]
+        reading.tokens = [row.tokens for row in rows]
+        reading.dropped = [row.dropped for row in rows]
+        total, limit = sum(reading.tokens), self._serving.max_request_tokens
         if total > limit:
             raise BadRequest(f"The request has {total} tokens, more than the {limit} a request may have")
-        reading.tokens = [len(row.ids) for row in rows]
-        reading.dropped = [row.dropped for row in rows]
-        dims = reading.parameters.get("dimensions") or self._model.hidden_size
-        self._scheduler.submit(Job([row.ids for row in rows], dims, reading))
+        dims = reading.parameters.get("dimensions") or self._model.dimensions
+        self._scheduler.submit(Job(rows, dims, reading))
 
     def _describe(self) -> dict[str, Any]:
         model, serving = self._model, self._serving
@@ -172,14 +174,14 @@ class EmbeddingServer:
             "name": serving.name,
             "family": model.model_type,
             "checkpoint": None if serving.checkpoint.startswith("/") else serving.checkpoint,
-            "dimensions": model.hidden_size,
+            "dimensions": model.dimensions,
             "max_model_len": model.max_tokens,
             "vocab_size": model.vocab_size,
             "pooling": model.pooling,
-            "modalities": ["text"],
+            "modalities": list(self._reader.modalities),
             "matryoshka": model.matryoshka,
             "instructions": self.prompt is not None,
-            "prompt_names": list(model.prompts),
+            "prompt_names": self._reader.prompt_names,
             "dtype": str(self._embedder.dtype).removeprefix("torch."),
             "device": self._embedder.device,
             "kernels": self._embedder.kernels,
@@ -195,8 +197,10 @@ class _Reading:
         self.sender = request.get_response_sender()
         self.outputs = set(request.requested_output_names())
         self.parameters: dict[str, Any] = {}
-        self.texts: list[str] = []
-        self.ids: list[npt.NDArray[np.int32]] = []
+        self.items: list[Item] = []
+        self.template: Template = lambda item: item.text
+        self.pictures: list[list[Future[Pixels]]] = []  # of each item, being decoded
+        self.ids: list[Ids] = []  # of each row; none where it is a picture alone
         self.tokens: list[int] = []
         self.dropped: list[int] = []
         self.answered = False
@@ -207,8 +211,7 @@ class _Reading:
 
     def inform(self, info: bytes) -> None:
         """Answer INFO, one row for each row sent."""
-        found = self.tensor("TEXT")
-        found = self.tensor("INPUT_IDS") if found is None else found
+        found = next((x for x in map(self.tensor, ("TEXT", "IMAGE", "INPUT_IDS")) if x is not None), None)
         rows = np.full((1 if found is None else len(found), 1), info, dtype=np.object_)
         self.answered = True
         self.delivery.put(lambda: self._send([pb_utils.Tensor("INFO", rows)]))

@@ -1,34 +1,25 @@
-"""Text -> token ids: prompt, special tokens, truncation that keeps them."""
+"""Text -> token ids: special tokens, the end of a text, truncation that keeps both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer as FastTokenizer
 
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest, ConfigError
-
-Ids = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One row ready for the network: its ids, and how many tokens truncation cut off."""
-
-    ids: Ids
-    dropped: int
+from triton_embed.python_backend.json_file import JsonFile
+from triton_embed.python_backend.row import Ids, Row
 
 
 class Tokenizer:
     """The checkpoint's tokenizer.json, with its own padding and truncation switched off: both are ours.
 
-    ConfigError: no tokenizer.json, an unreadable one, or one with more ids than the network has embeddings.
+    `eos` is `Spec.eos`. ConfigError: no tokenizer.json, an unreadable one, one with more ids than the network has
+    embeddings, one without the token that texts end with, or one that ends them with another.
     """
 
-    def __init__(self, directory: Path, model: ModelConfig) -> None:
+    def __init__(self, directory: Path, model: ModelConfig, eos: str | None) -> None:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{path} is missing")
@@ -45,27 +36,56 @@ class Tokenizer:
         self._model = model
         probe = self._fast.encode("a")
         inside = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+        if not inside:
+            raise ConfigError(f"{path} makes no token of the letter a")
         # How many special tokens the post-processor puts before and after a text.
         self._before, self._after = inside[0], len(probe.ids) - 1 - inside[-1]
+        self._appended: tuple[int, ...] = ()
+        if eos is not None:
+            self._end_with(directory, eos, probe.tokens[inside[-1] + 1 :])
         if model.max_tokens <= self._before + self._after:
             raise ConfigError(f"{path}: special tokens alone fill the {model.max_tokens} tokens allowed")
+
+    def _end_with(self, directory: Path, eos: str, ending: list[str]) -> None:
+        """Append the token that texts end with, unless the post-processor, which puts `ending`, does it."""
+        if eos == "eos_token":
+            config = JsonFile(directory / "tokenizer_config.json", required=True)
+            stated = config.need("eos_token", (str, dict))
+            eos = stated if isinstance(stated, str) else config.nested("eos_token").need("content", str)
+        number = self._fast.token_to_id(eos)
+        if number is None:
+            raise ConfigError(f"{directory / 'tokenizer.json'} has no token '{eos}', which every text must end with")
+        if not ending:
+            self._appended, self._after = (number,), 1
+        elif ending[-1] != eos:
+            raise ConfigError(
+                f"{directory / 'tokenizer.json'} ends texts with '{ending[-1]}', the model was trained to see '{eos}'"
+            )
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text with its special tokens, uncut. One call for many texts uses every core."""
         if self._model.lowercase:
             texts = [text.lower() for text in texts]
-        return [np.array(e.ids, dtype=np.int32) for e in self._fast.encode_batch_fast(list(texts))]
+        found = self._fast.encode_batch_fast(list(texts))
+        return [np.array([*e.ids, *self._appended], dtype=np.int32) for e in found]
 
-    def cut_text(self, ids: Ids, truncate: str, row: int) -> Tokens:
+    def count(self, text: str) -> int:
+        """Tokens of a text by itself, without special tokens around it."""
+        return len(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def cut_text(self, ids: Ids, truncate: str, row: int) -> Row:
         """Fit an encoded text into the model's length; special tokens stay. BadRequest: `truncate` forbids it."""
-        return self._cut(ids, truncate, row, self._before, self._after)
+        return self.cut(ids, truncate, row, self._before, self._after)
 
-    def check_ids(self, ids: Ids, truncate: str, row: int) -> Tokens:
-        """Check ids given by the caller and fit them: used as they are, none added.
+    def cut_ids(self, ids: Ids, truncate: str, row: int) -> Row:
+        """Fit ids given by the caller: a model that pools the last token keeps it, one that pools the first keeps that.
 
-        A model that pools the last token keeps it, one that pools the first keeps that.
-        BadRequest: none at all, or one outside the vocabulary.
+        BadRequest: `truncate` forbids it.
         """
+        return self.cut(ids, truncate, row, *{"cls": (1, 0), "last": (0, 1)}.get(self._model.pooling, (0, 0)))
+
+    def check_ids(self, ids: Ids, row: int) -> Ids:
+        """Ids given by the caller are used as they are. BadRequest: none at all, or one outside the vocabulary."""
         if not len(ids):
             raise BadRequest(f"Input at index {row} cannot be empty")
         outside = ids[(ids < 0) | (ids >= self._model.vocab_size)]
@@ -74,19 +94,27 @@ class Tokenizer:
                 f"Input at index {row} has token id {outside[0]}, which is outside the model's vocabulary "
                 f"(0 to {self._model.vocab_size - 1})"
             )
-        pooled = {"cls": (1, 0), "last": (0, 1)}.get(self._model.pooling, (0, 0))
-        return self._cut(ids, truncate, row, *pooled)
+        return ids
 
-    def _cut(self, ids: Ids, truncate: str, row: int, before: int, after: int) -> Tokens:
+    def cut(self, ids: Ids, truncate: str, row: int, before: int, after: int) -> Row:
+        """Fit ids into the model's length; the first `before` and the last `after` stay.
+
+        BadRequest: `truncate` forbids it, or those alone are too many.
+        """
         limit = self._model.max_tokens
         dropped = len(ids) - limit
         if dropped <= 0:
-            return Tokens(ids, 0)
+            return Row(ids)
         if truncate == "none":
             raise BadRequest(
                 f"The input ({len(ids)} tokens) is longer than the model's context length ({limit} tokens). "
                 f"(input at index {row})"
             )
+        if before + after > limit:
+            raise BadRequest(
+                f"Input at index {row}: images and instruction take {before + after} tokens, more than the model's "
+                f"context length ({limit} tokens)"
+            )
         start = before if truncate == "end" else before + dropped
         kept = (ids[:before], ids[start : start + limit - before - after], ids[len(ids) - after :])
-        return Tokens(np.concatenate(kept), dropped)
+        return Row(np.concatenate(kept), dropped=dropped)

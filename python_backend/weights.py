@@ -1,72 +1,108 @@
 """safetensors -> parameters: driven by what the network needs, strict both ways."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from triton_embed.python_backend.checkpoint import weight_files
 from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.layers import FusedLinear
 
 
-def load(
-    network: nn.Module,
-    directory: Path,
-    *,
-    prefixes: tuple[str, ...],
-    fused: Mapping[str, tuple[str, ...]],
-    ignored: tuple[str, ...],
-    dtype: torch.dtype,
-    device: str,
-) -> None:
-    """Give every parameter of `network` (built on meta) its tensor, in `dtype` on `device`.
+@dataclass(frozen=True)
+class Naming:
+    """How a network's parameters relate to a checkpoint's tensors.
 
-    `prefixes`: what a checkpoint may put before every name (`bert.`). `fused`: the module that holds, along
-    dimension 0, the concatenation of these siblings, all of one size. `ignored`: beginnings of names that the network
-    has no use for.
+    `renames`: what a checkpoint may call the beginnings of names, and what the network calls them; the first that
+    fits counts. `fused`: the module that holds, one below the other, the tensors of these siblings. `ignored`:
+    beginnings of names (as in the network) that it has no use for; `ignored_endings`: endings.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    ignored_endings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: opened anew each time, so that no more of a file is mapped than the tensor being read."""
+
+    path: Path
+    key: str
+
+    def read(self) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.key)
+            return tensor.clone()
+
+
+def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype, device: str) -> None:
+    """Give every parameter of `network` (built on meta) its tensor, in `dtype` on `device`; a module with a `dtype`
+    of its own keeps that one.
+
     ConfigError: a tensor that is missing, left over or of another shape, or a file that cannot be read; it names it.
     """
-    with ExitStack() as stack:
-        tensors: dict[str, tuple[Any, str, Path]] = {}  # our name -> (open file, name in the file, file)
-        for path in weight_files(directory):
-            try:
-                handle = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"{path} cannot be read: {error}") from error
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
-                name = next((key.removeprefix(p) for p in prefixes if key.startswith(p)), key)
-                if name in tensors:
-                    raise ConfigError(f"{path}: tensors '{tensors[name][1]}' and '{key}' have one place, '{name}'")
-                tensors[name] = (handle, key, path)
+    tensors = _index(directory, naming)
+    for name, parameter in list(network.named_parameters()):
+        module, _, attribute = name.rpartition(".")
+        owner = network.get_submodule(module)
+        names = _parts(name, naming.fused)
+        whole = parameter.shape
+        sizes = owner.sizes if isinstance(owner, FusedLinear) else tuple(whole[:1])
+        parts = []
+        for part, size in zip(names, sizes, strict=True):
+            if part not in tensors:
+                raise ConfigError(f"{directory}: tensor '{part}' is missing")
+            stored = tensors.pop(part)
+            parts.append(stored.read())
+            if (found := list(parts[-1].shape)) != (wanted := [size, *whole[1:]]):
+                raise ConfigError(f"{stored.path}: tensor '{part}' has shape {found}, config.json asks for {wanted}")
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        value = value.to(device=device, dtype=getattr(owner, "dtype", dtype))
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
 
-        for name, parameter in list(network.named_parameters()):
-            names = _parts(name, fused)
-            shape = [parameter.shape[0] // len(names), *parameter.shape[1:]]
-            parts = []
-            for part in names:
-                if part not in tensors:
-                    raise ConfigError(f"{directory}: tensor '{part}' is missing")
-                handle, key, path = tensors.pop(part)
-                parts.append(handle.get_tensor(key))
-                if (found := list(parts[-1].shape)) != shape:
-                    raise ConfigError(f"{path}: tensor '{part}' has shape {found}, config.json asks for {shape}")
-            owner, _, attribute = name.rpartition(".")
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            value = nn.Parameter(whole.to(device=device, dtype=dtype), requires_grad=False)
-            setattr(network.get_submodule(owner), attribute, value)
+    unknown = [
+        name for name in tensors if not name.startswith(naming.ignored) and not name.endswith(naming.ignored_endings)
+    ]
+    if unknown:
+        name = min(unknown)
+        raise ConfigError(
+            f"{tensors[name].path}: tensor '{name}' is not part of this network ({len(unknown)} left over)"
+        )
 
-        if left := sorted(name for name in tensors if not name.startswith(ignored)):
-            raise ConfigError(
-                f"{tensors[left[0]][2]}: tensor '{left[0]}' is not part of this network ({len(left)} left over)"
-            )
+
+def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
+    """Our name of each stored tensor -> where it is."""
+    tensors: dict[str, _Stored] = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        for key in keys:
+            name = _rename(key, naming.renames)
+            if name in tensors:
+                raise ConfigError(f"{path}: tensors '{tensors[name].key}' and '{key}' have one place, '{name}'")
+            tensors[name] = _Stored(path, key)
+    return tensors
+
+
+def _rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for theirs, ours in renames:
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
 
 
 def _parts(name: str, fused: Mapping[str, tuple[str, ...]]) -> list[str]:
     """The checkpoint's names for a parameter: one, or those its fused module was made of."""
     module, _, attribute = name.rpartition(".")
     parent, _, last = module.rpartition(".")
-    return [f"{parent}.{source}.{attribute}" for source in fused[last]] if last in fused else [name]
+    before = f"{parent}." if parent else ""
+    return [f"{before}{source}.{attribute}" for source in fused[last]] if last in fused else [name]

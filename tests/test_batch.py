@@ -1,5 +1,7 @@
 """Rows packed end to end, against transformers' own flattening collator."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,32 +9,90 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
-from triton_embed.python_backend.batch import Batch
+from triton_embed.python_backend.batch import Batch, filler_count, one_each
 
 ROWS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=30), min_size=1, max_size=12)
+POOLINGS = ("cls", "last", "mean", "max")
 
 
-def pack(rows: list[list[int]], device: str = "cpu") -> Batch:
-    return Batch.pack([np.array(row, dtype=np.int32) for row in rows], range(1, len(rows) + 1), device)
+def pack(rows: list[list[int]], pooling: str = "mean", device: str = "cpu") -> Batch:
+    return Batch.pack([np.array(row, dtype=np.int32) for row in rows], pooling, device)
+
+
+def flattened(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """ids [1,T], positions [1,T] and the boundaries of the rows, by transformers."""
+    collate = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True)
+    found: dict[str, torch.Tensor] = collate([{"input_ids": row} for row in rows])
+    return found
+
+
+@settings(deadline=None)
+@given(ROWS, st.sampled_from(POOLINGS))
+def test_rows_lie_as_transformers_flattens_them(rows: list[list[int]], pooling: str) -> None:
+    found, theirs = pack(rows, pooling), flattened(rows)
+    tokens = theirs["input_ids"].shape[1]
+    assert torch.equal(found.ids[:tokens], theirs["input_ids"][0])
+    assert torch.equal(found.positions[:, :tokens], theirs["position_ids"])
+    assert torch.equal(found.packed.cu_seqlens[: len(rows) + 1], theirs["cu_seq_lens_q"])
+    assert found.packed.lengths[: len(rows)] == tuple(map(len, rows))
+    assert (found.ids.dtype, found.positions.dtype) == (torch.int64, torch.int64)
+    boundaries = theirs["cu_seq_lens_q"].tolist()
+    first, last = boundaries[:-1], [end - 1 for end in boundaries[1:]]
+    if pooling in ("cls", "last"):
+        assert found.pooled is not None
+        assert found.pooled[: len(rows)].tolist() == (first if pooling == "cls" else last)
+        assert set(found.states.lengths) == {1}
+        assert len(found.states.lengths) == len(found.pooled)
+    else:
+        assert found.pooled is None
+        assert found.states is found.packed
 
 
 @settings(deadline=None)
 @given(ROWS)
-def test_rows_lie_as_transformers_flattens_them(rows: list[list[int]]) -> None:
-    found = pack(rows)
-    collate = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True)
-    theirs = collate([{"input_ids": row} for row in rows])
-    assert torch.equal(found.ids, theirs["input_ids"][0])
-    assert torch.equal(found.positions, theirs["position_ids"][0])
-    assert torch.equal(found.packed.cu_seqlens, theirs["cu_seq_lens_q"])
-    assert found.packed.lengths == tuple(map(len, rows))
-    assert found.dims == tuple(range(1, len(rows) + 1))
-    assert (found.ids.dtype, found.positions.dtype) == (torch.int64, torch.int64)
+def test_what_is_added_for_the_cpu_is_rows_of_one_known_token_behind_the_others(rows: list[list[int]]) -> None:
+    found, tokens = pack(rows), sum(map(len, rows))
+    added = found.packed.lengths[len(rows) :]
+    assert set(added) <= {1}
+    assert len(found.ids) == found.positions.shape[1] == tokens + len(added)
+    assert not found.ids[tokens:].any()
+    assert not found.positions[:, tokens:].any()
+    assert len(found.ids) % 8 == 0
+
+
+def test_a_gpu_gets_nothing_added() -> None:
+    assert pack([[1, 2], [3]], device="meta").packed.lengths == (2, 1)
+
+
+def test_batches_have_few_sizes() -> None:
+    """Eight an octave: 8 below 64, then 8 up to each further power of 2."""
+    added = [filler_count(tokens) for tokens in range(1, 16_385)]
+    sizes = sorted({tokens + more for tokens, more in enumerate(added, start=1)})
+    assert all(0 <= more <= max(7, tokens / 8) for tokens, more in enumerate(added, start=1))
+    assert len(sizes) == 8 + 8 * 8
+    assert all(after / before <= 9 / 8 for before, after in pairwise(sizes) if before >= 64)
+
+
+def test_positions_of_ones_own() -> None:
+    """Three axes, as Qwen2-VL counts them."""
+    rows = [np.arange(5, dtype=np.int32), np.arange(2, dtype=np.int32)]
+    placed = [np.arange(15).reshape(3, 5), np.arange(100, 106).reshape(3, 2)]
+    found = Batch.pack(rows, "last", "cpu", placed)
+    assert found.positions[:, :7].tolist() == np.concatenate(placed, axis=1).tolist()
+    assert found.positions.shape == (3, 8)
+    assert not found.positions[:, 7:].any()
+    assert found.positions.dtype == torch.int64
+
+
+def test_one_state_a_row() -> None:
+    assert one_each(3, "cpu").cu_seqlens.tolist() == [0, 1, 2, 3]
 
 
 def test_everything_the_network_reads_is_on_its_device() -> None:
-    found = pack([[1, 2], [3]], "meta")
-    assert {x.device.type for x in (found.ids, found.positions, found.packed.cu_seqlens)} == {"meta"}
+    found = pack([[1, 2], [3]], "last", "meta")
+    assert found.pooled is not None
+    read = (found.ids, found.positions, found.packed.cu_seqlens, found.pooled, found.states.cu_seqlens)
+    assert {x.device.type for x in read} == {"meta"}
 
 
 @pytest.mark.parametrize("rows", [[[]], [[1], [], [2]]])

@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import deserialize_bytes_tensor
 
 from conftest import Triton, free_port
 from triton_embed.gateway import client as client_module
@@ -49,6 +50,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         self.answered = 0
         self.cancelled = 0
         self.metadata: dict[str, str] = {}
+        self.asked: list[Any] = []
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         try:
@@ -57,6 +59,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             self.cancelled += 1
             raise
         self.answered += 1
+        self.asked.append(request)
         if self.failure is not None:
             await context.abort(*self.failure)
         rows = request.inputs[0].shape[0]
@@ -242,6 +245,45 @@ def test_even_parts(monkeypatch: pytest.MonkeyPatch, lengths: list[int], expecte
     parts = list(even_parts(rows))
     assert [[len(row) for row in part] for part in parts] == expected
     assert [row for part in parts for row in part] == rows
+
+
+def received(request: Any) -> dict[str, list[list[bytes]]]:
+    """The BYTES tensors of a request, read by tritonclient."""
+    return {
+        tensor.name: deserialize_bytes_tensor(content).reshape(tuple(tensor.shape)).tolist()
+        for tensor, content in zip(request.inputs, request.raw_input_contents, strict=True)
+        if tensor.datatype == "BYTES"
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "expected"),
+    [
+        (["a", "画像"], None, {"TEXT": [[b"a"], ["画像".encode()]]}),
+        (["a", "b"], [[], []], {"TEXT": [[b"a"], [b"b"]], "IMAGE": [[b""], [b""]]}),
+        (["a"], [()], {"TEXT": [[b"a"]], "IMAGE": [[b""]]}),
+        (["a", ""], [[], [b"\0x"]], {"TEXT": [[b"a"], [b""]], "IMAGE": [[b""], [b"\0x"]]}),
+        (
+            ["", "a", "b"],
+            [[b"x", b"yy" * 200], [], [b"z"]],
+            {"TEXT": [[b""], [b"a"], [b"b"]], "IMAGE": [[b"x", b"yy" * 200], [b"", b""], [b"z", b""]]},
+        ),
+    ],
+)
+def test_texts_and_images_as_tensors(given: list[str], images: Any, expected: dict[str, Any]) -> None:
+    async def use(client: TritonClient, script: Scripted) -> Any:
+        assert len((await client.embed("m", texts(*given), images)).tokens) == len(given)
+        return script.asked[0]
+
+    assert received(with_scripted(use)) == expected
+
+
+def test_ids_travel_alone_even_to_a_model_of_images() -> None:
+    async def use(client: TritonClient, script: Scripted) -> list[str]:
+        await client.embed("m", ids([1, 2]), [])
+        return [tensor.name for tensor in script.asked[0].inputs]
+
+    assert with_scripted(use) == ["INPUT_IDS"]
 
 
 def test_texts_and_their_tokens(triton: Triton) -> None:

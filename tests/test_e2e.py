@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import openai
+import oracles
 import pytest
 import requests
+from checkpoints import write_decoder, write_xlm_roberta
 from sentence_transformers import SentenceTransformer
 
 from conftest import MINILM, ROOT, Stack, write_bert
@@ -22,6 +25,8 @@ from test_checkpoint import Hub, hub
 from triton_embed.gateway.triton_process import SHARED_MEMORY
 
 TEXT = "Once upon a time"
+WORDS = ["the cat sat on the mat", "hello world", "你好，世界。", "a photo of a dog " * 9]
+ADD_MODEL = Path(sys.executable).with_name("triton-embed")
 __all__ = ["hub"]  # a fixture
 
 
@@ -113,7 +118,7 @@ def test_a_checkpoint_anywhere_is_served_under_the_name_asked_for(tmp_path: Path
         "--api-key=secret",
         "--dtype=float32",
         "--json-model-override-args",
-        '{"matryoshka_dimensions": [20, 40]}',
+        '{"matryoshka_dimensions": [20, 40, 1024, 1536]}',  # those beyond its 60 are not for it
         "--is-embedding",
         "--trust-remote-code",
         "--chat-template=gme-qwen2-vl",
@@ -131,6 +136,41 @@ def test_a_checkpoint_anywhere_is_served_under_the_name_asked_for(tmp_path: Path
     finally:
         server.stop()
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_models_that_were_added_are_served_beside_the_others(tmp_path: Path) -> None:
+    """By the commands it ends with; one of them under the id that its place in the hub's cache tells."""
+    models = tmp_path / "models"
+    shutil.copytree(ROOT / "model_repository", models, ignore=shutil.ignore_patterns("__pyc*"))
+    cached = tmp_path / "hub" / "models--intfloat--multilingual-e5-tiny" / "snapshots" / "0a1b2c"
+    e5 = write_xlm_roberta(cached, pooling="mean")
+    qwen3 = write_decoder(tmp_path / "checkpoints" / "Qwen" / "Qwen3-Embedding-0.1B", "qwen3")
+    flags = [f"--model-repository={models}", f"--checkpoints={tmp_path / 'checkpoints'}"]
+    commands = [
+        [ADD_MODEL, "add-model", e5, *flags],
+        [ADD_MODEL, "add-model", qwen3, "--name=small.v1", *flags],
+    ]
+    told = [subprocess.run(command, check=True, capture_output=True, text=True).stderr for command in commands]
+    alone = [shlex.split(re.findall(r"serve it alone: (.+)", said)[0])[2:] for said in told]
+    server = Stack(tmp_path / "log", "--model=minilm", *alone[0], *alone[1])
+    try:
+        names = ("intfloat/Multilingual-E5-tiny", "qwen3-embedding-0.1b")
+        bodies = [{"model": name, "input": WORDS} for name in names]
+        answers = [requests.post(f"{server.url}/v1/embeddings", json=body, timeout=30).json() for body in bodies]
+        cards = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+    finally:
+        server.stop()
+    expected = (
+        oracles.encoder_vectors(e5, oracles.ids_of(e5, WORDS), "mean"),
+        oracles.decoder_vectors(qwen3, oracles.ids_of(qwen3, WORDS)),
+    )
+    for answer, vectors in zip(answers, expected, strict=True):
+        np.testing.assert_allclose([item["embedding"] for item in answer["data"]], vectors, atol=2e-5)
+    assert {card["id"]: card["dimensions"] for card in cards if card["ready"]} == {
+        "minilm": 384,
+        "multilingual-e5-tiny": 60,
+        "small.v1": 52,
+    }
 
 
 def test_an_id_is_downloaded_then_served_under_it(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,26 +1,40 @@
-"""Vectors end to end, without a server: transformers for tiny checkpoints in every form a file may have,
-sentence-transformers for the real MiniLM.
+"""Vectors end to end, without a server: transformers for tiny checkpoints in every form a file may have and for any
+mix of rows of every family, sentence-transformers for the real MiniLM and for its own Pooling and Dense modules.
+Checkpoints that do not fit are refused by name.
 """
 
 import ast
+import json
 import re
+import shutil
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import CASES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
 from test_encoder import hidden_states, rows_of, stir
 from test_ops import one_thread  # noqa: F401 - applies to every test here
-from torch import Tensor
+from test_vectors import expected, items_of, png, vectors_of
+from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from conftest import MINILM, serving, write_bert
+from conftest import MINILM, Family, serving, write_bert
 from triton_embed.python_backend.embedder import Embedder
 from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.request import Item
+from triton_embed.python_backend.row import Row
 from triton_embed.python_backend.spec import EncoderSpec
+
+Tiny = Callable[[str], Family]
 
 MIXED = (1, 77, 2, 3, 3, 3, 13, 1, 5, 8, 21, 34, 55, 2, 4, 6, 1, 1, 9, 27, 61, 7, 7, 7, 7, 50, 2, 11, 16, 32, 64, 3)
 
@@ -77,9 +91,9 @@ FORMS = [
 
 
 @pytest.fixture(scope="module", params=range(len(FORMS)), ids=[f"{f.__name__} {p} {s}" for f, p, s in FORMS])
-def tiny(
+def form(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Embedder, list[np.ndarray], np.ndarray]:
+) -> tuple[Embedder, list[Row], np.ndarray]:
     """(ours, rows of ids, transformers' vectors for them, computed one at a time in float32)."""
     store, pooling, sizes = FORMS[request.param]
     directory = write_bert(tmp_path_factory.mktemp("embedder") / "tiny", request.param, pooling, **sizes)
@@ -92,42 +106,298 @@ def tiny(
     return embedder(directory), rows, normalised(pooled)
 
 
-def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
     assert found.dtype == np.float32
-    assert np.abs(found - expected).max() <= 2e-5
-    assert ((found * expected).sum(1)).min() >= 0.999999
+    assert np.abs(found - wanted).max() <= 2e-5
+    assert ((found * wanted).sum(1)).min() >= 0.999999
 
 
-def test_a_mixed_batch_of_32(tiny: tuple[Embedder, list[np.ndarray], np.ndarray]) -> None:
-    ours, rows, expected = tiny
+def test_a_mixed_batch_of_32(form: tuple[Embedder, list[Row], np.ndarray]) -> None:
+    ours, rows, wanted = form
     assert len(rows) == 32
-    assert_same(ours.embed(rows, [expected.shape[1]] * 32), expected)
+    assert_same(ours.embed(rows, [wanted.shape[1]] * 32), wanted)
 
 
 @pytest.mark.parametrize("row", [0, 1, 3, 11])
-def test_a_text_alone(row: int, tiny: tuple[Embedder, list[np.ndarray], np.ndarray]) -> None:
-    ours, rows, expected = tiny
-    assert_same(ours.embed([rows[row]], [expected.shape[1]]), expected[row : row + 1])
+def test_a_text_alone(row: int, form: tuple[Embedder, list[Row], np.ndarray]) -> None:
+    ours, rows, wanted = form
+    assert_same(ours.embed([rows[row]], [wanted.shape[1]]), wanted[row : row + 1])
 
 
 def test_rows_of_one_batch_may_ask_for_different_sizes(
-    tiny: tuple[Embedder, list[np.ndarray], np.ndarray],
+    form: tuple[Embedder, list[Row], np.ndarray],
 ) -> None:
-    ours, rows, expected = tiny
+    ours, rows, wanted = form
     dims = [1 + i for i in range(32)]
-    for vector, size, whole in zip(ours.embed(rows, dims), dims, expected, strict=True):
+    for vector, size, whole in zip(ours.embed(rows, dims), dims, wanted, strict=True):
         assert np.abs(vector[:size] - whole[:size] / np.linalg.norm(whole[:size])).max() <= 1e-4
         assert abs(np.linalg.norm(vector[:size].astype(np.float64)) - 1) <= 1e-6
         assert not vector[size:].any()
 
 
-def test_a_tensor_that_the_config_does_not_promise(tmp_path: Path) -> None:
-    """A config.json of two layers over the weights of three."""
-    write_bert(tmp_path / "tiny")
-    file = tmp_path / "tiny" / "config.json"
-    file.write_text(file.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
-    with pytest.raises(ConfigError, match=r"model\.safetensors: tensor 'encoder\.layer\.2\..* is not part of this"):
-        embedder(tmp_path / "tiny")
+@dataclass
+class Pool:
+    """Rows of every kind a family takes, each with transformers' vector for it, computed alone."""
+
+    ours: Family
+    rows: list[Row]
+    vectors: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, ours: Family) -> "Pool":
+        (case,) = [case for case in CASES if case.name == name]
+        items = items_of(case.family)[:16]
+        sent = [Item(i.get("text", ""), tuple(map(png, i.get("images", ())))) for i in items]
+        rows, vectors = ours.rows(*sent), expected(case, ours.directory, items).vectors
+        # What a caller tokenised is the same row.
+        typed = [i for i, row in enumerate(rows) if not row.pictures]
+        rows += [ours.reader.ids_row(rows[i].ids, "end", i) for i in typed]
+        vectors = np.concatenate([vectors, vectors[typed]])
+        random = [row.ids for row in rows_of((1, 2, 9, 30, 66), ours.model.vocab_size - 20)]
+        if case.family == "clip":
+            random = [np.append(ids, ours.model.vocab_size - 1) for ids in random]  # the end of a text
+        rows += [ours.reader.ids_row(ids.astype(np.int32), "none", i) for i, ids in enumerate(random)]
+        vectors = np.concatenate([vectors, vectors_of(case, ours.directory, [ids.tolist() for ids in random])])
+        return cls(ours, rows, vectors)
+
+
+MIXABLE = (
+    "bge-bert-cls",
+    "bge-e5-mean",
+    "e5_mistral-mistral-window",
+    "e5_mistral-llama-dynamic",
+    "gte_qwen2-bidirectional",
+    "qwen3_embedding-bare",
+    "clip-openai",
+    "gme_qwen2_vl-hub",
+)
+
+
+@pytest.fixture(scope="module", params=MIXABLE)
+def pool(request: pytest.FixtureRequest, tiny: Tiny) -> Pool:
+    return Pool.of(request.param, tiny(request.param))
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_any_mix_of_rows_and_sizes_is_each_row_alone(pool: Pool, data: st.DataObject) -> None:
+    """In order, cut before it is normalised."""
+    full = pool.vectors.shape[1]
+    row, size = st.integers(0, len(pool.rows) - 1), st.integers(1, full) | st.just(full)
+    picked = data.draw(st.lists(st.tuples(row, size), min_size=1, max_size=12))
+    rows, dims = [pool.rows[i] for i, _ in picked], [size for _, size in picked]
+    together = pool.ours.embedder.embed(rows, dims)
+    assert together.shape == (len(rows), full)
+    for vector, (i, size) in zip(together, picked, strict=True):
+        cut = torch.from_numpy(pool.vectors[i][:size])
+        wanted = nn.functional.normalize(cut, dim=0).numpy()
+        (alone,) = pool.ours.embedder.embed([pool.rows[i]], [size])
+        for found in (vector, alone):
+            # What the cut leaves is short, and dividing by it makes an error larger.
+            assert np.abs(found[:size] - wanted).max() <= 2e-5 / float(cut.norm())
+            assert abs(np.linalg.norm(found[:size].astype(np.float64)) - 1) <= 1e-6
+            assert not found[size:].any()
+
+
+TEXTS = ["the cat sat", "hello world, the dog!", "x", "a long text about a dog and a cat " * 3, "3.14"]
+# Pooling mode and Dense layers of (size, bias, activation).
+CHAINS: list[tuple[str, list[tuple[int, bool, nn.Module | None]]]] = [
+    ("max", [(24, True, nn.Tanh())]),
+    ("mean", [(24, False, nn.Tanh())]),
+    ("cls", [(80, True, None)]),
+    ("lasttoken", [(33, False, None)]),
+    ("mean", [(24, True, nn.Tanh()), (30, False, None)]),
+    ("max", [(70, True, nn.GELU()), (5, True, nn.ReLU()), (44, True, nn.SiLU())]),
+    ("max", []),
+    ("lasttoken", []),
+]
+
+
+@pytest.fixture(scope="module")
+def plain_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_bert(tmp_path_factory.mktemp("modules") / "tiny")
+    stir(directory)
+    return directory
+
+
+def write_modules(directory: Path, bert: Path, mode: str, chain: Sequence[tuple[int, bool, nn.Module | None]]) -> Path:
+    """A model of sentence-transformers' modules around `bert`, saved by itself."""
+    torch.manual_seed(0)
+    sizes = [60, *(size for size, _, _ in chain)]
+    dense = [
+        modules.Dense(inputs, size, bias=bias, activation_function=activation)
+        for inputs, (size, bias, activation) in zip(sizes, chain, strict=False)
+    ]
+    whole = [modules.Transformer(str(bert)), modules.Pooling(60, mode), *dense, modules.Normalize()]
+    SentenceTransformer(modules=whole, device="cpu").save(str(directory))
+    return directory
+
+
+@pytest.mark.parametrize(("mode", "chain"), CHAINS, ids=[f"{m} {[c[0] for c in chain]}" for m, chain in CHAINS])
+def test_sentence_transformers_own_modules(
+    mode: str, chain: list[tuple[int, bool, nn.Module | None]], plain_bert: Path, tmp_path: Path
+) -> None:
+    directory = write_modules(tmp_path / "made", plain_bert, mode, chain)
+    theirs = SentenceTransformer(str(directory), device="cpu")
+    ours = Family("bge", directory, pooling={"lasttoken": "last"}.get(mode, mode))
+    full = chain[-1][0] if chain else 60
+    assert ours.model.dimensions == full
+    rows, dims = ours.rows(*map(Item, TEXTS)), [full, 1, full // 2, 3, full - 1]
+    found = ours.embedder.embed(rows, [full] * len(rows))
+    assert np.abs(found - theirs.encode(TEXTS)).max() <= 2e-5
+    cut = ours.embedder.embed(rows, dims)
+    for text, vector, size in zip(TEXTS, cut, dims, strict=True):
+        wanted = theirs.encode(text, truncate_dim=size, normalize_embeddings=True)
+        assert np.abs(vector[:size] - wanted).max() <= 1e-4
+        assert not vector[size:].any()
+
+
+def change(directory: Path, file: str, **values: object) -> None:
+    """Set keys of a JSON file; None removes one."""
+    stated = {**json.loads((directory / file).read_text()), **values}
+    (directory / file).write_text(json.dumps({key: value for key, value in stated.items() if value is not None}))
+
+
+def retensor(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a single file."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def dropping(name: str) -> Callable[[Path], None]:
+    return lambda directory: retensor(directory, lambda tensors: tensors.pop(name))
+
+
+def adding(name: str) -> Callable[[Path], None]:
+    return lambda directory: retensor(directory, lambda tensors: tensors.update({name: torch.ones(3)}))
+
+
+def reshaping(name: str) -> Callable[[Path], None]:
+    def cut(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name][:-1].contiguous()
+
+    return lambda directory: retensor(directory, cut)
+
+
+def setting(file: str, **values: object) -> Callable[[Path], None]:
+    return lambda directory: change(directory, file, **values)
+
+
+def removing(*names: str) -> Callable[[Path], None]:
+    def remove(directory: Path) -> None:
+        for name in names:
+            (directory / name).unlink()
+
+    return remove
+
+
+def shortening(name: str, size: int) -> Callable[[Path], None]:
+    """Keep the first bytes of a file, or all but the last."""
+    return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size]) and None
+
+
+def growing_tokenizer(directory: Path) -> None:
+    stored = json.loads((directory / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    stored["added_tokens"] += [{"id": 5000 + i, "content": f"<new{i}>", **plain} for i in range(9)]
+    (directory / "tokenizer.json").write_text(json.dumps(stored))
+
+
+WEIGHTS = "model.safetensors"
+IMAGES = "preprocessor_config.json"
+# checkpoint, what is done to it, what the refusal says
+BAD: list[tuple[str, Callable[[Path], None], str]] = [
+    ("bge-bert-cls", dropping("embeddings.LayerNorm.bias"), "tensor 'embeddings.LayerNorm.bias' is missing"),
+    ("bge-bert-cls", dropping("encoder.layer.2.attention.self.key.bias"), "2.attention.self.key.bias' is missing"),
+    ("e5_mistral-mistral-window", dropping("layers.0.mlp.up_proj.weight"), "'layers.0.mlp.up_proj.weight' is missing"),
+    ("e5_mistral-mistral-window", dropping("norm.weight"), "tensor 'norm.weight' is missing"),
+    ("gte_qwen2-bidirectional", dropping("layers.1.self_attn.q_proj.bias"), "q_proj.bias' is missing"),
+    ("qwen3_embedding-bare", dropping("layers.2.self_attn.k_norm.weight"), "k_norm.weight' is missing"),
+    ("clip-openai", dropping("visual_projection.weight"), "tensor 'visual_projection.weight' is missing"),
+    ("clip-openai", dropping("vision_model.embeddings.class_embedding"), "class_embedding' is missing"),
+    ("gme_qwen2_vl-hub", dropping("visual.merger.mlp.0.bias"), "tensor 'visual.merger.mlp.0.bias' is missing"),
+    ("bge-bert-cls", adding("encoder.layer.0.adapter.weight"), "'encoder.layer.0.adapter.weight' is not part of this"),
+    ("e5_mistral-mistral-window", adding("layers.0.self_attn.q_proj.bias"), "q_proj.bias' is not part of this network"),
+    ("e5_mistral-mistral-window", adding("layers.1.self_attn.q_norm.weight"), "q_norm.weight' is not part of this"),
+    ("clip-openai", adding("vision_model.head.weight"), "'vision_model.head.weight' is not part of this network"),
+    ("gme_qwen2_vl-hub", adding("visual.patch_embed.proj.bias"), "'visual.patch_embed.proj.bias' is not part of this"),
+    ("bge-bert-cls", reshaping("encoder.layer.1.intermediate.dense.weight"), "has shape [91, 60], config.json asks"),
+    ("gte_qwen2-bidirectional", reshaping("layers.0.self_attn.v_proj.bias"), "v_proj.bias' has shape [19], config"),
+    ("qwen3_embedding-bare", reshaping("embed_tokens.weight"), "tensor 'embed_tokens.weight' has shape"),
+    ("clip-openai", reshaping("vision_model.embeddings.position_embedding.weight"), "has shape [36, 40], config.json"),
+    ("gme_qwen2_vl-hub", reshaping("visual.patch_embed.proj.weight"), "proj.weight' has shape [63, 3, 2, 14, 14]"),
+    ("clip-openai", shortening(WEIGHTS, -100), f"{WEIGHTS} cannot be read"),
+    ("gme_qwen2_vl-hub", shortening(WEIGHTS, 1000), f"{WEIGHTS} cannot be read"),
+    ("bge-bert-cls", shortening(WEIGHTS, 0), f"{WEIGHTS} cannot be read"),
+    ("bge-bert-cls", removing(WEIGHTS), "holds no *.safetensors file"),
+    ("bge-m3-sharded-bf16", lambda d: max(d.glob("*.safetensors")).unlink(), "index.json names "),
+    ("bge-bert-cls", setting("config.json", num_hidden_layers=2), "'encoder.layer.2."),
+    ("bge-bert-cls", setting("config.json", num_hidden_layers=4), "'encoder.layer.3.attention.self.query.weight' is"),
+    ("bge-bert-cls", setting("config.json", vocab_size=200), "word_embeddings.weight' has shape"),
+    ("e5_mistral-mistral-window", setting("config.json", num_key_value_heads=3), "k_proj.weight' has shape [32, 52]"),
+    ("e5_mistral-mistral-window", setting("config.json", head_dim=8), "q_proj.weight' has shape [96, 52]"),
+    ("gte_qwen2-bidirectional", setting("config.json", hidden_size=72), "has shape"),
+    ("clip-openai", setting("config.json", projection_dim=30), "projection.weight' has shape [28, "),
+    ("bge-bert-cls", setting("config.json", model_type="t5"), "model_type is 't5', bge/config.pbtxt serves bert"),
+    ("bge-bert-cls", removing("config.json"), "config.json is missing"),
+    ("bge-bert-cls", shortening("config.json", -9), "config.json is not valid JSON"),
+    ("bge-bert-cls", setting("1_Pooling/config.json", pooling_mode_cls_token=False, pooling_mode_mean_tokens=True),
+     "1_Pooling/config.json says pooling 'mean', bge/config.pbtxt says 'cls'"),
+    ("qwen3_embedding-bare", setting("1_Pooling/config.json", pooling_mode_mean_tokens=True),
+     "1_Pooling/config.json says pooling 'mean+last', qwen3_embedding/config.pbtxt says 'last'"),
+    ("bge-bert-cls", removing("tokenizer.json"), "tokenizer.json is missing"),
+    ("clip-openai", removing("tokenizer.json"), "tokenizer.json is missing"),
+    ("gte_qwen2-bidirectional", growing_tokenizer, "config.json says vocab_size"),
+    ("e5_mistral-mistral-window", removing("tokenizer_config.json"), "tokenizer_config.json is missing"),
+    ("clip-openai", removing(IMAGES), f"{IMAGES} is missing"),
+    ("gme_qwen2_vl-hub", removing(IMAGES), f"{IMAGES} is missing"),
+    ("clip-openai", setting(IMAGES, crop_size=32), "crop_size is (32, 32), config.json says image_size 48"),
+    ("clip-openai", setting(IMAGES, image_mean=[0.5, 0.5]), f"{IMAGES}: image_mean is [0.5, 0.5], not three numbers"),
+    ("gme_qwen2_vl-hub", setting(IMAGES, patch_size=16), "patch_size is 16, config.json says 14"),
+    ("gme_qwen2_vl-hub", setting(IMAGES, merge_size=1), "merge_size is 1, config.json says 2"),
+    ("gme_qwen2_vl-hub", setting(IMAGES, temporal_patch_size=1), "temporal_patch_size is 1, config.json says 2"),
+    ("gte_qwen2-bidirectional", setting("config.json", is_causal=None), "config.json: 'is_causal' is missing"),
+    ("qwen3_embedding-bare", setting("config.json", is_causal=False), "is_causal is False, the family says True"),
+    ("e5_mistral-mistral-window", setting("config.json", is_causal=False), "is_causal is False, the family says True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "spoil", "words"), BAD, ids=[f"{name} {words}" for name, _, words in BAD])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
+    name: str, spoil: Callable[[Path], None], words: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(tiny(name).directory, tmp_path / name)
+    family, parameters = next((case.family, case.parameters) for case in CASES if case.name == name)
+    Family(family, directory, **parameters).embedder  # noqa: B018 - good until it is spoilt
+    spoil(directory)
+    with pytest.raises(ConfigError) as refused:
+        Family(family, directory, **parameters).embedder  # noqa: B018
+    assert str(directory) in str(refused.value)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"activation_function": "torch.nn.modules.activation.Hardswish"}, "activation_function is 'torch.nn"),
+        ({"in_features": 59}, "in_features is 59, the module before gives 60"),
+        ({"out_features": 23}, "tensor 'linear.weight' has shape [60, 60], config.json asks for [23, 60]"),
+        ({"bias": False}, "tensor 'linear.bias' is not part of this network"),
+        ({"use_residual": True}, "use_residual is True"),
+    ],
+    ids=["activation", "inputs", "outputs", "bias", "residual"],
+)
+def test_a_dense_module_that_does_not_fit_is_refused_by_name(
+    values: dict[str, object], words: str, plain_bert: Path, tmp_path: Path
+) -> None:
+    directory = write_modules(tmp_path / "made", plain_bert, "cls", [(60, True, None)])
+    change(directory, "2_Dense/config.json", **values)
+    with pytest.raises(ConfigError) as refused:
+        Family("bge", directory).embedder  # noqa: B018
+    assert str(directory / "2_Dense") in str(refused.value)
+    assert words in str(refused.value)
 
 
 def docstrings(source: str) -> list[str]:
@@ -156,28 +426,28 @@ def minilm() -> tuple[list[str], np.ndarray]:
     return sentences, theirs.encode(sentences, batch_size=32, show_progress_bar=False)
 
 
-def embed_texts(ours: Embedder, sentences: Sequence[str], size: int = 384) -> np.ndarray:
-    rows = [ours.tokenizer.cut_text(ids, "end", 0).ids for ids in ours.tokenizer.encode(sentences)]
-    parts = [ours.embed(rows[i : i + 32], [size] * len(rows[i : i + 32])) for i in range(0, len(rows), 32)]
+def embed_texts(sentences: Sequence[str], **parameters: str) -> np.ndarray:
+    ours = Family("minilm", MINILM, **parameters)
+    rows = ours.rows(*map(Item, sentences))
+    parts = [ours.embedder.embed(rows[i : i + 32], [384] * len(rows[i : i + 32])) for i in range(0, len(rows), 32)]
     return np.concatenate(parts)
 
 
 def test_the_real_minilm_is_sentence_transformers_own(minilm: tuple[list[str], np.ndarray]) -> None:
-    sentences, expected = minilm
-    found = embed_texts(embedder(MINILM, pooling="mean"), sentences)
-    assert ((found.astype(np.float64) * expected).sum(1)).min() >= 0.99999
+    sentences, wanted = minilm
+    found = embed_texts(sentences, pooling="mean")
+    assert ((found.astype(np.float64) * wanted).sum(1)).min() >= 0.99999
     assert np.abs(np.linalg.norm(found.astype(np.float64), axis=1) - 1).max() <= 1e-6
-    assert np.abs(found - expected).max() <= 2e-5
+    assert np.abs(found - wanted).max() <= 2e-5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_real_minilm_in_half_the_memory(dtype: str, minilm: tuple[list[str], np.ndarray]) -> None:
-    sentences, expected = minilm
-    ours = embedder(MINILM, dtype=dtype)
-    assert ours.dtype == getattr(torch, dtype)
-    found = embed_texts(ours, sentences[:32])
+    sentences, wanted = minilm
+    assert embedder(MINILM, dtype=dtype).dtype == getattr(torch, dtype)
+    found = embed_texts(sentences[:32], dtype=dtype)
     assert found.dtype == np.float32
-    assert ((found * expected[:32]).sum(1)).min() >= 0.9995
+    assert ((found * wanted[:32]).sum(1)).min() >= 0.9995
     assert np.abs(np.linalg.norm(found.astype(np.float64), axis=1) - 1).max() <= 1e-6
 
 
@@ -185,7 +455,7 @@ def test_a_long_text_is_cut_where_sentence_transformers_cuts_it(minilm: tuple[li
     long = " ".join(minilm[0][:40])
     theirs = SentenceTransformer(str(MINILM), device="cpu")
     assert len(theirs.tokenizer.tokenize(long)) > theirs.max_seq_length
-    found = embed_texts(embedder(MINILM), [long])
+    found = embed_texts([long])
     assert (found * theirs.encode([long], show_progress_bar=False)).sum() >= 0.99999
 
 

@@ -1,6 +1,5 @@
 """Every model directory that is checked in, served by the plain command a user types."""
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +8,12 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.http
+from checkpoints import write_clip
 
 from conftest import REPOSITORY, Triton, write_bert
 from triton_embed.gateway import repository
 
 FAMILIES = ["bge", "clip", "e5_mistral", "gme_qwen2_vl", "gte_qwen2", "minilm", "qwen3_embedding"]
-UNWRITTEN = ["clip", "e5_mistral", "gme_qwen2_vl", "gte_qwen2", "qwen3_embedding"]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +54,10 @@ def test_a_family_that_cannot_serve_says_why(client: tritonclient.http.Inference
     with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
         client.infer(name, [_text()])
     assert caught.value.status() == "503"
-    says = "is not implemented in this version" if name in UNWRITTEN else "has no checkpoint. Fetch it with"
-    assert caught.value.message().startswith(f"Model '{name}' {says}")
+    checkpoint = repository.read_config(REPOSITORY, name).parameters["checkpoint"].string_value
+    first, second = caught.value.message().splitlines()
+    assert first == f"Model '{name}' has no checkpoint. Fetch it with: triton-embed download {checkpoint}"
+    assert second.endswith(f"/checkpoints/{checkpoint}")
 
 
 def test_only_a_family_with_a_checkpoint_pays_for_torch(plain: Triton) -> None:
@@ -84,13 +85,26 @@ def test_nothing_listens_beyond_this_machine(plain: Triton) -> None:
     assert listening == {"127.0.0.1"}
 
 
-def test_a_broken_checkpoint_fails_to_load_and_names_the_file(tmp_path: Path) -> None:
-    checkpoint = write_bert(tmp_path / "broken")
+def truncated(directory: Path) -> tuple[str, Path, str]:
+    """Break a checkpoint: (its family, where it lies, what the server must say)."""
+    checkpoint = write_bert(directory)
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-500])
+    return "bge", checkpoint, f"{weights} cannot be read"
+
+
+def without_preprocessor(directory: Path) -> tuple[str, Path, str]:
+    checkpoint = write_clip(directory)
+    (checkpoint / "preprocessor_config.json").unlink()
+    return "clip", checkpoint, f"{checkpoint / 'preprocessor_config.json'} is missing"
+
+
+def test_a_broken_checkpoint_fails_to_load_and_names_the_file(tmp_path: Path) -> None:
     models = tmp_path / "models"
     shutil.copytree(REPOSITORY / "minilm", models / "minilm", ignore=shutil.ignore_patterns("__pycache__"))
-    repository.write_model(REPOSITORY, "bge", models, "broken", {"checkpoint": str(checkpoint)})
+    broken = {make.__name__: make(tmp_path / make.__name__) for make in (truncated, without_preprocessor)}
+    for name, (family, checkpoint, _) in broken.items():
+        repository.write_model(REPOSITORY, family, models, name, {"checkpoint": str(checkpoint)})
     server = Triton(models, tmp_path / "log", "--exit-on-error=false", "--strict-readiness=false")
     try:
         client = tritonclient.http.InferenceServerClient(server.http)
@@ -99,5 +113,6 @@ def test_a_broken_checkpoint_fails_to_load_and_names_the_file(tmp_path: Path) ->
         client.close()
     finally:
         server.stop()
-    assert index["broken"]["state"] == "UNAVAILABLE"
-    assert re.search(rf"{re.escape(str(weights))} cannot be read", index["broken"]["reason"])
+    for name, (_, _, words) in broken.items():
+        assert index[name]["state"] == "UNAVAILABLE"
+        assert words in index[name]["reason"]

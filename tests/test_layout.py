@@ -27,21 +27,35 @@ OTHERS = [*sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "benchmarks").
 # A file imports only those before it in its folder.
 ORDER = {
     "kernels": "packed reference linear ops",
-    "python_backend": "errors spec config request checkpoint weights tokenizer images batch"
-    " layers decoder encoder vision head embedder delivery scheduler serve launcher",
-    "gateway": "settings errors schemas model repository media metrics front client registry app triton_process"
-    " supervisor cli",
+    "python_backend": "errors json_file shapes images spec config row request checkpoint tokenizer reader layers"
+    " weights batch rotary patches encoder decoder clip vision qwen2_vl head embedder delivery scheduler serve"
+    " launcher",
+    # What `verify` is made of comes after all that serves.
+    "gateway": "settings errors items schemas model repository fetch media metrics front client registry app"
+    " triton_process supervisor cards samples oracle examine report verify cli",
 }
 # What no file of its own tests, and where it is tested instead.
 TESTED_ELSEWHERE = {
     "python_backend/errors.py": "every test that expects a refusal",
-    "python_backend/spec.py": "test_embedder.py",
-    "python_backend/layers.py": "test_encoder.py",
+    "python_backend/spec.py": "test_config.py",
+    "python_backend/row.py": "test_vectors.py",
+    "python_backend/layers.py": "test_vectors.py",
+    "python_backend/decoder.py": "test_vectors.py",
+    "python_backend/clip.py": "test_vectors.py",
+    "python_backend/vision.py": "test_vectors.py",
+    "python_backend/qwen2_vl.py": "test_vectors.py",
     "python_backend/head.py": "test_encoder.py",
     "kernels/reference.py": "test_ops.py",
     "gateway/triton_process.py": "test_supervisor.py",
 }
-TESTS_OF_MORE_THAN_A_FILE = {"test_families.py", "test_layout.py", "test_e2e.py"}
+TESTS_OF_MORE_THAN_A_FILE = {
+    "test_documents.py",
+    "test_e2e.py",
+    "test_families.py",
+    "test_layout.py",
+    "test_rules.py",
+    "test_vectors.py",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Import:
     file: str
     line: int
     module: str
-    lazy: bool  # inside a function
+    lazy: bool  # inside a function, or for the type checker's eyes only
 
     @property
     def top(self) -> str:
@@ -78,7 +92,11 @@ def _imports(node: ast.AST, file: str, lazy: bool) -> Iterator[Import]:
                 yield Import(file, child.lineno, _module(origin, alias.name), lazy)
         else:
             function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from _imports(child, file, lazy or function)
+            yield from _imports(child, file, lazy or function or _is_for_the_type_checker(child))
+
+
+def _is_for_the_type_checker(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
 
 
 def _module(origin: str, name: str) -> str:
@@ -158,12 +176,14 @@ def test_a_family_imports_the_engine_alone() -> None:
 
 
 def test_the_gateway_knows_neither_torch_nor_the_engine() -> None:
+    """But for commands: `verify` asks transformers for its opinion, and both read checkpoints as the engine does."""
     heavy = {"torch", "transformers", "sentence_transformers", "tokenizers", "safetensors", "triton", "pytriton"}
     found = all_imports("gateway")
-    assert told([one for one in found if one.top in heavy]) == []
+    asked = [one for one in found if one.file == "gateway/oracle.py" and one.lazy]
+    assert told([one for one in found if one.top in heavy and one not in asked]) == []
     assert told([one for one in found if one.module.startswith("kernels/")]) == []
     engine = [one for one in found if one.module.startswith("python_backend/")]
-    assert told([one for one in engine if one.file != "gateway/cli.py"]) == []
+    assert told([one for one in engine if one.file not in {"gateway/cli.py", "gateway/verify.py"}]) == []
 
 
 def test_one_file_talks_to_triton_over_the_wire() -> None:
@@ -176,28 +196,37 @@ def test_one_file_talks_to_triton_over_the_wire() -> None:
 
 
 def test_the_serving_path_does_without_transformers() -> None:
-    """Only for what ships without a tokenizer.json may it be imported, lazily."""
+    """Only for what ships without a tokenizer.json may it be imported, lazily, and by `verify`, which asks it."""
     found = [found for found in third_party(*FOLDERS) if found.top in {"transformers", "sentence_transformers"}]
-    allowed = {"python_backend/checkpoint.py", "python_backend/tokenizer.py"}
+    allowed = {"python_backend/checkpoint.py", "python_backend/tokenizer.py", "gateway/oracle.py"}
     assert told([one for one in found if one.file not in allowed or not one.lazy]) == []
 
 
 def at_once(path: Path) -> set[str]:
     """Everything foreign that importing a file imports, through files of ours."""
-    seen, waiting, foreign = set(), [path], set()
+    found = [found for here in reached(path, lazily=False) for found in imports(here) if not found.lazy]
+    return {one.top for one in found if not one.ours} - sys.stdlib_module_names
+
+
+def reached(path: Path, lazily: bool = True) -> set[Path]:
+    """The files of ours that a file leads to, itself included."""
+    seen, waiting = set(), [path]
     while waiting:
         seen.add(here := waiting.pop())
-        for found in imports(here):
-            if not found.lazy and found.ours:
-                waiting += {ROOT / found.module} - seen
-            elif not found.lazy:
-                foreign.add(found.top)
-    return foreign - sys.stdlib_module_names
+        ours = {ROOT / found.module for found in imports(here) if found.ours and (lazily or not found.lazy)}
+        waiting += ours - seen
+    return seen
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.parent.parent.name)
 def test_a_family_without_a_checkpoint_costs_no_heavy_import(path: Path) -> None:
     assert at_once(path) <= {"numpy", "triton_python_backend_utils"}
+
+
+def test_serving_never_reaches_what_verify_is_made_of() -> None:
+    serving = {path.name for path in reached(ROOT / "gateway" / "supervisor.py")}
+    assert "app.py" in serving
+    assert not serving & {"cards.py", "samples.py", "oracle.py", "examine.py", "report.py", "verify.py"}
 
 
 def test_commands_start_light() -> None:

@@ -39,6 +39,7 @@ def test_a_stage_is_timed_even_when_it_fails() -> None:
         raise ZeroDivisionError
     assert samples(metrics)["triton_embed_stage_seconds_count", "parse"] == 2
     assert samples(metrics)["triton_embed_stage_seconds_count", "triton"] == 0
+    assert samples(metrics)["triton_embed_stage_seconds_count", "media"] == 0
 
 
 def test_two_gateways_do_not_mix() -> None:

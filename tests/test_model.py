@@ -98,6 +98,35 @@ def test_instructions_that_do_not_fit(request_: EmbeddingRequest, instructions: 
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+ITEMS = replace(TEXT, texts=["a", "", "b"], images=[(), ("x",), ()])
+BOTH = replace(TEXT, texts=["a", "b"], images=[(), ("x",)])
+SEVERAL = replace(TEXT, texts=["a", ""], images=[(), ("x", "y")])
+CLIP = ["text", "image"]
+GME = ["text", "image", "text+image"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "modalities"), [(ITEMS, CLIP), (ITEMS, GME), (BOTH, GME), (SEVERAL, GME), (TEXT, CLIP), (IDS, GME)]
+)
+def test_images_that_fit(request_: EmbeddingRequest, modalities: list[str]) -> None:
+    check(request_, INFO.model_copy(update={"modalities": modalities}))
+
+
+@pytest.mark.parametrize(
+    ("request_", "modalities", "message"),
+    [
+        (ITEMS, ["text"], "Model 'm' takes no images: input at index 1 has one"),
+        (BOTH, ["text"], "Model 'm' takes no images: input at index 1 has one"),
+        (BOTH, CLIP, "Model 'm' embeds a text or an image, not both together: input at index 1 has both"),
+        (SEVERAL, CLIP, "Model 'm' embeds one image at a time: input at index 1 has 2"),
+    ],
+)
+def test_images_that_do_not_fit(request_: EmbeddingRequest, modalities: list[str], message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        check(replace(request_, param="image_data"), INFO.model_copy(update={"modalities": modalities}))
+    assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, "image_data")
+
+
 def test_an_instruction_or_a_prompt_name_alone_fits() -> None:
     check(replace(TEXT, instruction="x"), INFO)
     check(replace(TEXT, prompt_name="query"), INFO)

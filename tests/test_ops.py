@@ -5,20 +5,24 @@ the bound. Shapes are awkward on purpose: length 1, primes, one long sequence am
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import normalize_embeddings, truncate_embeddings
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, CLIPVisionConfig, Qwen2VLTextConfig, Qwen3Config
 from transformers.activations import ACT2FN
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
-    sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
 from transformers.models.bert.modeling_bert import BertEmbeddings
@@ -85,9 +89,6 @@ ATTENTION = [
     (True, 1, sliding_window_causal_mask_function(1)),
     (True, 5, sliding_window_causal_mask_function(5)),
     (True, 40, sliding_window_causal_mask_function(40)),
-    # Theirs counts the distance itself as inside, ours (and their causal one) does not.
-    (False, 1, sliding_window_bidirectional_mask_function(0)),
-    (False, 7, sliding_window_bidirectional_mask_function(6)),
 ]
 RULES = [f"{'causal' if causal else 'both ways'} {window or ''}" for causal, window, _ in ATTENTION]
 
@@ -101,6 +102,104 @@ def test_attention_sees_what_transformers_lets_it_see(
     q, k, v = random(tokens, 6, 16), random(tokens, 2, 16, seed=1), random(tokens, 2, 16, seed=2)
     found = ops.varlen_attention(q, k, v, Packed.from_lengths(lengths), causal, window, scale=0.3)
     assert_close(found, attend(q, k, v, lengths, rule, 0.3))
+
+
+def edges(window: int) -> tuple[int, ...]:
+    """Lengths around the ends of blocks of `window` queries, some of them twice in a row."""
+    around = {times * window + more for times in (1, 2, 3) for more in (-1, 0, 1)} - {0}
+    return (*around, window + 1, window + 1, 1, 1)
+
+
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_a_causal_window_at_the_edges_of_its_blocks(window: int, heads: tuple[int, int]) -> None:
+    lengths = edges(window)
+    tokens = sum(lengths)
+    q = random(tokens, heads[0], 10)
+    k, v = (random(tokens, heads[1], 10, seed=seed) for seed in (1, 2))
+    found = ops.varlen_attention(q, k, v, Packed.from_lengths(lengths), True, window, 0.3)
+    assert_close(found, attend(q, k, v, lengths, sliding_window_causal_mask_function(window), 0.3))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    st.one_of(st.none(), st.integers(1, 45)),
+    st.sampled_from([(1, 1), (2, 1), (6, 2), (3, 3)]),
+)
+def test_any_lengths_any_window(lengths: list[int], window: int | None, heads: tuple[int, int]) -> None:
+    tokens = sum(lengths)
+    q = random(tokens, heads[0], 6)
+    k, v = (random(tokens, heads[1], 6, seed=seed) for seed in (1, 2))
+    packed = Packed.from_lengths(lengths)
+    rule = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    expected = attend(q, k, v, lengths, rule, 0.4)
+    assert_close(ops.varlen_attention(q, k, v, packed, True, window, 0.4), expected)
+    last = packed.cu_seqlens[1:].long() - 1
+    assert_close(ops.pooled_attention(q[last], k, v, packed, window, 0.4), expected[last])
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40, 67, 68, 1000])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_the_last_row_of_a_causal_sequence(lengths: tuple[int, ...], window: int | None) -> None:
+    tokens, packed = sum(lengths), Packed.from_lengths(lengths)
+    q, k, v = random(tokens, 6, 16), random(tokens, 2, 16, seed=1), random(tokens, 2, 16, seed=2)
+    rule = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    last = packed.cu_seqlens[1:].long() - 1
+    found = ops.pooled_attention(q[last], k, v, packed, window, 0.3)
+    assert_close(found, attend(q, k, v, lengths, rule, 0.3)[last])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", ["first", "last", "any"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 64), (4, 2, 80), (5, 1, 10)], ids=str)
+def test_any_row_of_a_bidirectional_sequence(
+    heads: int, kv_heads: int, head_dim: int, place: str, dtype: torch.dtype
+) -> None:
+    lengths = (19, 19, *MANY_SHORT, 2, 2)
+    tokens, scale, packed = sum(lengths), head_dim**-0.5, Packed.from_lengths(lengths)
+    q = random(tokens, heads, head_dim, dtype=dtype)
+    k, v = (random(tokens, kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    offsets = {"first": [0] * len(lengths), "last": [n - 1 for n in lengths], "any": [7 * n // 11 for n in lengths]}
+    rows = packed.cu_seqlens[:-1].long() + torch.tensor(offsets[place])
+    found = ops.pooled_attention(q[rows], k, v, packed, None, scale)
+    assert found.dtype == dtype
+    assert_close(found, attend(q, k, v, lengths, bidirectional_mask_function, scale)[rows])
+
+
+def test_a_pooled_row_reads_views_of_one_projection() -> None:
+    q, k, v = random(sum(MANY_SHORT), 3, 4, 16).unbind(1)
+    packed = Packed.from_lengths(MANY_SHORT)
+    rows = packed.cu_seqlens[:-1].long()
+    found = ops.pooled_attention(q[rows], k, v, packed, None, 0.25)
+    assert_close(found, attend(q, k, v, MANY_SHORT, bidirectional_mask_function, 0.25)[rows])
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any torch operation gives, those inside attention included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        for one in given if isinstance(given, tuple | list) else (given,):
+            self.elements = max(self.elements, one.numel() if isinstance(one, Tensor) else 0)
+        return given
+
+
+@pytest.mark.parametrize("window", [None, 64], ids=["all", "window"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
+def test_memory_does_not_grow_with_the_square_of_the_length(heads: tuple[int, int], window: int | None) -> None:
+    """No operation gives more values than the output has, where a mask would be 62 times as many."""
+    length, head_dim = 2_001, 8
+    q = random(length, heads[0], head_dim)
+    k, v = (random(length, heads[1], head_dim, seed=seed) for seed in (1, 2))
+    with torch.inference_mode(), Largest() as largest:
+        found = ops.varlen_attention(q, k, v, Packed.from_lengths([length]), True, window, 0.4)
+    assert 0 < largest.elements <= found.numel()
+    seen = window or length
+    expected = attend(q[-seen:], k[-seen:], v[-seen:], [seen], causal_mask_function, 0.4)[-1:]
+    assert_close(found[-1:], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,10 +268,10 @@ def test_rotary_positions_of_qwen3(normed: bool, dtype: torch.dtype) -> None:
     q, k = _rotated(norms if normed else None, qkv, heads)
     expected = qwen3.apply_rotary_pos_emb(q, k, *(x[0] for x in rotary(q, position[None])))
 
-    cos, sin = (x[0, :, : head_dim // 2] for x in rotary(q, torch.arange(512)[None]))
+    cos, sin = (x[0, :, : head_dim // 2] for x in rotary(q, position[None]))
     weights = [norm.weight.data.to(dtype) for norm in norms] if normed else [None, None]
     given = qkv.clone()
-    found = ops.qk_norm_rope_(given, heads, cos, sin, position[None], (head_dim // 2,), *weights, 1e-3)
+    found = ops.qk_norm_rope_(given, heads, cos, sin, *weights, 1e-3)
     assert found.data_ptr() == given.data_ptr()
     size = sum(heads) * head_dim
     assert_close(given[:, :size], torch.cat(expected, dim=1).flatten(1))
@@ -194,8 +293,8 @@ def test_rotary_positions_of_qwen2_vl_text(sections: tuple[int, int, int]) -> No
     q, k = _rotated(None, qkv, heads)
     expected = qwen2_vl.apply_rotary_pos_emb(q, k, *(x[0] for x in rotary(q, pos[:, None])))
 
-    cos, sin = (x[0, :, : head_dim // 2] for x in rotary(q, torch.arange(90)[None, None]))
-    found = ops.qk_norm_rope_(qkv.clone(), heads, cos, sin, pos, sections, None, None, 0.0)
+    cos, sin = (x[0, :, : head_dim // 2] for x in rotary(q, pos[:, None]))
+    found = ops.qk_norm_rope_(qkv.clone(), heads, cos, sin, None, None, 0.0)
     assert_close(found[:, : sum(heads) * head_dim], torch.cat(expected, dim=1).flatten(1))
 
 
@@ -208,11 +307,8 @@ def test_rotary_positions_of_qwen2_vl_vision() -> None:
     q, k = _rotated(None, qkv, (heads, heads))
     expected = qwen2_vl.apply_rotary_pos_emb_vision(q, k, *rotary(q, torch.stack([row, column], dim=1)))
 
-    line = torch.arange(6)
-    cos, sin = (x[:, : head_dim // 2] for x in rotary(q, torch.stack([line, line], dim=1)))
-    found = ops.qk_norm_rope_(
-        qkv.clone(), (heads, heads), cos, sin, torch.stack([row, column]), (20, 20), None, None, 0.0
-    )
+    cos, sin = (x[:, : head_dim // 2] for x in rotary(q, torch.stack([row, column], dim=1)))
+    found = ops.qk_norm_rope_(qkv.clone(), (heads, heads), cos, sin, None, None, 0.0)
     assert_close(found[:, : 2 * heads * head_dim], torch.cat(expected, dim=1).flatten(1))
 
 
@@ -272,6 +368,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
+    "tanh": "tanh",
 }
 
 
@@ -295,7 +392,11 @@ def test_gated_activation(dtype: torch.dtype) -> None:
 
 
 # ours -> sentence-transformers' name
-POOLINGS = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
+POOLINGS = {"cls": "cls", "mean": "mean", "last": "lasttoken", "max": "max"}
+
+
+def test_every_pooling_is_tested() -> None:
+    assert set(POOLINGS) == set(ops.POOLING_MODES)
 
 
 def pooled(x: Tensor, lengths: Sequence[int], mode: str) -> Tensor:
@@ -338,6 +439,28 @@ def test_a_final_norm_comes_before_the_cut() -> None:
     found = ops.segment_pool(x, Packed.from_lengths(lengths), "last", dims, norm)
     for row, size, whole in zip(found, dims, norm(pooled(x, lengths, "last").float()), strict=True):
         assert_close(row[None, :size], normalize_embeddings(truncate_embeddings(whole[None], size)))
+
+
+@pytest.mark.parametrize("size", [10, 31])
+@pytest.mark.parametrize("mode", ops.POOLING_MODES)
+def test_a_map_may_give_vectors_of_another_size(mode: str, size: int) -> None:
+    """sentence-transformers' Dense, which pools before and is cut and normalised after."""
+    lengths, dims = (5, 5, 1, 7), (size, 3, 1, size - 1)
+    x = random(sum(lengths), 24, dtype=torch.bfloat16)
+    theirs = Dense(24, size).requires_grad_(False).double()
+    given = []
+
+    def norm(pooled: Tensor) -> Tensor:
+        given.append(pooled)
+        return theirs({"sentence_embedding": pooled.double()})["sentence_embedding"]
+
+    found = ops.segment_pool(x, Packed.from_lengths(lengths), mode, dims, norm)
+    assert [(one.dtype, one.shape) for one in given] == [(torch.float32, (4, 24))]
+    assert (found.dtype, found.shape) == (torch.float32, (4, size))
+    expected = theirs({"sentence_embedding": pooled(x, lengths, mode)})["sentence_embedding"]
+    for row, kept, whole in zip(found, dims, expected, strict=True):
+        assert_close(row[None, :kept], normalize_embeddings(truncate_embeddings(whole[None], kept)))
+        assert not row[kept:].any()
 
 
 @pytest.mark.parametrize("mode", ops.POOLING_MODES)
@@ -402,22 +525,37 @@ def _attention(
     k: tuple[int, ...] = (5, 2, 8),
     v: tuple[int, ...] = (5, 2, 8),
     lengths: Sequence[int] = (2, 3),
+    causal: bool = True,
     window: int | None = None,
     prefix: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> Tensor:
     shared = None if prefix is None else (torch.zeros(prefix[0]), torch.zeros(prefix[1]))
     q_, k_, v_ = (torch.zeros(shape) for shape in (q, k, v))
-    return ops.varlen_attention(q_, k_, v_, Packed.from_lengths(lengths), True, window, 1.0, shared)
+    return ops.varlen_attention(q_, k_, v_, Packed.from_lengths(lengths), causal, window, 1.0, shared)
 
 
-def _rotary(width: int = 32, tables: int = 4, axes: int = 1, tokens: int = 5, sections: Sequence[int] = (4,)) -> Tensor:
-    table = torch.zeros(9, tables)
-    pos = torch.zeros(axes, tokens, dtype=torch.long)
-    return ops.qk_norm_rope_(torch.zeros(5, width), (2, 1), table, table, pos, sections, None, None, 0.0)
+def _pooled_attention(
+    q: tuple[int, ...] = (2, 4, 8),
+    k: tuple[int, ...] = (5, 2, 8),
+    v: tuple[int, ...] = (5, 2, 8),
+    lengths: Sequence[int] = (2, 3),
+    window: int | None = None,
+) -> Tensor:
+    q_, k_, v_ = (torch.zeros(shape) for shape in (q, k, v))
+    return ops.pooled_attention(q_, k_, v_, Packed.from_lengths(lengths), window, 1.0)
 
 
-def _pool(mode: str = "mean", lengths: Sequence[int] = (2, 3), dims: Sequence[int] = (8, 8)) -> Tensor:
-    return ops.segment_pool(torch.zeros(5, 8), Packed.from_lengths(lengths), mode, dims)
+def _rotary(width: int = 32, cos: tuple[int, int] = (5, 4), sin: tuple[int, int] = (5, 4)) -> Tensor:
+    return ops.qk_norm_rope_(torch.zeros(5, width), (2, 1), torch.zeros(cos), torch.zeros(sin), None, None, 0.0)
+
+
+def _pool(
+    mode: str = "mean",
+    lengths: Sequence[int] = (2, 3),
+    dims: Sequence[int] = (8, 8),
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    return ops.segment_pool(torch.zeros(5, 8), Packed.from_lengths(lengths), mode, dims, norm)
 
 
 def _patches(shape: tuple[int, ...]) -> Tensor:
@@ -434,13 +572,23 @@ WRONG: dict[str, Callable[[], object]] = {
     "heads that do not divide": lambda: _attention(q=(5, 3, 8)),
     "lengths of other tokens": lambda: _attention(lengths=(2, 2)),
     "a window of nothing": lambda: _attention(window=0),
+    "a window that looks both ways": lambda: _attention(window=2, causal=False),
     "a prefix of other heads": lambda: _attention(prefix=((3, 1, 8), (3, 1, 8))),
     "a prefix of another head size": lambda: _attention(prefix=((3, 2, 4), (3, 2, 4))),
+    "pooled rows of 2 dimensions": lambda: _pooled_attention(q=(2, 32)),
+    "pooled rows of other sequences": lambda: _pooled_attention(q=(3, 4, 8)),
+    "pooled rows, one a token": lambda: _pooled_attention(q=(5, 4, 8)),
+    "pooled rows over a k of other tokens": lambda: _pooled_attention(k=(6, 2, 8), v=(6, 2, 8)),
+    "pooled rows over a k of another head size": lambda: _pooled_attention(k=(5, 2, 4), v=(5, 2, 4)),
+    "pooled rows over k and v that differ": lambda: _pooled_attention(v=(5, 1, 8)),
+    "pooled rows of heads that do not divide": lambda: _pooled_attention(q=(2, 3, 8)),
+    "pooled rows of lengths of other tokens": lambda: _pooled_attention(lengths=(2, 2)),
+    "pooled rows with a window of nothing": lambda: _pooled_attention(window=0),
     "a qkv that heads do not divide": lambda: _rotary(width=33),
-    "sections of another sum": lambda: _rotary(sections=(3,)),
-    "more sections than axes": lambda: _rotary(sections=(2, 2)),
-    "positions of other tokens": lambda: _rotary(tokens=4),
-    "rotary tables of another width": lambda: _rotary(tables=2),
+    "heads without halves": lambda: _rotary(width=36, cos=(5, 4), sin=(5, 4)),
+    "angles of other tokens": lambda: _rotary(cos=(4, 4), sin=(4, 4)),
+    "angles of whole heads": lambda: _rotary(cos=(5, 8), sin=(5, 8)),
+    "cosines and sines that differ": lambda: _rotary(sin=(5, 2)),
     "an rms residual of another shape": lambda: ops.add_rms_norm(five, torch.zeros(4, 8), eight, 1e-5),
     "an rms weight of another size": lambda: ops.add_rms_norm(five, None, nine, 1e-5),
     "a residual of another shape": lambda: ops.add_layer_norm(five, torch.zeros(5, 1), eight, eight, 1e-5),
@@ -450,11 +598,13 @@ WRONG: dict[str, Callable[[], object]] = {
     ),
     "an odd gate": lambda: ops.gated_activation(torch.zeros(2, 7)),
     "an unknown activation": lambda: ops.activation(five, "gelu"),
-    "an unknown pooling": lambda: _pool(mode="max"),
+    "an unknown pooling": lambda: _pool(mode="weightedmean"),
     "pooling lengths of other tokens": lambda: _pool(lengths=(2, 2)),
     "dims of other rows": lambda: _pool(dims=(8,)),
     "dims beyond the vector": lambda: _pool(dims=(8, 9)),
     "dims of nothing": lambda: _pool(dims=(8, 0)),
+    "dims of nothing after a map": lambda: _pool(dims=(8, 0), norm=nn.Identity()),
+    "dims of other rows after a map": lambda: _pool(dims=(8,), norm=nn.Identity()),
     "an image of 2 dimensions": lambda: _patches((8, 8)),
     "a height without whole blocks": lambda: _patches((12, 8, 3)),
     "a width without whole blocks": lambda: _patches((8, 7, 3)),

@@ -1,17 +1,28 @@
 """Model directories written for a checkpoint: the family is found, its files are copied, nothing else changes."""
 
 import json
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from google.protobuf import text_format
+from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import save
+from tritonclient.grpc import model_config_pb2
 
 from conftest import MINILM, REPOSITORY, write_bert
 from triton_embed.gateway import repository
-from triton_embed.gateway.repository import RepositoryError
+from triton_embed.gateway.repository import Checkpoint, RepositoryError
+
+EN = "Represent this sentence for searching relevant passages: "
+ZH = "为这个句子生成表示以用于检索相关文章："
 
 
 def _checkpoint(directory: Path, model_type: str, pooling: dict[str, object] | None = None) -> Path:
-    directory.mkdir()
+    directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
     if pooling is not None:
         (directory / "1_Pooling").mkdir()
@@ -25,6 +36,12 @@ def _checkpoint(directory: Path, model_type: str, pooling: dict[str, object] | N
         ("bert", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "bge"),
         ("bert", {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "minilm"),
         ("bert", {"pooling_mode": "mean"}, "minilm"),
+        ("bert", {"pooling_mode": "lasttoken"}, "minilm"),  # no BGE: its query sentence would be wrong
+        ("bert", {"pooling_mode_max_tokens": True}, "minilm"),
+        ("xlm-roberta", {"pooling_mode_cls_token": True}, "bge"),
+        ("xlm-roberta", {"pooling_mode_mean_tokens": True}, "bge"),
+        ("xlm-roberta", {"pooling_mode": "max"}, "bge"),
+        ("xlm-roberta", None, "bge"),
         ("mistral", None, "e5_mistral"),
         ("llama", None, "e5_mistral"),
         ("qwen2", None, "gte_qwen2"),
@@ -42,12 +59,26 @@ def test_family_of_real_weights() -> None:
     assert repository.family_of(MINILM, REPOSITORY) == "minilm"
 
 
+def test_models_that_were_added_are_no_families(tmp_path: Path) -> None:
+    models = _copy(tmp_path, "bge", "minilm")
+    for name, pooling in (("m3", "cls"), ("e5", "mean"), ("a-bert", "mean")):
+        repository.write_model(models, "bge", models, name, {"checkpoint": "org/x", "pooling": pooling})
+    assert repository.families(models) == ["a-bert", "bge", "e5", "m3", "minilm"]
+    assert repository.originals(models) == ["bge", "minilm"]
+    found = _checkpoint(tmp_path / "new", "xlm-roberta", {"pooling_mode_mean_tokens": True})
+    assert repository.family_of(found, models) == "bge"
+    shutil.rmtree(models / "bge")
+    shutil.rmtree(models / "minilm")
+    with pytest.raises(RepositoryError, match="holds no family"):
+        repository.family_of(found, models)
+
+
 @pytest.mark.parametrize(
     ("model_type", "pooling", "says"),
     [
         ("t5", None, "model_type 't5' belongs to no family; served are bert, clip, llama"),
         ("bert", None, "states pooling 'nothing'; of model_type 'bert' are bge (cls) and minilm (mean)"),
-        ("bert", {"pooling_mode_max_tokens": True}, "states pooling 'max'"),
+        ("bert", {"pooling_mode_max_tokens": False}, "states pooling 'nothing'"),
     ],
 )
 def test_family_of_refuses_to_guess(tmp_path: Path, model_type: str, pooling: object, says: str) -> None:
@@ -60,6 +91,177 @@ def test_family_of_refuses_to_guess(tmp_path: Path, model_type: str, pooling: ob
 def test_family_of_names_a_missing_config(tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match=r"config\.json is missing"):
         repository.family_of(tmp_path, REPOSITORY)
+
+
+@pytest.mark.parametrize("mode", ["cls", "mean", "max", "lasttoken"])
+@pytest.mark.parametrize("place", ["1_Pooling", "pool"])
+def test_stated_pooling_is_what_sentence_transformers_wrote(mode: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir()
+    Pooling(8, pooling_mode=mode).save(str(tmp_path / place))
+    if place != "1_Pooling":
+        kinds = {"": "Transformer", place: "Pooling"}
+        modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+        (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert repository.stated_pooling(tmp_path) == mode.replace("lasttoken", "last")
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        (None, ""),
+        ({}, ""),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_cls_token": False}, "last"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls+mean"),  # the engine refuses it
+        ({"pooling_mode": ["mean", "lasttoken"]}, "mean+last"),
+        ({"pooling_mode_weightedmean_tokens": True}, "pooling_mode_weightedmean_tokens"),
+    ],
+)
+def test_stated_pooling(stated: dict[str, object] | None, expected: str, tmp_path: Path) -> None:
+    assert repository.stated_pooling(_checkpoint(tmp_path / "x", "bert", stated)) == expected
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("Qwen3-Embedding-4B", "Qwen3-Embedding-4B"),
+        ("bge-small-en-v1.5", "bge-small-en-v1.5"),
+        ("my bge (v2)", "my-bge--v2-"),
+        (".hidden", "hidden"),
+        ("-x", "x"),
+        ("模型", "model"),
+        ("a/b", "a-b"),
+    ],
+)
+def test_model_name(title: str, name: str, tmp_path: Path) -> None:
+    assert repository.model_name(title) == name
+    repository.check_name(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "../x", ".x", "", "模型", "x\n"])
+def test_a_name_that_triton_cannot_have_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RepositoryError, match="is no name for a model"):
+        repository.check_name(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["minilm", "MiniLM"])
+def test_a_taken_name_is_named(name: str) -> None:
+    with pytest.raises(RepositoryError, match=rf"{REPOSITORY}/minilm exists"):
+        repository.check_name(name, REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ("title", "model_type", "family", "query"),
+    [
+        ("bge-large-en-v1.5", "bert", "bge", EN),
+        ("bge-large-zh-v1.5", "bert", "bge", ZH),
+        ("BGE-small-ZH", "bert", "bge", ZH),
+        ("bge-m3", "xlm-roberta", "bge", None),
+        ("bge-m3-zh", "xlm-roberta", "bge", None),
+        ("stella-base-zh", "bert", "minilm", None),
+        (
+            "gte-qwen2-zh",
+            "qwen2",
+            "gte_qwen2",
+            "Given a web search query, retrieve relevant passages that answer the query",
+        ),
+        ("clip-zh", "clip", "clip", None),
+    ],
+)
+def test_the_sentence_before_queries(
+    title: str, model_type: str, family: str, query: str | None, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(_checkpoint(tmp_path / title, model_type), f"org/{title}", f"org/{title}")
+    facts = repository.facts(checkpoint, family, REPOSITORY, title)
+    stated = _parameters(repository.write_model(REPOSITORY, family, tmp_path / "models", title, facts))
+    assert stated.get("query_instruction") == query
+
+
+def test_facts_are_the_checkpoints_where_it_states_them_and_else_the_familys(tmp_path: Path) -> None:
+    mean = _checkpoint(tmp_path / "mean", "qwen3", {"pooling_mode_mean_tokens": True})
+    silent = _checkpoint(tmp_path / "silent", "qwen3")
+    written = [
+        _parameters(repository.write_model(REPOSITORY, "qwen3_embedding", tmp_path / "models", path.name, facts))
+        for path in (mean, silent)
+        for facts in [repository.facts(Checkpoint(path, str(path)), "qwen3_embedding", REPOSITORY, path.name)]
+    ]
+    assert [stated["pooling"] for stated in written] == ["mean", "last"]
+    assert [stated["is_matryoshka"] for stated in written] == ["true", "true"]
+    assert [stated["checkpoint"] for stated in written] == [str(mean), str(silent)]
+    assert not any("aliases" in stated for stated in written)  # the family's names are not theirs
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "aliases"),
+    [
+        (Checkpoint(Path("x"), "org/x", "org/x"), None),  # the gateway makes them of the id
+        (Checkpoint(Path("/m/x"), "/m/x"), "x"),
+        (Checkpoint(Path("/m/taken"), "/m/taken"), None),
+        (Checkpoint(Path("/m/a, b"), "/m/a, b"), None),
+        (Checkpoint(Path("/m/0a1b"), "/m/0a1b", "BAAI/bge-m3"), "BAAI/bge-m3, bge-m3"),
+    ],
+)
+def test_aliases(checkpoint: Checkpoint, aliases: str | None, tmp_path: Path) -> None:
+    facts = repository.facts(checkpoint, "clip", REPOSITORY, "taken")
+    stated = _parameters(repository.write_model(REPOSITORY, "clip", tmp_path, "taken", facts))
+    assert stated.get("aliases") == aliases
+
+
+def test_a_pickle_is_refused_with_the_command_that_makes_safetensors_of_it(tmp_path: Path) -> None:
+    directory = write_bert(tmp_path / "it's a model")
+    weights = load_file(directory / "model.safetensors")
+    save(weights, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(RepositoryError, match="no pickle") as caught:
+        repository.check_weights(Checkpoint(directory, str(directory)))
+    command = str(caught.value).partition("try again: ")[2]
+    subprocess.run(shlex.split(command), check=True, capture_output=True)
+    repository.check_weights(Checkpoint(directory, str(directory)))
+    made = load_file(directory / "model.safetensors")
+    assert made.keys() == weights.keys()
+    assert all(bool((made[name] == weights[name]).all()) for name in weights)
+
+
+def test_loaded_by(tmp_path: Path) -> None:
+    assert repository.loaded_by(Checkpoint(tmp_path, "BAAI/bge-base-en-v1.5"), REPOSITORY) == ["bge"]
+    assert repository.loaded_by(Checkpoint(tmp_path, "BAAI/bge-m3"), REPOSITORY) == []
+    assert repository.loaded_by(Checkpoint(tmp_path, "BAAI/bge-m3"), tmp_path / "none") == []
+
+
+def test_install_moves_it_whole(tmp_path: Path) -> None:
+    made = repository.write_model(REPOSITORY, "bge", tmp_path / "made", "mine", {"checkpoint": "org/x"})
+    before = {path.relative_to(made): path.read_bytes() for path in made.rglob("*.*")}
+    installed = repository.install(made, tmp_path / "models")
+    assert installed == tmp_path / "models" / "mine"
+    assert {path.relative_to(installed): path.read_bytes() for path in installed.rglob("*.*")} == before
+    assert len(before) == 2
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError])
+def test_an_install_that_is_interrupted_leaves_nothing(
+    end: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from another file system, where a move is a copy."""
+
+    def half(source: Path, target: Path) -> None:
+        shutil.copytree(source / "1", target / "1")
+        raise end
+
+    made = repository.write_model(REPOSITORY, "bge", tmp_path / "made", "mine", {"checkpoint": "org/x"})
+    models = _copy(tmp_path, "minilm")
+    monkeypatch.setattr(shutil, "move", half)
+    with pytest.raises(end):
+        repository.install(made, models)
+    assert [path.name for path in models.iterdir()] == ["minilm"]
+
+
+def test_install_does_not_touch_what_is_there(tmp_path: Path) -> None:
+    made = repository.write_model(REPOSITORY, "bge", tmp_path / "made", "minilm", {"checkpoint": "org/x"})
+    models = _copy(tmp_path, "minilm")
+    before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
+    with pytest.raises(RepositoryError, match="minilm exists"):
+        repository.install(made, models)
+    assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
 
 
 def test_write_model_sets_parameters_and_leaves_the_source_alone(tmp_path: Path) -> None:
@@ -78,8 +280,35 @@ def test_write_model_sets_parameters_and_leaves_the_source_alone(tmp_path: Path)
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_write_model_keeps_the_familys_batching_and_can_be_read_by_people(tmp_path: Path) -> None:
+    repository.write_model(REPOSITORY, "bge", tmp_path, "zh", {"checkpoint": "org/x", "query_instruction": ZH})
+    text = (tmp_path / "zh" / "config.pbtxt").read_text(encoding="utf-8")
+    assert f'"{ZH}"' in text
+    written, family = (
+        text_format.Parse(source, model_config_pb2.ModelConfig())
+        for source in (text, (REPOSITORY / "bge" / "config.pbtxt").read_text())
+    )
+    assert dict(written.metric_tags) == {"family": "bge"}
+    for config in (written, family):
+        for field in ("name", "parameters", "metric_tags"):
+            config.ClearField(field)
+    assert written == family
+
+
 def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.pbtxt").write_text("nonsense { ")
     with pytest.raises(RepositoryError, match=r"odd/config\.pbtxt"):
         repository.read_config(tmp_path, "odd")
+
+
+def _copy(directory: Path, *names: str) -> Path:
+    for name in names:
+        copied = directory / "models" / name
+        shutil.copytree(REPOSITORY / name, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    return directory / "models"
+
+
+def _parameters(model: Path) -> dict[str, str]:
+    config = text_format.Parse((model / "config.pbtxt").read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    return {key: value.string_value for key, value in config.parameters.items()}

@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from conftest import MINILM, serving
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest
-from triton_embed.python_backend.request import check_dimensions, decode_text, parse_parameters, unpad_ids
+from triton_embed.python_backend.request import (
+    Item,
+    check_dimensions,
+    decode_text,
+    parse_parameters,
+    read_items,
+    unpad_ids,
+)
+from triton_embed.python_backend.spec import EncoderSpec
 
-MODEL = ModelConfig.from_checkpoint(Path(MINILM), serving())  # 384 dimensions
+MODEL = ModelConfig.from_checkpoint(Path(MINILM), serving(), EncoderSpec())  # 384 dimensions
 KNOWN = {
     "dimensions": st.integers(),
     "instruction": st.text(),
@@ -120,10 +128,9 @@ def test_a_text_is_its_utf_8(text: str) -> None:
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from(" \t\r\n\v\f\u00a0\u2003\u3000")))
-def test_a_text_of_nothing_but_white_space(text: str) -> None:
-    with pytest.raises(BadRequest) as refused:
-        decode_text(row(text.encode()), 7)
-    assert str(refused.value) == "Input at index 7 cannot be empty or whitespace only"
+def test_a_text_of_nothing_but_white_space_is_none(text: str) -> None:
+    """Beside an image it is left out; alone the reader refuses it."""
+    assert decode_text(row(text.encode()), 7) == ""
 
 
 @pytest.mark.parametrize(
@@ -139,6 +146,40 @@ def test_bytes_that_are_not_utf_8(data: bytes) -> None:
 def test_a_row_of_text_that_is_not_one_value(values: tuple[bytes, ...]) -> None:
     with pytest.raises(BadRequest, match=rf"TEXT must be \[rows, 1\], row 4 has {len(values)} values"):
         decode_text(row(*values), 4)
+
+
+def tensor(*rows: list[bytes]) -> np.ndarray:
+    return np.array(rows, dtype=np.object_)
+
+
+def test_a_row_is_a_text_or_images_or_both() -> None:
+    text = tensor(["caf\u00e9".encode()], [b""], [b" \n"], [b"both"])
+    image = tensor([b"", b""], [b"one", b"two"], [b"", b"late"], [b"first", b""])
+    assert read_items(text, image) == [
+        Item("caf\u00e9"),
+        Item("", (b"one", b"two")),
+        Item("", (b"late",)),
+        Item("both", (b"first",)),
+    ]
+    assert read_items(text, None) == [Item("caf\u00e9"), Item(), Item(), Item("both")]
+    assert read_items(None, tensor([b"\0"], [b""])) == [Item("", (b"\0",)), Item()]
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "sentence"),
+    [
+        (None, None, "Send either TEXT or INPUT_IDS"),
+        (tensor([b"a"], [b"b"]), tensor([b"x"]), "TEXT has 2 rows, IMAGE has 1"),
+        (tensor([b"a"]), tensor([b"x"], [b"y"], [b"z"]), "TEXT has 1 rows, IMAGE has 3"),
+        (tensor([b"a"], [b"\xff"]), tensor([b"x"], [b"y"]), "Input at index 1 is not valid UTF-8"),
+        (tensor([b"a", b"b"]), None, "TEXT must be [rows, 1], row 0 has 2 values"),
+    ],
+    ids=["neither", "too few images", "too many images", "no text", "too wide"],
+)
+def test_rows_that_do_not_fit_together(text: np.ndarray | None, image: np.ndarray | None, sentence: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        read_items(text, image)
+    assert str(refused.value) == sentence
 
 
 def ids(*values: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The scheduler with real threads: every job is answered exactly once with its own rows in order, whatever fails.
 
 `compute` is a stand-in that says what it was given: a vector holds its row's first id, its length and its sum.
+A picture costs tokens and has no ids.
 """
 
 import threading
@@ -15,8 +16,8 @@ import pytest
 
 from triton_embed.python_backend import scheduler
 from triton_embed.python_backend.delivery import Delivery
+from triton_embed.python_backend.row import NO_IDS, Row
 from triton_embed.python_backend.scheduler import Compute, Job, Scheduler
-from triton_embed.python_backend.tokenizer import Ids
 
 BUDGET = 10
 POISON = 666
@@ -53,8 +54,14 @@ class Caller:
         return self.outcomes[0]
 
 
-def row(first: int, length: int) -> Ids:
-    return np.array([first, *[1] * (length - 1)], dtype=np.int32)
+def row(first: int, length: int) -> Row:
+    return Row(np.array([first, *[1] * (length - 1)], dtype=np.int32))
+
+
+def picture(first: int, cost: int, *ids: int) -> Row:
+    """A picture of one colour, by itself or among ids."""
+    colour = np.full((1, 1, 3), first, dtype=np.uint8)
+    return Row(np.array(ids, dtype=np.int32) if ids else NO_IDS, (colour,), cost - len(ids))
 
 
 def job(caller: Caller, *lengths: int, first: int = 0, dims: int = 3) -> Job:
@@ -62,33 +69,38 @@ def job(caller: Caller, *lengths: int, first: int = 0, dims: int = 3) -> Job:
     return Job([row(first + i, length) for i, length in enumerate(lengths)], dims, caller)
 
 
+def first_of(one: Row) -> int:
+    return int(one.ids[0] if len(one.ids) else one.pictures[0][0, 0, 0])
+
+
 def vectors_of(asked: Job) -> Vectors:
-    return np.array([[ids[0], len(ids), ids.sum()] for ids in asked.rows], dtype=np.float32)[:, : asked.dims]
+    found = [[first_of(one), one.cost, one.ids.sum()] for one in asked.rows]
+    return np.array(found, dtype=np.float32)[:, : asked.dims]
 
 
 class Engine:
     """`compute`, its record, a gate in front of it and ways to go wrong."""
 
     def __init__(self) -> None:
-        self.batches: list[list[Ids]] = []
+        self.batches: list[list[Row]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
-        self.spoil: Callable[[Sequence[Ids], Vectors], Vectors] = lambda _, vectors: vectors
+        self.spoil: Callable[[Sequence[Row], Vectors], Vectors] = lambda _, vectors: vectors
 
-    def compute(self, rows: Sequence[Ids], dims: Sequence[int]) -> Vectors:
+    def compute(self, rows: Sequence[Row], dims: Sequence[int]) -> Vectors:
         assert len(rows) == len(dims)
         self.batches.append(list(rows))
         self.entered.set()
         assert self.gate.wait(PATIENCE)
         found = np.zeros((len(rows), 8), dtype=np.float32)
-        for vector, ids in zip(found, rows, strict=True):
-            vector[:3] = ids[0], len(ids), ids.sum()
+        for vector, one in zip(found, rows, strict=True):
+            vector[:3] = first_of(one), one.cost, one.ids.sum()
         return self.spoil(rows, found)
 
     def firsts(self) -> list[int]:
         """First ids of all rows computed, in order."""
-        return [int(ids[0]) for batch in self.batches for ids in batch]
+        return [first_of(one) for batch in self.batches for one in batch]
 
 
 class DaemonExecutor(Executor):
@@ -186,7 +198,7 @@ def test_every_one_of_many_jobs_gets_its_own_rows_in_order(engine: Engine, runni
     running.close()
     assert all(len(caller.outcomes) == 1 for caller in callers)
     assert all(1 <= caller.asked <= 2 for caller in callers)  # again where its first row did not fit
-    assert sorted(engine.firsts()) == sorted(int(ids[0]) for asked in jobs for ids in asked.rows)
+    assert sorted(engine.firsts()) == sorted(first_of(one) for asked in jobs for one in asked.rows)
 
 
 def test_a_batch_stays_within_the_budget_and_runs_from_short_to_long(engine: Engine, running: Running) -> None:
@@ -198,7 +210,7 @@ def test_a_batch_stays_within_the_budget_and_runs_from_short_to_long(engine: Eng
     finish(threads)
     for caller in callers:
         caller.outcome()
-    lengths = [[len(ids) for ids in batch] for batch in engine.batches]
+    lengths = [[one.cost for one in batch] for batch in engine.batches]
     assert all(sum(batch) <= BUDGET or len(batch) == 1 for batch in lengths)
     assert all(batch == sorted(batch) for batch in lengths)
     assert max(map(len, lengths)) > 1
@@ -220,7 +232,32 @@ def test_a_row_longer_than_the_budget_is_computed_alone(engine: Engine, running:
     found = caller.outcome()
     assert isinstance(found, np.ndarray)
     assert found[:, 1].tolist() == [1, 35, 1]
-    assert [35] in [[len(ids) for ids in batch] for batch in engine.batches]
+    assert [35] in [[one.cost for one in batch] for batch in engine.batches]
+
+
+def test_a_picture_counts_by_what_it_costs_in_all_towers(engine: Engine, running: Running) -> None:
+    hold(engine, running)
+    caller, dims = Caller(), 3
+    asked = Job([row(0, 2), picture(1, 6), picture(2, 8), picture(3, 2), picture(4, 9, 4, 4, 4)], dims, caller)
+    assert asked.cost == 27
+    running.submit(asked)
+    engine.gate.set()
+    found = caller.outcome()
+    assert isinstance(found, np.ndarray)
+    assert np.array_equal(found, vectors_of(asked))
+    assert [[first_of(one) for one in batch] for batch in engine.batches[1:]] == [[0, 3, 1], [2], [4]]
+
+
+def test_submit_waits_for_pictures_too(engine: Engine, running: Running) -> None:
+    hold(engine, running)
+    running.submit(Job([picture(1, 2 * BUDGET)], 3, Caller()))
+    late = threading.Thread(target=running.submit, args=(job(Caller(), 1),), daemon=True)
+    late.start()
+    late.join(0.2)
+    assert late.is_alive()
+    engine.gate.set()
+    late.join(PATIENCE)
+    assert not late.is_alive()
 
 
 def test_small_jobs_share_a_batch_and_are_served_first_come_first_served(engine: Engine, running: Running) -> None:
@@ -231,7 +268,7 @@ def test_small_jobs_share_a_batch_and_are_served_first_come_first_served(engine:
     engine.gate.set()
     for caller in callers:
         caller.outcome()
-    assert [[int(ids[0]) for ids in batch] for batch in engine.batches[1:]] == [[0, 1, 2, 3, 4], [5, 6]]
+    assert [[first_of(one) for one in batch] for batch in engine.batches[1:]] == [[0, 1, 2, 3, 4], [5, 6]]
 
 
 def test_submit_waits_at_twice_the_budget_and_goes_on_when_there_is_room(engine: Engine, running: Running) -> None:
@@ -256,28 +293,28 @@ def test_submit_waits_at_twice_the_budget_and_goes_on_when_there_is_room(engine:
         assert isinstance(caller.outcome(), np.ndarray)
 
 
-def raising(rows: Sequence[Ids], vectors: Vectors) -> Vectors:
-    if any(ids[0] == POISON for ids in rows):
+def raising(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+    if any(first_of(one) == POISON for one in rows):
         raise MemoryError("the machine is full")
     return vectors
 
 
-def not_finite(value: float) -> Callable[[Sequence[Ids], Vectors], Vectors]:
-    def spoil(rows: Sequence[Ids], vectors: Vectors) -> Vectors:
-        for ids, vector in zip(rows, vectors, strict=True):
-            if ids[0] == POISON:
+def not_finite(value: float) -> Callable[[Sequence[Row], Vectors], Vectors]:
+    def spoil(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+        for one, vector in zip(rows, vectors, strict=True):
+            if first_of(one) == POISON:
                 vector[1] = value
         return vectors
 
     return spoil
 
 
-def too_few(rows: Sequence[Ids], vectors: Vectors) -> Vectors:
-    return vectors[:-1] if any(ids[0] == POISON for ids in rows) else vectors
+def too_few(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+    return vectors[:-1] if any(first_of(one) == POISON for one in rows) else vectors
 
 
-def too_short(rows: Sequence[Ids], vectors: Vectors) -> Vectors:
-    return vectors[:, :2] if any(ids[0] == POISON for ids in rows) else vectors
+def too_short(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+    return vectors[:, :2] if any(first_of(one) == POISON for one in rows) else vectors
 
 
 WRONG = {

@@ -62,8 +62,48 @@ def test_input_forms(given_input: Any, texts: list[str], ids: list[list[int]], s
     assert request.parameters() == {}
 
 
+TEXT_PART = {"type": "text", "text": "a"}
+IMAGE_PART = {"type": "image_url", "image_url": {"url": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("given_input", "texts", "images", "single"),
+    [
+        ({"text": "a"}, ["a"], [], True),
+        ([{"text": "a"}], ["a"], [], False),
+        ([{"text": "a"}, {"image": "x"}], ["a", ""], [(), ("x",)], False),
+        (["a", {"text": "b", "image": "x"}], ["a", "b"], [(), ("x",)], False),
+        ([{"image": "x"}, "a"], ["", "a"], [("x",), ()], False),
+        ({"text": "a", "image": ["x", "y"]}, ["a"], [("x", "y")], True),
+        (TEXT_PART, ["a"], [], True),
+        ([TEXT_PART, IMAGE_PART], ["a"], [("x",)], True),
+        ([[TEXT_PART, IMAGE_PART], [TEXT_PART]], ["a", "a"], [("x",), ()], False),
+        (["b", [IMAGE_PART]], ["b", ""], [(), ("x",)], False),
+        ({"input": [{"image": "x"}]}, [""], [("x",)], False),
+        ({"input": {"image": "x"}}, [""], [("x",)], True),
+        ({"input": [TEXT_PART]}, ["a"], [], True),
+    ],
+)
+def test_item_forms(given_input: Any, texts: list[str], images: list[tuple[str, ...]], single: bool) -> None:
+    request = parse({"input": given_input})
+    assert (request.texts, list(request.images), request.ids, request.single) == (texts, images, [], single)
+
+
+def test_instructions_of_items() -> None:
+    items = [{"text": "a", "instruction": "i"}, {"image": "x", "instruction": "i"}]
+    assert parse({"input": items}).instruction == "i"
+    assert parse({"input": {"text": "a", "instruction": "i"}}).instruction == "i"
+    assert parse({"input": {"input": [{"text": "a"}], "instruction": "i"}}).instruction == "i"
+    assert parse({"input": ["a", {"text": "b", "instruction": "i"}], "instruction": "i"}).instruction == "i"
+    expected = "Input at index 1: instruction per item is not supported: send it for the whole request"
+    assert refusal({"input": ["a", {"text": "b", "instruction": "i"}]}).message == expected
+    assert refusal({"input": ["a", {"text": "b", "instruction": "i"}], "instruction": "j"}).message == expected
+
+
 def test_a_request_may_be_as_large_as_its_limits() -> None:
     assert len(parse({"input": ["a"] * 4}).texts) == 4
+    assert len(parse({"input": [{"image": "x"}] * 4}).images) == 4
+    assert parse({"input": {"image": ["x"] * 4}}).images == [("x",) * 4]
     assert parse({"input": [[1] * 4, [1] * 6]}).ids == [[1] * 4, [1] * 6]
 
 
@@ -111,25 +151,39 @@ BAD_INPUTS = [
     (["a", "\t"], "Input at index 1 cannot be empty or whitespace only"),
     ([[1], []], "Input at index 1 cannot be empty"),
     ([[]], "Input at index 0 cannot be empty"),
-    (7, "Input at index 0 must be a string or a list, got an integer"),
-    (True, "Input at index 0 must be a string or a list, got a boolean"),
-    (["a", 1], "Input at index 1 must be a string, as the first input is, got an integer"),
-    (["a", ["b"]], "Input at index 1 must be a string, as the first input is, got a list"),
-    (["a", None], "Input at index 1 must be a string, as the first input is, got null"),
+    (7, "Input at index 0 must be a string, an object or a list, got an integer"),
+    (True, "Input at index 0 must be a string, an object or a list, got a boolean"),
+    (["a", 1], "Input at index 1 must be a string, an object or a list of content parts, got an integer"),
+    (["a", ["b"]], "Input at index 1, content part 0 must be an object with a type"),
+    (["a", [1]], "Input at index 1, content part 0 must be an object with a type"),
+    (["a", None], "Input at index 1 must be a string, an object or a list of content parts, got null"),
     ([1, "a"], "Input at index 0 must be made of token ids, got a string"),
     ([1, True], "Input at index 0 must be made of token ids, got a boolean"),
     ([1, 2.0], "Input at index 0 must be made of token ids, got a number"),
     ([1, 10**30], "Input at index 0 must be made of token ids, got a number"),
     ([[1], ["a"]], "Input at index 1 must be made of token ids, got a string"),
-    ([[1], 2], "Input at index 1 must be a list of token ids, got an integer"),
-    ([True], "Input at index 0 must be a string or token ids, got a boolean"),
-    ([None], "Input at index 0 must be a string or token ids, got null"),
-    ([{"text": "a"}], "Input at index 0 is an object: this server takes text and token ids only"),
-    (["a", {"image": "b"}], "Input at index 1 is an object: this server takes text and token ids only"),
-    ([[{"type": "text"}]], "Input at index 0 is an object: this server takes text and token ids only"),
-    ({"text": "a"}, "Input at index 0 is an object: this server takes text and token ids only"),
-    ({"input": {"input": "a"}}, "Input at index 0 is an object: this server takes text and token ids only"),
+    ([[1], 2], "Input at index 1 must be a list of token ids, as the first input is, got an integer"),
+    ([[1], {"text": "a"}], "Input at index 1 must be a list of token ids, as the first input is, got an object"),
+    ([[1], [TEXT_PART]], "Input at index 1 must be made of token ids, got an object"),
+    ([1, TEXT_PART], "Input at index 0 must be made of token ids, got an object"),
+    ([True], "Input at index 0 must be a string, an object or token ids, got a boolean"),
+    ([None], "Input at index 0 must be a string, an object or token ids, got null"),
+    ({}, "Input at index 0 cannot be empty or whitespace only"),
+    ([{"text": "a"}, {}], "Input at index 1 cannot be empty or whitespace only"),
+    ([{"text": "a"}, " "], "Input at index 1 cannot be empty or whitespace only"),
+    (["a", {"image": 7}], "Input at index 1: image must be a data: URI, base64 or an http(s) URL, got an integer"),
+    ([{"text": "a"}, [1]], "Input at index 1, content part 0 must be an object with a type"),
+    ([TEXT_PART, {"text": "a"}], "Input at index 0, content part 1 must be an object with a type"),
+    (["a", TEXT_PART], "Input at index 1 is a content part: put the parts of one input in a list of their own"),
+    (
+        {"input": {"input": "a"}},
+        "Input at index 0 has an unknown key 'input'; known are text, image, image_url, instruction",
+    ),
+    ({"input": "a", "image": "x"}, "input has an unknown key 'image'; known are input, instruction, prompt_name"),
+    ({"input": "a", "": "x"}, "input has an unknown key ''; known are input, instruction, prompt_name"),
     (["a"] * 5, "At most 4 inputs fit in one request, got 5"),
+    ([{"text": "a"}] * 5, "At most 4 inputs fit in one request, got 5"),
+    ([{"image": ["x", "y", "z"]}] * 2, "At most 4 images fit in one request, got 6"),
     ([[1]] * 5, "At most 4 inputs fit in one request, got 5"),
     ([[1] * 5, [1] * 6], "The request has 11 tokens, more than the 10 a request may have"),
 ]
@@ -191,9 +245,15 @@ def test_a_refusal_does_not_echo_a_whole_body() -> None:
     assert len(refusal({"input": "a", "encoding_format": "x" * 10**6}).message) < 300
 
 
+KEYS = st.sampled_from(["type", "text", "image", "image_url", "url", "input", "instruction"])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["text", "image_url", "image"]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS | st.text(), inner, max_size=5),
     max_leaves=20,
 )
 FIELDS = [
@@ -210,7 +270,12 @@ def test_any_json_is_a_request_or_a_400(parser: Any, body: Any) -> None:
         assert request.message
         return
     assert bool(request.texts) != bool(request.ids)
-    assert all(type(text) is str and text.strip() for text in request.texts)
+    assert len(request.images) in (0, len(request.texts))
+    images = request.images or [()] * len(request.texts)
+    for text, its in zip(request.texts, images, strict=True):
+        assert type(text) is str
+        assert text.strip() or (its and not text)
+        assert all(type(image) is str and image.strip() for image in its)
     assert all(row and all(type(id_) is int for id_ in row) for row in request.ids)
     assert len(request.texts) + len(request.ids) <= SETTINGS.max_inputs
     assert {type(value) for value in request.parameters().values()} <= {int, str}
@@ -237,17 +302,55 @@ def test_encode_forms(body: Any, texts: list[str], ids: list[list[int]], single:
 
 
 @pytest.mark.parametrize(
+    ("body", "texts", "images", "single"),
+    [
+        ({"image_data": "x"}, [""], [("x",)], True),
+        ({"text": "a", "image_data": "x"}, ["a"], [("x",)], True),
+        ({"text": "a", "image_data": {"url": "x"}}, ["a"], [("x",)], True),
+        ({"text": "a", "image_data": ["x", "y"]}, ["a"], [("x", "y")], True),
+        ({"text": None, "image_data": ["x", "y"]}, [""], [("x", "y")], True),
+        ({"image_data": [["x"], ["y", "z"]]}, ["", ""], [("x",), ("y", "z")], False),
+        ({"text": ["a", "b"], "image_data": ["x", None]}, ["a", "b"], [("x",), ()], False),
+        ({"text": ["a", ""], "image_data": [["x", "y"], "z"]}, ["a", ""], [("x", "y"), ("z",)], False),
+        ({"text": ["a", None], "image_data": [None, "x"]}, ["a", ""], [(), ("x",)], False),
+        ({"text": "a", "image_data": []}, ["a"], [], True),
+    ],
+)
+def test_encode_forms_with_images(body: Any, texts: list[str], images: list[tuple[str, ...]], single: bool) -> None:
+    """SGLang's rule: the text says whether it is one request or many, and each of many has its own images."""
+    request = schemas.parse_encode(orjson.dumps(body), SETTINGS)
+    assert (request.texts, list(request.images), request.single) == (texts, images, single)
+    assert request.param == "image_data"
+
+
+@pytest.mark.parametrize(
     ("body", "message", "param"),
     [
         ({}, "Send either text or input_ids", "text"),
         ({"text": "a", "input_ids": [1]}, "Send either text or input_ids", "text"),
         ({"text": [""]}, "Input at index 0 cannot be empty or whitespace only", "text"),
         ({"input_ids": []}, "Input cannot be empty", "input_ids"),
+        ({"input_ids": [1], "image_data": "x"}, "image_data goes with text, not with input_ids", "image_data"),
         (
-            {"text": "a", "image_data": "b"},
-            "image_data is not supported: this server takes text and token ids only",
+            {"text": ["a", "b"], "image_data": ["x"]},
+            "image_data must be a list of 2, as text is: an image, a list of them or null for each",
             "image_data",
         ),
+        (
+            {"text": ["a"], "image_data": "x"},
+            "image_data must be a list of 1, as text is: an image, a list of them or null for each",
+            "image_data",
+        ),
+        ({"text": [], "image_data": []}, "Input cannot be empty", "image_data"),
+        ({"image_data": []}, "Input at index 0 cannot be empty or whitespace only", "image_data"),
+        ({"image_data": [["x"], None]}, "Input at index 1 cannot be empty or whitespace only", "image_data"),
+        (
+            {"text": "a", "image_data": [["x"]]},
+            "Input at index 0: image must be a data: URI, base64 or an http(s) URL, got a list",
+            "image_data",
+        ),
+        ({"text": [7], "image_data": ["x"]}, "Input at index 0: text must be a string, got an integer", "image_data"),
+        ({"image_data": [["x"] * 3, ["x"] * 2]}, "At most 4 images fit in one request, got 5", "image_data"),
     ],
 )
 def test_encode_refusals(body: Any, message: str, param: str) -> None:

@@ -1,26 +1,35 @@
 """The wire contract of every family, through tritonclient over HTTP and gRPC, against the real tritonserver."""
 
+import io
 import json
+import struct
 import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
 import tritonclient.grpc
 import tritonclient.http
+from checkpoints import write_clip, write_qwen2_vl
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-from conftest import Triton
+from conftest import REPOSITORY, Triton
+from triton_embed.gateway import repository
 
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 TEXTS = ["The cat sat.", "hello world", "a", "Where is the dog? " * 5, "0.5 - 0.25!"]
 
 
 class Client:
-    """One protocol, and the two inputs of the contract."""
+    """One protocol, and the inputs of the contract."""
 
     def __init__(self, module: ModuleType, address: str) -> None:
         self.module = module
@@ -29,6 +38,14 @@ class Client:
     def text(self, *rows: str | bytes) -> Any:
         data = np.array(rows, dtype=np.object_)[:, None]
         found = self.module.InferInput("TEXT", list(data.shape), "BYTES")
+        found.set_data_from_numpy(data)
+        return found
+
+    def images(self, *rows: Sequence[bytes]) -> Any:
+        """Encoded files of each row; none is an empty one."""
+        width = max(1, *map(len, rows), 1)
+        data = np.array([[*row, *[b""] * (width - len(row))] for row in rows], dtype=np.object_)
+        found = self.module.InferInput("IMAGE", list(data.shape), "BYTES")
         found.set_data_from_numpy(data)
         return found
 
@@ -179,7 +196,7 @@ def test_bad_input_is_refused_by_name(client: Client, build: Any, parameters: An
 
 
 def test_text_and_ids_together_are_refused(client: Client) -> None:
-    with pytest.raises(tritonclient.utils.InferenceServerException, match="Send either TEXT or INPUT_IDS"):
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="Send either INPUT_IDS or TEXT and IMAGE"):
         client.infer("minilm", client.text("a"), client.ids([1]))
 
 
@@ -230,3 +247,207 @@ def test_refusals_do_not_stall(client: Client) -> None:
         client.infer("bge_tiny", client.ids([0]), outputs=("INFO",))
         slowest = max(slowest, time.perf_counter() - began)
     assert slowest < 0.4
+
+
+def png(width: int, height: int, seed: int = 0) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is this large and holds next to nothing."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+GOOD = png(60, 40)
+NO_FILE = "that cannot be read: it is no BMP, GIF, JPEG, PNG, TIFF or WEBP file"
+BROKEN = "that cannot be read: the file is truncated or broken"
+BAD_IMAGES: dict[str, tuple[bytes, str]] = {
+    "truncated": (GOOD[: len(GOOD) // 2], BROKEN),
+    "header alone": (GOOD[:33], NO_FILE),
+    "text renamed .png": (b"this is a picture of a cat\n", NO_FILE),
+    "zeros": (bytes(64), NO_FILE),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', NO_FILE),
+    "1x1": (png(1, 1), "of 1x1 pixels; each side must have at least 2"),
+    "1x5000": (png(1, 5000), "of 1x5000 pixels; each side must have at least 2"),
+    "2x5000": (png(2, 5000), "of 2x5000 pixels; one side may be at most 200 times the other"),
+    "60 megapixels": (png_header(10_000, 6_000), "of more than 50,000,000 pixels"),
+    "4 gigapixels": (png_header(2**31 - 1, 2), "of more than 50,000,000 pixels"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("pictured") / "clip")
+
+
+@pytest.fixture(scope="module")
+def pictured(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """`clip` and `gme_qwen2_vl` with tiny checkpoints."""
+    root = tmp_path_factory.mktemp("pictured_models")
+    gme = write_qwen2_vl(root / "gme")
+    limits = {"min_image_tokens": "4", "max_image_tokens": "16"}
+    for family, checkpoint, parameters in (("clip", tiny_clip, {}), ("gme_qwen2_vl", gme, limits)):
+        stated = {"checkpoint": str(checkpoint), "threads": "1", **parameters}
+        repository.write_model(REPOSITORY, family, root / "models", family, stated)
+    server = Triton(root / "models", root / "log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=list(PROTOCOLS))
+def camera(request: pytest.FixtureRequest, pictured: Triton) -> Iterator[Client]:
+    made = Client(PROTOCOLS[request.param], getattr(pictured, request.param))
+    yield made
+    made.client.close()
+
+
+def refused(camera: Client, model: str, *inputs: Any, **parameters: Any) -> str:
+    """What the server says to bad input."""
+    with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
+        camera.infer(model, *inputs, **parameters)
+    assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
+    message: str = caught.value.message()
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+@pytest.mark.parametrize("model", ["clip", "gme_qwen2_vl"])
+def test_a_bad_image_is_refused_by_its_index(camera: Client, model: str, kind: str) -> None:
+    data, words = BAD_IMAGES[kind]
+    assert refused(camera, model, camera.images([GOOD], [data])) == f"Input at index 1 has an image {words}"
+    texts = camera.text("", "", "a cat")
+    assert refused(camera, model, texts, camera.images([data], [GOOD], [])).startswith("Input at index 0 has an image")
+
+
+def test_an_empty_image_is_none(camera: Client) -> None:
+    for model in ("clip", "gme_qwen2_vl"):
+        plain = camera.infer(model, camera.text("a cat")).as_numpy("EMBEDDING")
+        beside = camera.infer(model, camera.text("a cat"), camera.images([b"", b""])).as_numpy("EMBEDDING")
+        np.testing.assert_allclose(beside, plain, atol=2e-6)
+        nothing = "Input at index 1 cannot be empty or whitespace only"
+        assert refused(camera, model, camera.text("a cat", " \n"), camera.images([], [b"", b""])) == nothing
+        assert refused(camera, model, camera.images([GOOD], [])) == nothing
+
+
+BAD_ROWS: list[tuple[str, str, Callable[[Client], list[Any]], str]] = [
+    (
+        "both in one row",
+        "clip",
+        lambda c: [c.text("", "a cat"), c.images([GOOD], [GOOD])],
+        "Model 'clip' embeds a text or an image, not both together: input at index 1 has both",
+    ),
+    (
+        "two images in one row",
+        "clip",
+        lambda c: [c.images([GOOD], [GOOD, GOOD])],
+        "Model 'clip' embeds one image at a time: input at index 1 has several",
+    ),
+    (
+        "typed image token",
+        "gme_qwen2_vl",
+        lambda c: [c.text("a", "<|image_pad|>"), c.images([], [GOOD])],
+        "Input at index 1 has <|image_pad|> in its text, which stands for an image",
+    ),
+    ("image and ids", "clip", lambda c: [c.images([GOOD]), c.ids([1])], "Send either INPUT_IDS or TEXT and IMAGE"),
+    ("invalid UTF-8", "clip", lambda c: [c.text(b"\xff"), c.images([GOOD])], "Input at index 0 is not valid UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("model", "build", "message"), [r[1:] for r in BAD_ROWS], ids=[r[0] for r in BAD_ROWS])
+def test_a_row_that_a_model_cannot_take(
+    camera: Client, model: str, build: Callable[[Client], list[Any]], message: str
+) -> None:
+    assert refused(camera, model, *build(camera)) == message
+
+
+def _image_of(client: Client, kind: str, dtype: type) -> Any:
+    found = client.module.InferInput("IMAGE", [1, 1], kind)
+    found.set_data_from_numpy(np.zeros((1, 1), dtype=dtype))
+    return found
+
+
+def test_tensors_that_are_not_those_of_the_contract(camera: Client) -> None:
+    """Triton itself looks at types and numbers of rows."""
+    wrong_type = _image_of(camera, "UINT8", np.uint8)
+    assert "data-type is 'UINT8'" in refused(camera, "clip", wrong_type)
+    wrong_type = _image_of(camera, "INT64", np.int64)
+    assert "data-type is 'INT64'" in refused(camera, "gme_qwen2_vl", camera.text("a"), wrong_type)
+    for texts, images in ((("a", "b"), ([GOOD],)), (("a",), ([GOOD], [GOOD]))):
+        message = refused(camera, "gme_qwen2_vl", camera.text(*texts), camera.images(*images))
+        assert "batch size" in message
+
+
+def test_an_image_for_a_model_that_reads_none(client: Client) -> None:
+    message = refused(client, "minilm", client.text("a"), client.images([GOOD]))
+    assert "unexpected inference input 'IMAGE'" in message
+
+
+def test_models_say_what_they_read(camera: Client) -> None:
+    stated = {}
+    for model in ("clip", "gme_qwen2_vl"):
+        info = camera.infer(model, camera.images([b""]), outputs=("INFO",)).as_numpy("INFO")
+        stated[model] = json.loads(info[0, 0])["modalities"]
+    assert stated == {"clip": ["text", "image"], "gme_qwen2_vl": ["text", "image", "text+image"]}
+
+
+def test_texts_and_pictures_of_one_request_come_back_in_order(camera: Client, tiny_clip: Path) -> None:
+    files = [GOOD, png(33, 90, seed=1)]
+    answer = camera.infer("clip", camera.text("", "a cat", "", "hello"), camera.images(files[:1], [], files[1:], []))
+    ids = oracles.ids_of(tiny_clip, ["a cat", "hello"])
+    texts = oracles.clip_text_vectors(tiny_clip, ids)
+    images = oracles.clip_image_vectors(tiny_clip, [Image.open(io.BytesIO(file)) for file in files])
+    wanted = [images[0], texts[0], images[1], texts[1]]
+    np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), wanted, atol=2e-5)
+    patches = oracles.clip_image_tokens(tiny_clip)
+    assert answer.as_numpy("TOKENS")[:, 0].tolist() == [patches, len(ids[0]), patches, len(ids[1])]
+    assert answer.as_numpy("DROPPED").tolist() == [[0]] * 4
+
+
+def test_a_bad_image_among_good_requests_fails_alone(pictured: Triton, tiny_clip: Path) -> None:
+    """Twelve good and twelve bad requests at once, so that Triton batches them together."""
+    files = [png(30 + 7 * i, 60 - 3 * i, seed=i) for i in range(12)]
+    texts = [f"a photo of {i} cats" for i in range(12)]
+    wanted = np.stack(
+        [
+            oracles.clip_text_vectors(tiny_clip, oracles.ids_of(tiny_clip, texts)),
+            oracles.clip_image_vectors(tiny_clip, [Image.open(io.BytesIO(file)) for file in files]),
+        ],
+        axis=1,
+    )
+    bad = list(BAD_IMAGES.values())
+    outcomes: dict[int, Any] = {}
+    start = threading.Barrier(24)
+
+    def call(i: int) -> None:
+        client = Client(tritonclient.grpc, pictured.grpc)
+        inputs = (
+            client.text(texts[i // 2], ""),
+            client.images([], [files[i // 2] if i % 2 else bad[i // 2 % len(bad)][0]]),
+        )
+        start.wait()
+        try:
+            outcomes[i] = client.infer("clip", *inputs).as_numpy("EMBEDDING")
+        except tritonclient.utils.InferenceServerException as error:
+            outcomes[i] = error
+        client.client.close()
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(outcomes) == 24
+    for i, outcome in outcomes.items():
+        if i % 2:
+            np.testing.assert_allclose(outcome, wanted[i // 2], atol=2e-5)
+        else:
+            assert outcome.message() == f"Input at index 1 has an image {bad[i // 2 % len(bad)][1]}"

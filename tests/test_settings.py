@@ -20,6 +20,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert settings.max_body_bytes == 32 * 1024 * 1024
     assert (settings.request_timeout, settings.refresh_interval) == (60.0, 2.0)
     assert settings.api_key.get_secret_value() == ""
+    assert (settings.media_urls, settings.allowed_hosts) == (True, frozenset())
 
 
 def test_environment_then_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,12 +48,24 @@ def test_environment_then_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
         ("TRITON_GRPC", "http://localhost:8001"),
         ("TRITON_REPOSITORY_HEADER", "secret"),
         ("LOG_LEVEL", "loud"),
+        ("MEDIA_URLS", "perhaps"),
+        ("MEDIA_ALLOWED_HOSTS", "http://intranet"),
+        ("MEDIA_ALLOWED_HOSTS", "10.0.0.0/8"),
+        ("MEDIA_ALLOWED_HOSTS", "intranet,"),
+        ("MEDIA_ALLOWED_HOSTS", "me@intranet"),
+        ("MEDIA_ALLOWED_HOSTS", "::1"),
+        ("MEDIA_ALLOWED_HOSTS", "*"),
     ],
 )
 def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"TRITON_EMBED_{name}", value)
     with pytest.raises(SettingsError, match=f"^TRITON_EMBED_{name}: "):
         read_settings()
+
+
+def test_hosts_that_may_be_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_EMBED_MEDIA_ALLOWED_HOSTS", "Images.Intranet, 10.1.2.3:8080,[::1]:80")
+    assert read_settings().allowed_hosts == {"images.intranet", "10.1.2.3:8080", "[::1]:80"}
 
 
 def test_a_bad_override_names_itself() -> None:

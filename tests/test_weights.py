@@ -4,8 +4,13 @@ The files are written by safetensors itself; what a parameter must hold is what 
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,71 +20,140 @@ from torch import Tensor, nn
 
 from triton_embed.python_backend import weights
 from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.layers import FusedLinear, Projection
+from triton_embed.python_backend.weights import Naming
+
+NAMING = Naming(
+    renames=(("bert.", ""), ("model.inner.", ""), ("model.", "")),
+    fused={"qkv": ("query", "key", "value")},
+    ignored=("pooler.", "cls."),
+    ignored_endings=(".position_ids", "rotary.inv_freq"),
+)
 
 
 class Network(nn.Module):
-    """One fused projection of 3 x 4 rows, a table and a norm, two levels deep."""
+    """A fused projection of 8 + 2 + 2 rows, a table and a norm, two levels deep, and a projection in fp32."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(11, 6)
-        self.block = nn.ModuleDict({"self": nn.ModuleDict({"qkv": nn.Linear(6, 12)}), "norm": nn.LayerNorm(6)})
+        self.block = nn.ModuleDict({"self": nn.ModuleDict({"qkv": FusedLinear(6, (8, 2, 2))}), "norm": nn.LayerNorm(6)})
+        self.projection = Projection(6, 4, bias=False)
+
+
+PARTS = {"query": 8, "key": 2, "value": 2}
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A checkpoint for it, all values different."""
-    shapes = {"embeddings.weight": (11, 6), "block.norm.weight": (6,), "block.norm.bias": (6,)}
-    for name in ("query", "key", "value"):
-        shapes |= {f"block.self.{name}.weight": (4, 6), f"block.self.{name}.bias": (4,)}
+    shapes = {
+        "embeddings.weight": (11, 6),
+        "block.norm.weight": (6,),
+        "block.norm.bias": (6,),
+        "projection.weight": (4, 6),
+    }
+    for name, rows in PARTS.items():
+        shapes |= {f"block.self.{name}.weight": (rows, 6), f"block.self.{name}.bias": (rows,)}
     torch.manual_seed(0)
     return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> Network:
+def load(directory: Path, dtype: torch.dtype = torch.float32, naming: Naming = NAMING) -> Network:
     with torch.device("meta"):
         network = Network()
-    weights.load(
-        network,
-        directory,
-        prefixes=("bert.", "model."),
-        fused={"qkv": ("query", "key", "value")},
-        ignored=("pooler.", "cls."),
-        dtype=dtype,
-        device="cpu",
-    )
+    weights.load(network, naming, directory, dtype, "cpu")
     return network
 
 
 def expected(stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     found = {name: tensor for name, tensor in stored.items() if ".self." not in name}
     for kind in ("weight", "bias"):
-        parts = [stored[f"block.self.{name}.{kind}"] for name in ("query", "key", "value")]
-        found[f"block.self.qkv.{kind}"] = torch.cat(parts)
-    return {name: tensor.to(dtype) for name, tensor in found.items()}
+        found[f"block.self.qkv.{kind}"] = torch.cat([stored[f"block.self.{name}.{kind}"] for name in PARTS])
+    own = {"projection.weight": torch.float32}
+    return {name: tensor.to(own.get(name, dtype)) for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("prefix", ["", "bert.", "model."])
+@pytest.mark.parametrize("prefix", ["", "bert.", "model.", "model.inner."])
 def test_every_value_arrives_in_the_dtype_asked_for(
     prefix: str, stored: torch.dtype, wanted: torch.dtype, tmp_path: Path
 ) -> None:
     written = tensors(stored)
-    extra = {"pooler.dense.weight": torch.ones(2), f"{prefix}pooler.bias": torch.ones(1), "cls.bias": torch.ones(3)}
+    names = ("pooler.dense.weight", f"{prefix}pooler.bias", "cls.bias", f"{prefix}embeddings.position_ids")
+    extra = {name: torch.arange(3) for name in (*names, f"{prefix}block.self.rotary.inv_freq")}
     save_file({**{prefix + name: x for name, x in written.items()}, **extra}, tmp_path / "model.safetensors")
     found = dict(load(tmp_path, wanted).named_parameters())
     right = expected(written, wanted)
     assert found.keys() == right.keys()
     for name, value in found.items():
         assert torch.equal(value, right[name]), name
-        assert (value.dtype, value.requires_grad) == (wanted, False)
+        assert (value.dtype, value.requires_grad) == (right[name].dtype, False)
+
+
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16], ids=str)
+def test_a_module_with_a_dtype_of_its_own_keeps_it(wanted: torch.dtype, tmp_path: Path) -> None:
+    """fp32 values that no half can hold: they must not have been halves on their way."""
+    written = {**tensors(), "projection.weight": torch.full((4, 6), 1.0 + 2**-20)}
+    save_file(written, tmp_path / "model.safetensors")
+    found = load(tmp_path, wanted)
+    assert torch.equal(found.projection.weight, written["projection.weight"])
+    assert found.embeddings.weight.dtype == wanted
+
+
+def test_the_first_rename_that_fits_counts_and_only_at_the_beginning(tmp_path: Path) -> None:
+    """`model.inner.` would become `inner.` by the shorter one, and `block.bert.` is nobody's prefix."""
+    written = {f"model.inner.{name}": tensor for name, tensor in tensors().items()}
+    save_file(written, tmp_path / "model.safetensors")
+    load(tmp_path)
+    shorter_first = replace(NAMING, renames=(("model.", ""), ("model.inner.", "")))
+    with pytest.raises(ConfigError, match=r"'embeddings\.weight' is missing"):
+        load(tmp_path, naming=shorter_first)
+    save_file({**written, "block.bert.x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"'block\.bert\.x' is not part"):
+        load(tmp_path)
+
+
+def test_a_renamed_tensor_is_renamed_once(tmp_path: Path) -> None:
+    written = {f"bert.model.{name}": tensor for name, tensor in tensors().items()}
+    save_file(written, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"'embeddings\.weight' is missing"):
+        load(tmp_path)
+
+
+def test_a_prefix_may_stand_for_another(tmp_path: Path) -> None:
+    """What transformers 5 calls model.language_model., the hub calls model."""
+    written = tensors()
+    save_file({name.replace("block.", "layer."): x for name, x in written.items()}, tmp_path / "model.safetensors")
+    found = dict(load(tmp_path, naming=replace(NAMING, renames=(("layer.", "block."),))).named_parameters())
+    for name, value in expected(written, torch.float32).items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_network_that_ignores_nothing(tmp_path: Path) -> None:
+    save_file({**tensors(), "pooler.bias": torch.ones(1)}, tmp_path / "model.safetensors")
+    load(tmp_path)
+    with pytest.raises(ConfigError, match=r"'pooler\.bias' is not part of this network \(1 left over\)"):
+        load(tmp_path, naming=replace(NAMING, ignored=()))
 
 
 def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
     """Whichever came last would win."""
     written = tensors()
     save_file({**written, "bert.block.norm.bias": torch.ones(6)}, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model\.safetensors.*block\.norm\.bias"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors: tensors '.*' and '.*' have one place") as refused:
+        load(tmp_path)
+    for word in ("'block.norm.bias'", "'bert.block.norm.bias'"):
+        assert word in str(refused.value)
+
+
+def test_two_shards_with_one_tensor_are_refused(tmp_path: Path) -> None:
+    written = tensors()
+    for shard_name in ("model-1.safetensors", "model-2.safetensors"):
+        save_file(written, tmp_path / shard_name)
+    index = {"weight_map": {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(written)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/model-2\.safetensors: tensors '.*' have one place"):
         load(tmp_path)
 
 
@@ -123,15 +197,25 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["block.self.rotary.inv_freq", "lm_head.weight", "poolers.x", "encoder.pooler.x"])
+@pytest.mark.parametrize(
+    "name",
+    ["block.self.inv_freq", "lm_head.weight", "poolers.x", "encoder.pooler.x", "position_ids", "x.position_ids.y"],
+)
 def test_a_tensor_the_network_has_no_place_for_is_named(name: str, tmp_path: Path) -> None:
     save_file({**tensors(), name: torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'model.safetensors'}: tensor '{name}' is not part")):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("shape", [(3, 6), (5, 6), (4, 5), (24,), (4, 6, 1)], ids=str)
-@pytest.mark.parametrize("name", [f"block.self.{part}.weight" for part in ("query", "key", "value")])
+def test_what_is_left_over_is_counted_and_the_first_named(tmp_path: Path) -> None:
+    extra = {name: torch.ones(1) for name in ("c.weight", "b.weight", "cls.weight", "d.weight")}
+    save_file({**tensors(), **extra}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"'b\.weight' is not part of this network \(3 left over\)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (7, 6), (2, 5), (12,), (2, 6, 1)], ids=str)
+@pytest.mark.parametrize("name", [f"block.self.{part}.weight" for part in PARTS])
 def test_a_part_of_a_fused_tensor_that_has_another_shape_is_named(
     name: str, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -143,8 +227,8 @@ def test_a_part_of_a_fused_tensor_that_has_another_shape_is_named(
 
 
 def test_parts_of_a_fused_tensor_do_not_make_up_for_each_other(tmp_path: Path) -> None:
-    """5 + 3 + 4 rows are as many as 4 + 4 + 4, and every head would be wrong."""
-    changed = {"block.self.query.weight": torch.ones(5, 6), "block.self.key.weight": torch.ones(3, 6)}
+    """7 + 3 + 2 rows are as many as 8 + 2 + 2, and every head would be wrong."""
+    changed = {"block.self.query.weight": torch.ones(7, 6), "block.self.key.weight": torch.ones(3, 6)}
     save_file({**tensors(), **changed}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"block\.self\.(query|key)\.weight"):
         load(tmp_path)
@@ -172,3 +256,66 @@ def test_a_file_that_cannot_be_read_is_named(damage: str, tmp_path: Path) -> Non
         file.write_bytes(pieces[damage])
     with pytest.raises(ConfigError, match=re.escape(f"{file} cannot be read")):
         load(tmp_path)
+
+
+def test_nothing_of_a_file_stays_mapped(tmp_path: Path) -> None:
+    """Whoever replaced a file that is still read from would end the process with SIGBUS."""
+    save_file(tensors(), tmp_path / "model.safetensors")
+    network = load(tmp_path)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert torch.equal(network.embeddings.weight, tensors()["embeddings.weight"])
+
+
+MEGABYTE = 1 << 20
+# What a process of its own does: a small load first, for what libraries keep for themselves.
+LOAD = """
+    import sys
+    from pathlib import Path
+    import torch
+    from torch import nn
+    from triton_embed.python_backend import weights
+    from triton_embed.python_backend.layers import FusedLinear
+
+    def status(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    def load(directory, layers, rows, dtype):
+        with torch.device("meta"):
+            fused = (FusedLinear(256, (2 * rows, rows, rows), bias=False) for _ in range(layers))
+            network = nn.ModuleList(nn.ModuleDict({"qkv": one}) for one in fused)
+        weights.load(network, weights.Naming(fused={"qkv": ("a", "b", "c")}), directory, dtype, "cpu")
+        return network
+
+    small, large = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        load(small, 2, 8, dtype)
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        network = load(large, 30, 512, dtype)
+        print(status("VmHWM") - before)
+        del network
+"""
+
+
+def _write_layers(directory: Path, layers: int, rows: int) -> Path:
+    directory.mkdir()
+    sizes = {"a": 2 * rows, "b": rows, "c": rows}
+    layer = {f"{i}.{part}.weight": torch.ones(size, 256) for i in range(layers) for part, size in sizes.items()}
+    save_file(layer, directory / "model.safetensors")
+    return directory
+
+
+def test_loading_takes_the_memory_of_the_weights_and_of_a_tensor(tmp_path: Path) -> None:
+    """A file of 60 MB that stayed mapped, or tensors kept until all are read, would double the peak."""
+    small, large = _write_layers(tmp_path / "small", 2, 8), _write_layers(tmp_path / "large", 30, 512)
+    assert (large / "model.safetensors").stat().st_size // MEGABYTE == 60
+    command = [sys.executable, "-c", textwrap.dedent(LOAD), str(small), str(large)]
+    # Every tensor memory of its own, given back when it is done with: glibc keeps holes of several MB otherwise.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=environment).stdout
+    single, half = (int(grown) / MEGABYTE for grown in said.split())
+    assert 60 <= single <= 1.15 * 60
+    assert 30 <= half <= 1.25 * 30

@@ -1,7 +1,8 @@
-"""CLIP: text and vision towers projected into one space. Its network is not written yet."""
+"""CLIP: a text and a vision tower projected into one space, trained without instructions."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
+from triton_embed.python_backend.spec import ClipSpec
 
 
 class TritonPythonModel(EmbeddingServer):
-    prompt = None
+    spec = ClipSpec()

@@ -1,7 +1,9 @@
-"""E5 on Mistral or Llama: causal decoder, last-token pooling, EOS appended. Its network is not written yet."""
+"""E5 and its kind: a causal Mistral or Llama decoder, last-token pooling, texts that end with EOS."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
+from triton_embed.python_backend.spec import DecoderSpec
 
 
 class TritonPythonModel(EmbeddingServer):
+    spec = DecoderSpec(causal=True, qk_norm=False, qkv_bias=False, eos="eos_token")
     prompt = "Instruct: {instruction}\nQuery: {text}"

@@ -1,7 +1,9 @@
-"""Qwen3-Embedding: causal decoder, q/k RMSNorm a head, last-token pooling. Its network is not written yet."""
+"""Qwen3-Embedding: causal decoder, q/k RMSNorm a head, last-token pooling."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
+from triton_embed.python_backend.spec import DecoderSpec
 
 
 class TritonPythonModel(EmbeddingServer):
+    spec = DecoderSpec(causal=True, qk_norm=True, qkv_bias=False, eos="<|endoftext|>")
     prompt = "Instruct: {instruction}\nQuery:{text}"

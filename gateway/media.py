@@ -1,0 +1,129 @@
+"""References to images become bytes: base64 is decoded, URLs are fetched, files of this machine are never read.
+
+Whether the bytes are an image is for Pillow to say, in the model.
+"""
+
+import asyncio
+import binascii
+from collections.abc import Mapping, Sequence
+
+from triton_embed.gateway.errors import ApiError, invalid
+from triton_embed.gateway.fetch import IMAGE_BYTES, Fetcher, FetchError
+
+AT_ONCE = 8  # fetches of one request, so that a long one leaves slots to others
+# Decoding holds the interpreter for over 1 ms a MiB: what is longer is decoded in pieces, away from the event loop.
+PIECE = 2**18  # characters; a multiple of 4
+
+
+class Media:
+    """One for each gateway. Without a `fetcher` URLs are refused.
+
+    `max_bytes` bounds the images of one request together, `timeout` (seconds) the fetching of them all.
+    """
+
+    def __init__(self, fetcher: Fetcher | None, *, max_bytes: int, timeout: float) -> None:
+        self._fetcher = fetcher
+        self._max_bytes = max_bytes
+        self._timeout = timeout
+
+    async def close(self) -> None:
+        if self._fetcher is not None:
+            await self._fetcher.close()
+
+    async def load(self, images: Sequence[Sequence[str]], param: str) -> list[list[bytes]]:
+        """The encoded images of each input, in order. ApiError 400 names the index of an input that has none there.
+
+        504: they took longer than the timeout. A URL that occurs twice is fetched once.
+        """
+        small = sum(len(reference) for row in images for reference in row) <= PIECE
+        rows = _decode_all(images, param) if small else await asyncio.to_thread(_decode_all, images, param)
+        places: dict[str, int] = {}
+        for i, row in enumerate(images):
+            for reference in filter(_is_url, row):
+                places.setdefault(reference, i)
+        if places:
+            fetched = await self._fetch_all(places, param)
+            rows = [
+                [fetched.get(reference, image) for reference, image in zip(row, its, strict=True)]
+                for row, its in zip(images, rows, strict=True)
+            ]
+        self._check_size(sum(len(image) for row in rows for image in row), param)
+        return rows
+
+    async def _fetch_all(self, places: Mapping[str, int], param: str) -> dict[str, bytes]:
+        """The body of each URL, given the index of the input that names it first."""
+        fetched: dict[str, bytes] = {}
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def fetch(url: str, index: int) -> None:
+            async with gate:
+                fetched[url] = await self._fetch(url, index, param)
+            self._check_size(sum(map(len, fetched.values())), param)
+
+        try:
+            async with asyncio.timeout(self._timeout), asyncio.TaskGroup() as group:
+                for url, index in places.items():
+                    group.create_task(fetch(url, index))
+        except TimeoutError:
+            raise ApiError(504, f"The images could not be fetched within {self._timeout:g} s") from None
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return fetched
+
+    async def _fetch(self, url: str, index: int, param: str) -> bytes:
+        failed = f"Input at index {index}: the image could not be fetched"
+        if self._fetcher is None:
+            raise invalid(f"{failed}: this server fetches no URLs, send the image itself in base64", param)
+        try:
+            body = await self._fetcher.get(url)
+        except FetchError as error:
+            raise invalid(f"{failed}: {error}", param) from None
+        if not body:  # to the model this would be an input without an image
+            raise invalid(f"{failed}: it is empty", param)
+        return body
+
+    def _check_size(self, size: int, param: str) -> None:
+        if size > self._max_bytes:
+            raise invalid(f"The images of the request are larger than {self._max_bytes} bytes together", param)
+
+
+def _is_url(reference: str) -> bool:
+    return reference[:8].lower().startswith(("http://", "https://"))
+
+
+def _decode_all(images: Sequence[Sequence[str]], param: str) -> list[list[bytes]]:
+    """Every image that came with the request; nothing yet in the places of URLs."""
+    return [
+        [b"" if _is_url(reference) else _decode(reference, i, param) for reference in row]
+        for i, row in enumerate(images)
+    ]
+
+
+def _decode(reference: str, index: int, param: str) -> bytes:
+    try:
+        image = _from_base64(_payload(reference))
+    except ValueError:
+        message = f"Input at index {index}: image must be base64, a data: URI in base64 or an http(s) URL"
+        raise invalid(message, param) from None
+    if not image:  # to the model this would be an input without an image
+        raise invalid(f"Input at index {index}: the image is empty", param)
+    if len(image) > IMAGE_BYTES:
+        raise invalid(f"Input at index {index}: the image is larger than {IMAGE_BYTES // 2**20} MiB", param)
+    return image
+
+
+def _payload(reference: str) -> str:
+    """What is base64 in a reference. ValueError: a data: URI in another encoding."""
+    if reference[:5].lower() != "data:":
+        return reference
+    head, _, payload = reference.partition(",")
+    if not head.lower().endswith(";base64"):
+        raise ValueError("not in base64")
+    return payload
+
+
+def _from_base64(text: str) -> bytes:
+    """ValueError: it is not. Line breaks are no fault: tools wrap base64."""
+    text = "".join(text.split())
+    pieces = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+    return b"".join(binascii.a2b_base64(piece, strict_mode=True) for piece in pieces)

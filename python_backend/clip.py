@@ -1,0 +1,162 @@
+"""Clip: a causal text tower and a vision tower, each row projected into one space.
+
+Modules are named as CLIP checkpoints name their tensors (`pre_layrnorm` is theirs).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from triton_embed.kernels import ops
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.batch import Batch, one_each
+from triton_embed.python_backend.config import ModelConfig
+from triton_embed.python_backend.layers import FusedLinear, LayerNorm, Linear, PatchEmbedding, Projection, Table
+from triton_embed.python_backend.patches import Patches
+from triton_embed.python_backend.row import Ids, Row
+from triton_embed.python_backend.shapes import ClipShape, TowerShape
+from triton_embed.python_backend.weights import Naming
+
+
+class Clip(nn.Module):
+    """Rows of token ids that end where they are pooled, or of one picture -> fp32 [B,E], and their layout."""
+
+    naming = Naming(
+        fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")},
+        # The temperature of training, and constants that old files carry.
+        ignored=("logit_scale",),
+        ignored_endings=(".embeddings.position_ids",),
+    )
+
+    def __init__(self, model: ModelConfig, shape: ClipShape, device: str) -> None:
+        super().__init__()
+        self._device = device
+        self._patches = Patches(model, shape.patch_size, 1, 1, device)
+        self.text_model = TextTower(shape, device)
+        self.vision_model = VisionTower(shape)
+        self.text_projection = Projection(shape.text.hidden_size, shape.hidden_size, bias=False)
+        self.visual_projection = Projection(shape.vision.hidden_size, shape.hidden_size, bias=False)
+
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
+        texts = [i for i, row in enumerate(rows) if not row.pictures]
+        pictured = [i for i, row in enumerate(rows) if row.pictures]
+        y = torch.empty(len(rows), self.text_projection.weight.shape[0], device=self._device)
+        if texts:
+            y[texts] = self.text_projection(self.text_model([rows[i].ids for i in texts]).float())
+        if pictured:
+            patches = torch.cat([self._patches(rows[i].pictures[0]) for i in pictured])
+            y[pictured] = self.visual_projection(self.vision_model(patches, len(pictured)).float())
+        return y, one_each(len(rows), self._device)
+
+
+class TextTower(nn.Module):
+    """Rows of ids -> the normed state [B,E] of each row's last token."""
+
+    def __init__(self, shape: ClipShape, device: str) -> None:
+        super().__init__()
+        size = shape.text.hidden_size
+        self._device = device
+        self.embeddings = nn.ModuleDict(
+            {"token_embedding": Table(shape.vocab_size, size), "position_embedding": Table(shape.max_tokens, size)}
+        )
+        self.encoder = Stack(shape.text, causal=True)
+        self.final_layer_norm = LayerNorm(size, shape.text.norm_eps)
+
+    def forward(self, rows: Sequence[Ids]) -> Tensor:
+        batch = Batch.pack(rows, "last", self._device)
+        x = self.embeddings["token_embedding"](batch.ids)
+        x = x + self.embeddings["position_embedding"](batch.positions[0])
+        y: Tensor = self.final_layer_norm(self.encoder(x, batch.packed, batch.pooled))
+        return y[: len(rows)]
+
+
+class VisionTower(nn.Module):
+    """Patches of n pictures [n*g*g, 3*p*p] -> the normed state [n,E] of each one's class token."""
+
+    def __init__(self, shape: ClipShape) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(shape)
+        self.pre_layrnorm = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
+        self.encoder = Stack(shape.vision, causal=False)
+        self.post_layernorm = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
+
+    def forward(self, patches: Tensor, count: int) -> Tensor:
+        x = self.embeddings(patches, count)
+        packed = Packed.from_lengths([x.shape[1]] * count, x.device)
+        x = self.encoder(self.pre_layrnorm(x.flatten(0, 1)), packed, packed.cu_seqlens[:-1].long())
+        y: Tensor = self.post_layernorm(x)
+        return y
+
+
+class VisionEmbeddings(nn.Module):
+    """Class token and projected patches, plus learned positions: [n, 1+g*g, E]."""
+
+    def __init__(self, shape: ClipShape) -> None:
+        super().__init__()
+        size = shape.vision.hidden_size
+        self.class_embedding = nn.Parameter(torch.empty(size))
+        self.patch_embedding = PatchEmbedding((shape.patch_size, shape.patch_size), size)
+        self.position_embedding = Table(shape.vision_tokens, size)
+
+    def forward(self, patches: Tensor, count: int) -> Tensor:
+        x = self.patch_embedding(patches.to(self.class_embedding.dtype)).view(count, -1, len(self.class_embedding))
+        return torch.cat([self.class_embedding.expand(count, 1, -1), x], dim=1) + self.position_embedding.weight
+
+
+class Stack(nn.Module):
+    """Pre-norm blocks: [T,E] -> [B,E] of the pooled tokens."""
+
+    def __init__(self, shape: TowerShape, causal: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(shape, causal) for _ in range(shape.layers))
+
+    def forward(self, x: Tensor, packed: Packed, pooled: Tensor) -> Tensor:
+        *layers, last = self.layers
+        for layer in layers:
+            x = layer(x, packed)
+        y: Tensor = last(x, packed, pooled)
+        return y
+
+
+class Block(nn.Module):
+    """Norm, attention, add; norm, MLP, add."""
+
+    def __init__(self, shape: TowerShape, causal: bool) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.self_attn = Attention(shape, causal)
+        self.layer_norm2 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.mlp = nn.ModuleDict(
+            {
+                "fc1": Linear(shape.hidden_size, shape.intermediate_size, shape.activation),
+                "fc2": Linear(shape.intermediate_size, shape.hidden_size),
+            }
+        )
+
+    def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None = None) -> Tensor:
+        """`pooled`: compute these rows alone, for nothing reads the others any more."""
+        attended = self.self_attn(self.layer_norm1(x), packed, pooled)
+        x = attended + (x if pooled is None else x[pooled])
+        y: Tensor = x + self.mlp["fc2"](self.mlp["fc1"](self.layer_norm2(x)))
+        return y
+
+
+class Attention(nn.Module):
+    """Fused q/k/v projection, attention inside each sequence, projection."""
+
+    def __init__(self, shape: TowerShape, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = shape.heads, causal
+        self.scale = (shape.hidden_size // shape.heads) ** -0.5
+        self.qkv_proj = FusedLinear(shape.hidden_size, (shape.hidden_size,) * 3)
+        self.out_proj = Linear(shape.hidden_size, shape.hidden_size)
+
+    def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None) -> Tensor:
+        q, k, v = self.qkv_proj(x).view(len(x), 3, self.heads, -1).unbind(1)
+        if pooled is None:
+            y = ops.varlen_attention(q, k, v, packed, self.causal, window=None, scale=self.scale)
+        else:
+            y = ops.pooled_attention(q[pooled], k, v, packed, window=None, scale=self.scale)
+        out: Tensor = self.out_proj(y.flatten(1))
+        return out

@@ -1,0 +1,129 @@
+"""Decoder: Llama, Mistral, Qwen2 and Qwen3 over packed tokens; what differs between them is in DecoderShape.
+
+Modules are named as the checkpoints name their tensors.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from triton_embed.kernels import ops
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.batch import Batch
+from triton_embed.python_backend.config import ModelConfig
+from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.layers import FusedLinear, Linear, RMSNorm, Table
+from triton_embed.python_backend.rotary import Rotary
+from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.shapes import DecoderShape
+from triton_embed.python_backend.weights import Naming
+
+Angles = tuple[Tensor, Tensor]
+
+
+class Decoder(nn.Module):
+    """Rows of token ids -> hidden states after the final norm: [T,E], or [B,E] of the pooled tokens alone, and the
+    layout of those."""
+
+    naming = Naming(
+        renames=(("model.", ""),),
+        fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+        # The language model's head plays no part in embeddings; inv_freq is a constant that old files carry.
+        ignored=("lm_head.",),
+        ignored_endings=(".rotary_emb.inv_freq",),
+    )
+
+    def __init__(self, model: ModelConfig, shape: DecoderShape, device: str) -> None:
+        super().__init__()
+        if shape.causal and model.pooling == "cls":
+            raise ConfigError("pooling 'cls' in a causal decoder: the first token sees nothing but itself")
+        self._pooling, self._device = model.pooling, device
+        self.embed_tokens = Table(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape, window) for window in shape.windows)
+        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self._rotary = Rotary(shape.rope, device)
+
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
+        batch = Batch.pack([row.ids for row in rows], self._pooling, self._device)
+        return self.decode(batch, self.embed_tokens(batch.ids)), batch.states
+
+    def decode(self, batch: Batch, x: Tensor) -> Tensor:
+        """x [T,E], the embedded tokens, through all layers."""
+        angles = self._rotary(batch.positions, batch.packed.lengths)
+        residual = None
+        *layers, last = self.layers
+        for layer in layers:
+            x, residual = layer(x, residual, angles, batch.packed)
+        x, residual = last(x, residual, angles, batch.packed, batch.pooled)
+        y: Tensor = self.norm(x, residual)[0]
+        return y
+
+
+class Layer(nn.Module):
+    """Norm, attention, norm, MLP; each norm adds what came before to the residual stream."""
+
+    def __init__(self, shape: DecoderShape, window: int | None) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.self_attn = Attention(shape, window)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.mlp = MLP(shape)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, angles: Angles, packed: Packed, pooled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`pooled`: compute these rows alone, for nothing reads the others any more."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, angles, packed, pooled)
+        if pooled is not None:
+            residual = residual[pooled]
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Attention(nn.Module):
+    """Fused q/k/v, norm of each head where the model has one, rotary positions, grouped-query attention."""
+
+    def __init__(self, shape: DecoderShape, window: int | None) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.causal, self.window, self.eps = shape.causal, window, shape.norm_eps
+        self.qkv_proj = FusedLinear(
+            shape.hidden_size,
+            (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim),
+            shape.qkv_bias,
+        )
+        self.o_proj = Linear(self.heads * self.head_dim, shape.hidden_size, bias=shape.output_bias)
+        if shape.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim, self.eps), RMSNorm(self.head_dim, self.eps)
+
+    def forward(self, x: Tensor, angles: Angles, packed: Packed, pooled: Tensor | None) -> Tensor:
+        qkv = self.qkv_proj(x)
+        ops.qk_norm_rope_(qkv, (self.heads, self.kv_heads), *angles, self._norm("q"), self._norm("k"), self.eps)
+        q, k, v = qkv.view(len(x), -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        scale = self.head_dim**-0.5
+        if pooled is None:
+            y = ops.varlen_attention(q, k, v, packed, self.causal, self.window, scale)
+        else:
+            y = ops.pooled_attention(q[pooled], k, v, packed, self.window, scale)
+        out: Tensor = self.o_proj(y.flatten(1))
+        return out
+
+    def _norm(self, part: str) -> Tensor | None:
+        norm = getattr(self, f"{part}_norm", None)
+        return None if norm is None else norm.weight
+
+
+class MLP(nn.Module):
+    """SwiGLU with gate and up projected as one."""
+
+    def __init__(self, shape: DecoderShape) -> None:
+        super().__init__()
+        self.gate_up_proj = FusedLinear(
+            shape.hidden_size, (shape.intermediate_size, shape.intermediate_size), shape.mlp_bias
+        )
+        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(ops.gated_activation(self.gate_up_proj(x)))
+        return y

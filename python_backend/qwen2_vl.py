@@ -1,0 +1,72 @@
+"""Qwen2VL: a decoder that reads the tokens of pictures among those of the text."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.batch import Batch
+from triton_embed.python_backend.config import ModelConfig
+from triton_embed.python_backend.decoder import Decoder
+from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.shapes import Qwen2VLShape
+from triton_embed.python_backend.vision import VisionTower
+
+
+class Qwen2VL(nn.Module):
+    """Rows of token ids with pictures -> hidden states as Decoder gives them, and their layout."""
+
+    # The hub's names, transformers 5's, and those of a bare Qwen2VLModel.
+    naming = replace(
+        Decoder.naming,
+        renames=(
+            ("model.language_model.", "language_model."),
+            ("model.visual.", "visual."),
+            ("model.", "language_model."),
+        ),
+    )
+
+    def __init__(self, model: ModelConfig, shape: Qwen2VLShape, device: str) -> None:
+        super().__init__()
+        self._shape, self._device = shape, device
+        self._pooling, self._rule = model.pooling, model.image_positions
+        self.visual = VisionTower(model, shape, device)
+        self.language_model = Decoder(model, shape.text, device)
+
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
+        positions = [self._positions(row) for row in rows]
+        batch = Batch.pack([row.ids for row in rows], self._pooling, self._device, positions)
+        x = self.language_model.embed_tokens(batch.ids)
+        if pictures := [picture for row in rows for picture in row.pictures]:
+            x[batch.ids == self._shape.image_token] = self.visual(pictures)
+        return self.language_model.decode(batch, x), batch.states
+
+    def _positions(self, row: Row) -> npt.NDArray[np.int64]:
+        """Time, height and width [3,n] of each token.
+
+        `mrope` (transformers' get_rope_index): text counts up on all three axes, a picture's tokens stand still in
+        time and lie on a grid, and what follows goes on after its longer side. `sequential`: everything counts up,
+        which is what GME's official code did on the transformers it was written for.
+        """
+        count = len(row.ids)
+        places = np.flatnonzero(row.ids == self._shape.image_token)
+        if self._rule == "sequential" or not row.pictures:
+            return np.tile(np.arange(count), (3, 1))
+        side = self._shape.patch_size * self._shape.merge
+        found = np.empty((3, count), dtype=np.int64)
+        token, position = 0, 0
+        for picture in row.pictures:
+            high, wide = picture.shape[0] // side, picture.shape[1] // side
+            start = int(places[places >= token][0])
+            found[:, token:start] = np.arange(position, position + start - token)
+            position += start - token
+            token = start + high * wide
+            found[:, start:token] = position + np.stack(
+                [np.zeros((high, wide), dtype=np.int64), *np.indices((high, wide))]
+            ).reshape(3, -1)
+            position += max(high, wide)
+        found[:, token:] = np.arange(position, position + count - token)
+        return found

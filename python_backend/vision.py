@@ -1,0 +1,112 @@
+"""VisionTower: Qwen2-VL's, over the packed patches of pictures of any size, merged into tokens of the decoder.
+
+Modules are named as the checkpoints name their tensors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from triton_embed.kernels import ops
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.batch import filler_count
+from triton_embed.python_backend.config import ModelConfig
+from triton_embed.python_backend.layers import LayerNorm, Linear, PatchEmbedding
+from triton_embed.python_backend.patches import Patches
+from triton_embed.python_backend.rotary import frequencies
+from triton_embed.python_backend.row import Pixels
+from triton_embed.python_backend.shapes import Qwen2VLShape, Rope, TowerShape
+
+Angles = tuple[Tensor, Tensor]
+
+
+class VisionTower(nn.Module):
+    """Pictures -> [tokens, E of the decoder], theirs one after the other."""
+
+    def __init__(self, model: ModelConfig, shape: Qwen2VLShape, device: str) -> None:
+        super().__init__()
+        self._device = device
+        self._patches = Patches(model, shape.patch_size, shape.merge, shape.frames, device)
+        # Rows and columns turn by the same frequencies, each in a half of the head.
+        half = shape.vision.hidden_size // shape.vision.heads // 2
+        with torch.device("cpu"):
+            self._frequencies = frequencies(Rope(theta=10_000.0, head_dim=half, positions=0)).to(device)
+        kernel = (shape.frames, shape.patch_size, shape.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": PatchEmbedding(kernel, shape.vision.hidden_size)})
+        self.blocks = nn.ModuleList(Block(shape.vision) for _ in range(shape.vision.layers))
+        self.merger = Merger(shape)
+
+    def forward(self, pictures: Sequence[Pixels]) -> Tensor:
+        patches = torch.cat([self._patches(picture) for picture in pictures])
+        grids = [self._patches.grid(picture) for picture in pictures]
+        positions = torch.cat([self._patches.positions(grid) for grid in grids], dim=1)
+        lengths = [grid.count for grid in grids]
+        if self._device == "cpu" and (fillers := filler_count(len(patches))):
+            patches = nn.functional.pad(patches, (0, 0, 0, fillers))
+            positions = nn.functional.pad(positions, (0, fillers))
+            lengths.append(fillers)
+        packed = Packed.from_lengths(lengths, self._device)
+        turns = (positions.T[..., None].float() * self._frequencies).flatten(1)  # [P, D/2]
+        angles = turns.cos(), turns.sin()
+        proj = self.patch_embed["proj"]
+        x: Tensor = proj(patches.to(self.merger.ln_q.weight.dtype))
+        for block in self.blocks:
+            x = block(x, angles, packed)
+        merged: Tensor = self.merger(x)
+        return merged[: sum(grid.count for grid in grids) // self.merger.patches]
+
+
+class Block(nn.Module):
+    """Norm, attention inside each picture, add; norm, MLP, add."""
+
+    def __init__(self, shape: TowerShape) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.attn = Attention(shape)
+        self.norm2 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.mlp = nn.ModuleDict(
+            {
+                "fc1": Linear(shape.hidden_size, shape.intermediate_size, shape.activation),
+                "fc2": Linear(shape.intermediate_size, shape.hidden_size),
+            }
+        )
+
+    def forward(self, x: Tensor, angles: Angles, packed: Packed) -> Tensor:
+        x = x + self.attn(self.norm1(x), angles, packed)
+        y: Tensor = x + self.mlp["fc2"](self.mlp["fc1"](self.norm2(x)))
+        return y
+
+
+class Attention(nn.Module):
+    """q, k and v of one projection, turned by row and column."""
+
+    def __init__(self, shape: TowerShape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.scale = (shape.hidden_size // shape.heads) ** -0.5
+        self.qkv = Linear(shape.hidden_size, 3 * shape.hidden_size)
+        self.proj = Linear(shape.hidden_size, shape.hidden_size)
+
+    def forward(self, x: Tensor, angles: Angles, packed: Packed) -> Tensor:
+        qkv = self.qkv(x)
+        ops.qk_norm_rope_(qkv, (self.heads, self.heads), *angles, None, None, 0.0)
+        q, k, v = qkv.view(len(x), 3, self.heads, -1).unbind(1)
+        y = ops.varlen_attention(q, k, v, packed, causal=False, window=None, scale=self.scale)
+        out: Tensor = self.proj(y.flatten(1))
+        return out
+
+
+class Merger(nn.Module):
+    """`merge` x `merge` neighbouring patches -> one token of the decoder."""
+
+    def __init__(self, shape: Qwen2VLShape) -> None:
+        super().__init__()
+        self.patches = shape.merge**2
+        wide = shape.vision.hidden_size * self.patches
+        self.ln_q = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
+        self.mlp = nn.ModuleDict({"0": Linear(wide, wide, "gelu_erf"), "2": Linear(wide, shape.hidden_size)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp["2"](self.mlp["0"](self.ln_q(x).view(len(x) // self.patches, -1)))
+        return y

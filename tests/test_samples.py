@@ -1,0 +1,31 @@
+"""What `verify` asks: texts of every length and script, and pictures that Pillow opens."""
+
+import io
+
+from PIL import Image
+
+from conftest import MINILM
+from triton_embed.gateway.samples import TEXTS, pictures
+
+
+def test_texts_differ_and_survive_a_tokenizer_that_strips() -> None:
+    assert 30 <= len(TEXTS) <= 50
+    assert len({text.casefold() for text in TEXTS}) == len(TEXTS) - 2  # one text comes in three cases
+    assert all(text == text.strip() for text in TEXTS)
+
+
+def test_texts_are_of_one_token_and_of_more_than_an_encoder_reads() -> None:
+    from transformers import AutoTokenizer
+
+    lengths = [len(row) - 2 for row in AutoTokenizer.from_pretrained(MINILM)(list(TEXTS))["input_ids"]]
+    assert min(lengths) == 1
+    assert sum(length == 1 for length in lengths) >= 3
+    assert 512 < max(lengths) < 1800  # longer than BERT reads, and yet a whole input of GME's
+
+
+def test_pictures_are_of_three_shapes_and_the_same_each_time() -> None:
+    first, second = list(pictures()), list(pictures())
+    assert first == second
+    opened = [Image.open(io.BytesIO(picture)) for picture in first]
+    assert [image.size for image in opened] == [(336, 336), (480, 272), (150, 600)]
+    assert all(len(image.resize((16, 16)).getcolors()) > 100 for image in opened)
