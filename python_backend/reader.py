@@ -230,6 +230,8 @@ class ChatReader(Reader):
         return self._instruct(prompt)
 
     def _instruct(self, instruction: str) -> Template:
+        if "<|im_start|>" in instruction:
+            raise BadRequest("instruction has <|im_start|> in it, which starts a turn of the chat")
         head = self._head.replace("{instruction}", instruction)
         return lambda item: head + self.image * len(item.images) + item.text + self._tail
 

@@ -78,11 +78,20 @@ class EmbeddingServer:
         return self._unavailable is None
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Read, tokenise in one call, admit. Responses follow from the delivery thread."""
-        readings = [_Reading(request, self._delivery) for request in requests]
-        self._guard(readings, self._read)
-        self._guard(readings, self._tokenise(readings))
-        self._guard(readings, self._admit)
+        """Read, tokenise in one call, admit. Responses follow from the delivery thread.
+
+        Those that need no compute are handed to it last of all: see delivery.py for what a busy machine makes of one
+        that is sent while its own `execute` still runs.
+        """
+        readings = [_Reading(request) for request in requests]
+        try:
+            self._guard(readings, self._read)
+            self._guard(readings, self._tokenise(readings))
+            self._guard(readings, self._admit)
+        finally:
+            for reading in readings:
+                if reading.answer is not None:
+                    self._delivery.put(reading.answer)
 
     def finalize(self) -> None:
         """Drain: everything admitted is answered."""
@@ -95,7 +104,7 @@ class EmbeddingServer:
     def _guard(self, readings: Sequence["_Reading"], step: Callable[["_Reading"], None]) -> None:
         """Run one step for each open request; an error ends that request alone."""
         for reading in readings:
-            if reading.answered:
+            if reading.answer is not None:
                 continue
             try:
                 step(reading)
@@ -133,7 +142,9 @@ class EmbeddingServer:
 
     def _tokenise(self, readings: Sequence["_Reading"]) -> Callable[["_Reading"], None]:
         """Encode the texts of all requests at once, on every core; the step hands each request its own."""
-        encoded = self._encode([text for reading in readings if not reading.answered for text in self._texts(reading)])
+        encoded = self._encode(
+            [text for reading in readings if reading.answer is None for text in self._texts(reading)]
+        )
 
         def hand_out(reading: "_Reading") -> None:
             if reading.items:
@@ -191,9 +202,8 @@ class EmbeddingServer:
 class _Reading:
     """One request on its way in, and the reply on its way out."""
 
-    def __init__(self, request: Any, delivery: Delivery) -> None:
+    def __init__(self, request: Any) -> None:
         self.request = request
-        self.delivery = delivery
         self.sender = request.get_response_sender()
         self.outputs = set(request.requested_output_names())
         self.parameters: dict[str, Any] = {}
@@ -203,7 +213,7 @@ class _Reading:
         self.ids: list[Ids] = []  # of each row; none where it is a picture alone
         self.tokens: list[int] = []
         self.dropped: list[int] = []
-        self.answered = False
+        self.answer: Callable[[], None] | None = None  # what needs no compute, to be sent
 
     def tensor(self, name: str) -> npt.NDArray[Any] | None:
         found = pb_utils.get_input_tensor_by_name(self.request, name)
@@ -213,13 +223,11 @@ class _Reading:
         """Answer INFO, one row for each row sent."""
         found = next((x for x in map(self.tensor, ("TEXT", "IMAGE", "INPUT_IDS")) if x is not None), None)
         rows = np.full((1 if found is None else len(found), 1), info, dtype=np.object_)
-        self.answered = True
-        self.delivery.put(lambda: self._send([pb_utils.Tensor("INFO", rows)]))
+        self.answer = lambda: self._send([pb_utils.Tensor("INFO", rows)])
 
     def refuse(self, message: str, code: Any) -> None:
         """Answer with an error."""
-        self.answered = True
-        self.delivery.put(lambda: self._send([], pb_utils.TritonError(message, code)))
+        self.answer = lambda: self._send([], pb_utils.TritonError(message, code))
 
     # The scheduler's Reply: `done` and `failed` are called on the delivery thread.
 

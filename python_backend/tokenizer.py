@@ -25,16 +25,16 @@ class Tokenizer:
             raise ConfigError(f"{path} is missing")
         try:
             self._fast = FastTokenizer.from_file(str(path))
+            self._fast.no_padding()
+            self._fast.no_truncation()
+            probe = self._fast.encode("a")
         except Exception as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        self._fast.no_padding()
-        self._fast.no_truncation()
         if (size := self._fast.get_vocab_size()) > model.vocab_size:
             raise ConfigError(
                 f"{path} has {size} tokens, {directory / 'config.json'} says vocab_size {model.vocab_size}"
             )
         self._model = model
-        probe = self._fast.encode("a")
         inside = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
         if not inside:
             raise ConfigError(f"{path} makes no token of the letter a")

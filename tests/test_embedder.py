@@ -386,8 +386,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
         ({"out_features": 23}, "tensor 'linear.weight' has shape [60, 60], config.json asks for [23, 60]"),
         ({"bias": False}, "tensor 'linear.bias' is not part of this network"),
         ({"use_residual": True}, "use_residual is True"),
+        ({"module_input_name": "token_embeddings"}, "module_input_name is 'token_embeddings'"),
+        ({"module_output_name": "projected"}, "module_output_name is 'projected'"),
     ],
-    ids=["activation", "inputs", "outputs", "bias", "residual"],
+    ids=["activation", "inputs", "outputs", "bias", "residual", "input", "output"],
 )
 def test_a_dense_module_that_does_not_fit_is_refused_by_name(
     values: dict[str, object], words: str, plain_bert: Path, tmp_path: Path

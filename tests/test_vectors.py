@@ -40,6 +40,9 @@ ODD = ("zebra", "Ωmega", "emoji🙂", "日本語", "x\ty", "two  spaces", "A\nB
 EXTRA = "<cat-toy>"  # a token of some CLIPs
 
 
+ERRORS: list[float] = []  # of the running test: the largest of each vector's values
+
+
 @dataclass
 class Answer:
     """Vectors [n,d], tokens [n] (None: it does not matter how many) and tokens cut off [n]."""
@@ -119,6 +122,30 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 @pytest.fixture
 def served(servers: Servers, case: Case) -> Served:
     return servers.of(case.family)
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, list[float]]]]:
+    """family -> check -> errors; printed when all have run."""
+    found: dict[str, dict[str, list[float]]] = {}
+    yield found
+    write = request.config.pluginmanager.getplugin("terminalreporter").write_line
+    checks = list(dict.fromkeys(check for row in found.values() for check in row))
+    write("\n\n| largest difference from transformers float32 | checkpoints | " + " | ".join(checks) + " |")
+    write("|---" * (len(checks) + 2) + "|")
+    for family, row in sorted(found.items()):
+        cells = [f"{max(row[check]):.1e} ({len(row[check])})" if row.get(check) else "–" for check in checks]
+        count = sum(case.family == family for case in CASES)
+        write(f"| `{family}` | {count} | " + " | ".join(cells) + " |")
+
+
+@pytest.fixture(autouse=True)
+def figures(request: pytest.FixtureRequest, table: dict[str, dict[str, list[float]]]) -> Iterator[None]:
+    ERRORS.clear()
+    yield
+    if ERRORS:
+        check = request.function.__name__.removeprefix("test_").replace("_", " ")
+        table.setdefault(request.getfixturevalue("case").family, {}).setdefault(check, []).extend(ERRORS)
 
 
 # Of module scope, so that all tests of a case run one after the other, and all cases of a family.
@@ -248,6 +275,7 @@ def infer(served: Served, case: Case, inputs: Mapping[str, np.ndarray], paramete
 def assert_same(found: Answer, wanted: Answer) -> None:
     assert found.vectors.dtype == np.float32
     assert found.vectors.shape == wanted.vectors.shape
+    ERRORS.extend(np.abs(found.vectors - wanted.vectors).max(1).tolist())
     assert np.abs(found.vectors - wanted.vectors).max(1).tolist() == pytest.approx([0] * len(wanted.vectors), abs=2e-5)
     assert (found.vectors * wanted.vectors).sum(1).min() >= 0.999999
     assert all(b is None or a == b for a, b in zip(found.tokens, wanted.tokens, strict=True))
@@ -298,6 +326,7 @@ def test_a_smaller_size_is_cut_and_normalised_again(served: Served, case: Case) 
     cut = whole.vectors[:, :size]
     vectors = cut / np.linalg.norm(cut, axis=1, keepdims=True)
     found = ask(served, case, items_of(case.family), dimensions=size)
+    ERRORS.extend(np.abs(found.vectors - vectors).max(1).tolist())
     # What the cut leaves is short, and dividing by its length makes an error larger.
     assert np.abs(found.vectors - vectors).max() <= 2e-5 / np.linalg.norm(cut, axis=1).min()
     assert np.abs(np.linalg.norm(found.vectors.astype(np.float64), axis=1) - 1).max() <= 1e-6
