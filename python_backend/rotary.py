@@ -28,7 +28,8 @@ class Rotary:
 
         A sequence longer than the model was made for gets frequencies of its own where the scaling is dynamic.
         """
-        by_column = positions[self._axis].T.float()  # [T, D/2]
+        # [T, D/2], laid out so: every layer reads what follows from it.
+        by_column = positions.T[:, self._axis].float()
         angles = by_column * self._frequencies
         if self._rope.kind == "dynamic" and max(lengths) > self._rope.positions:
             start = 0

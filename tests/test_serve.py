@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -238,15 +239,16 @@ def test_a_bad_request_among_good_ones_fails_alone(triton: Triton, expected: np.
 
 
 def test_refusals_do_not_stall(client: Client) -> None:
-    """A response sent inside execute() stalls for 500 ms one time in a hundred."""
-    import time
+    """A response sent inside execute() stalls for 500 ms one time in a hundred.
 
-    slowest = 0.0
-    for _ in range(300):
+    One in 600 is let pass: on a busy machine the thread that runs execute() may be held up before it is really over.
+    """
+    stalls = 0
+    for _ in range(600):
         began = time.perf_counter()
         client.infer("bge_tiny", client.ids([0]), outputs=("INFO",))
-        slowest = max(slowest, time.perf_counter() - began)
-    assert slowest < 0.4
+        stalls += time.perf_counter() - began > 0.4
+    assert stalls <= 1
 
 
 def png(width: int, height: int, seed: int = 0) -> bytes:
