@@ -22,7 +22,7 @@ import numpy.typing as npt
 from benchmarks.record import ROOT
 from benchmarks.worker import Vectors, answer
 
-BATCH = 32  # rows a padded batch
+BATCH = 32  # rows
 
 
 class Work(NamedTuple):
@@ -111,7 +111,7 @@ def _triton() -> SimpleNamespace:
 
 
 def transformers(family: str, directory: str, dtype: str, text: str, **_: Any) -> Embed:
-    """Padded batches of 32 rows sorted by length, on the side the family's official code pads; sdpa attention."""
+    """Batches sorted by length and padded on the side the family's official code pads; sdpa attention."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging as noise
@@ -137,9 +137,11 @@ def transformers(family: str, directory: str, dtype: str, text: str, **_: Any) -
 
 
 def _batches(lengths: list[int]) -> Iterator[list[int]]:
+    """Of 32 rows, or a quarter of rows of different lengths: a few rows are then padded no more than 128 would be."""
+    size = BATCH if len(set(lengths)) == 1 else max(1, min(BATCH, len(lengths) // 4))
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    for start in range(0, len(order), BATCH):
-        yield order[start : start + BATCH]
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def _padded(rows: Sequence[Sequence[int]], left: bool) -> dict[str, Any]:

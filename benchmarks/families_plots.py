@@ -46,7 +46,7 @@ def memory(result: dict[str, Any]) -> Figure:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for engine, colour in COLOURS.items():
         mine = {row["shape"]: row for row in rows if _made_by(engine, row)}
-        _bars(axes, engine, colour, [mine.get(shape) for shape in shapes], "peak_mb", "peak_mb")
+        _bars(axes, engine, colour, [mine.get(shape) for shape in shapes], "peak_mb", "peak_mb", label_type="center")
         if engine.name == "ours":
             for x, shape in enumerate(shapes):
                 if shape in mine:
@@ -62,13 +62,15 @@ def _made_by(engine: Engine, row: Row) -> bool:
     return (row["engine"], row["dtype"]) == engine
 
 
-def _bars(axes: Axes, engine: Engine, colour: str, rows: list[Row | None], height: str, label: str) -> None:
+def _bars(
+    axes: Axes, engine: Engine, colour: str, rows: list[Row | None], height: str, label: str, **placed: str
+) -> None:
     shown = {x: row for x, row in enumerate(rows) if row}
     if shown:
         places = [x + _slot(engine) for x in shown]
         heights = [row[height] for row in shown.values()]
         bars = axes.bar(places, heights, WIDTH * 0.9, label=engine.label, color=colour)
-        axes.bar_label(bars, [amount(row[label]) for row in shown.values()], fontsize=7, padding=2)
+        axes.bar_label(bars, [amount(row[label]) for row in shown.values()], fontsize=7, padding=2, **placed)
 
 
 def _slot(engine: Engine) -> float:

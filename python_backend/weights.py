@@ -30,15 +30,16 @@ class Naming:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies: opened anew each time, so that no more of a file is mapped than the tensor being read."""
+    """Where a tensor lies: opened anew each time, so that no more of a file is mapped than the tensor being read, and
+    copied once, into the dtype it is for."""
 
     path: Path
     key: str
 
-    def read(self) -> Tensor:
+    def read(self, dtype: torch.dtype) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.key)
-            return tensor.clone()
+            return tensor.to(dtype, copy=True)
 
 
 def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype, device: str) -> None:
@@ -59,12 +60,11 @@ def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype
             if part not in tensors:
                 raise ConfigError(f"{directory}: tensor '{part}' is missing")
             stored = tensors.pop(part)
-            parts.append(stored.read())
+            parts.append(stored.read(getattr(owner, "dtype", dtype)))
             if (found := list(parts[-1].shape)) != (wanted := [size, *whole[1:]]):
                 raise ConfigError(f"{stored.path}: tensor '{part}' has shape {found}, config.json asks for {wanted}")
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        value = value.to(device=device, dtype=getattr(owner, "dtype", dtype))
-        setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+        setattr(owner, attribute, nn.Parameter(value.to(device), requires_grad=False))
 
     unknown = [
         name for name in tensors if not name.startswith(naming.ignored) and not name.endswith(naming.ignored_endings)
