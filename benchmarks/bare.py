@@ -39,6 +39,7 @@ def ours() -> Encode:
     from triton_embed.python_backend.config import ServingConfig
     from triton_embed.python_backend.embedder import Embedder
     from triton_embed.python_backend.spec import EncoderSpec
+    from triton_embed.python_backend.tokenizer import Tokenizer
 
     repository = ROOT / "model_repository"
     config = read_config(repository, MODEL)
@@ -48,13 +49,13 @@ def ours() -> Encode:
     directory = checkpoint.locate(serving)
     assert directory
     embedder = Embedder(EncoderSpec(), directory, serving)
-    size = embedder.model.hidden_size
+    tokenizer = Tokenizer(directory, embedder.model, None)
+    size = embedder.model.dimensions
 
     def encode(texts: list[str]) -> Vectors:
-        encoded = embedder.tokenizer.encode(texts)
-        rows = [embedder.tokenizer.cut_text(ids, "end", i).ids for i, ids in enumerate(encoded)]
+        rows = [tokenizer.cut_text(ids, "end", i) for i, ids in enumerate(tokenizer.encode(texts))]
         vectors = np.empty((len(rows), size), np.float32)
-        for some in _passes([len(row) for row in rows], serving.batch_tokens):
+        for some in _passes([row.cost for row in rows], serving.batch_tokens):
             vectors[some] = embedder.embed([rows[i] for i in some], [size] * len(some))
         return vectors
 

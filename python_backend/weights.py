@@ -31,15 +31,19 @@ class Naming:
 @dataclass(frozen=True)
 class _Stored:
     """Where a tensor lies: opened anew each time, so that no more of a file is mapped than the tensor being read, and
-    copied once, into the dtype it is for."""
+    copied once, to the place and dtype it is for."""
 
     path: Path
     key: str
 
-    def read(self, dtype: torch.dtype) -> Tensor:
+    def copy_to(self, place: Tensor, name: str) -> None:
+        """ConfigError: it has another shape than `place`."""
         with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.key)
-            return tensor.to(dtype, copy=True)
+            tensor = file.get_tensor(self.key)
+            if tensor.shape != place.shape:
+                found, wanted = list(tensor.shape), list(place.shape)
+                raise ConfigError(f"{self.path}: tensor '{name}' has shape {found}, config.json asks for {wanted}")
+            place.copy_(tensor)
 
 
 def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype, device: str) -> None:
@@ -53,18 +57,13 @@ def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype
         module, _, attribute = name.rpartition(".")
         owner = network.get_submodule(module)
         names = _parts(name, naming.fused)
-        whole = parameter.shape
-        sizes = owner.sizes if isinstance(owner, FusedLinear) else tuple(whole[:1])
-        parts = []
-        for part, size in zip(names, sizes, strict=True):
+        sizes = owner.sizes if isinstance(owner, FusedLinear) else tuple(parameter.shape[:1])
+        value = torch.empty(parameter.shape, dtype=getattr(owner, "dtype", dtype), device=device)
+        for part, place in zip(names, torch.split(value, sizes), strict=True):
             if part not in tensors:
                 raise ConfigError(f"{directory}: tensor '{part}' is missing")
-            stored = tensors.pop(part)
-            parts.append(stored.read(getattr(owner, "dtype", dtype)))
-            if (found := list(parts[-1].shape)) != (wanted := [size, *whole[1:]]):
-                raise ConfigError(f"{stored.path}: tensor '{part}' has shape {found}, config.json asks for {wanted}")
-        value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        setattr(owner, attribute, nn.Parameter(value.to(device), requires_grad=False))
+            tensors.pop(part).copy_to(place, part)
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
 
     unknown = [
         name for name in tensors if not name.startswith(naming.ignored) and not name.endswith(naming.ignored_endings)
