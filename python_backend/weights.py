@@ -57,7 +57,7 @@ def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype
         module, _, attribute = name.rpartition(".")
         owner = network.get_submodule(module)
         names = _parts(name, naming.fused)
-        sizes = owner.sizes if isinstance(owner, FusedLinear) else tuple(parameter.shape[:1])
+        sizes = list(owner.sizes) if isinstance(owner, FusedLinear) else list(parameter.shape[:1])
         value = torch.empty(parameter.shape, dtype=getattr(owner, "dtype", dtype), device=device)
         for part, place in zip(names, torch.split(value, sizes), strict=True):
             if part not in tensors:
