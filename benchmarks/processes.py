@@ -104,7 +104,7 @@ def cpu_seconds_elsewhere() -> float:
     for process in tree(os.getpid()):
         with suppress(psutil.NoSuchProcess):
             spent = process.cpu_times()
-            ours += spent.user + spent.system
+            ours += spent.user + spent.system + spent.children_user + spent.children_system
     return float(everyone - ours)
 
 
