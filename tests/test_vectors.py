@@ -129,14 +129,16 @@ def table(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, list[f
     """family -> check -> errors; printed when all have run."""
     found: dict[str, dict[str, list[float]]] = {}
     yield found
-    write = request.config.pluginmanager.getplugin("terminalreporter").write_line
     checks = list(dict.fromkeys(check for row in found.values() for check in row))
-    write("\n\n| largest difference from transformers float32 | checkpoints | " + " | ".join(checks) + " |")
-    write("|---" * (len(checks) + 2) + "|")
+    lines = ["| largest difference from transformers float32 | checkpoints | " + " | ".join(checks) + " |"]
+    lines.append("|---" * (len(checks) + 2) + "|")
     for family, row in sorted(found.items()):
         cells = [f"{max(row[check]):.1e} ({len(row[check])})" if row.get(check) else "–" for check in checks]
         count = sum(case.family == family for case in CASES)
-        write(f"| `{family}` | {count} | " + " | ".join(cells) + " |")
+        lines.append(f"| `{family}` | {count} | " + " | ".join(cells) + " |")
+    plugins = request.config.pluginmanager
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        plugins.getplugin("terminalreporter").write_line("\n\n" + "\n".join(lines))
 
 
 @pytest.fixture(autouse=True)
