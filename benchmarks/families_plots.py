@@ -1,20 +1,17 @@
 """The families' result file as pictures: `python -m benchmarks.families_plots results/families.json` writes PNGs
 beside it."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import plots
 from benchmarks.families_report import EXTRA_MB, FACTOR, Engine, Row
+from benchmarks.plots import plt
 from benchmarks.report import amount
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 COLOURS = {
     Engine("transformers", "float32"): "#9a9a9a",
@@ -35,7 +32,7 @@ def speed(result: dict[str, Any]) -> Figure:
         _bars(axes, engine, colour, [mine.get(group) for group in groups], "ratio_to_transformers_fp32", "median")
     axes.axhline(1, color="#555", lw=0.6)
     axes.set(title="Speed at real shapes, random weights", ylabel="times transformers fp32 (labels: a second)")
-    _finish(figure, axes, ["\n".join(group) for group in groups], result)
+    plots.finish(figure, axes, ["\n".join(group) for group in groups], result, len(COLOURS))
     return figure
 
 
@@ -54,7 +51,7 @@ def memory(result: dict[str, Any]) -> Figure:
                     axes.hlines(mine[shape]["limit_mb"], left, left + WIDTH, color="#b03030", lw=1.5)
     title = f"Peak memory (VmHWM) of a process; red: {FACTOR} × weights + {EXTRA_MB} MB"
     axes.set(title=title, ylabel="MB")
-    _finish(figure, axes, shapes, result)
+    plots.finish(figure, axes, shapes, result, len(COLOURS))
     return figure
 
 
@@ -78,21 +75,8 @@ def _slot(engine: Engine) -> float:
     return (list(COLOURS).index(engine) - (len(COLOURS) - 1) / 2) * WIDTH
 
 
-def _finish(figure: Figure, axes: Axes, labels: list[str], result: dict[str, Any]) -> None:
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    machine = result["machine"]
-    axes.set_xlabel(f"{machine['cpu']}, {machine['cores']} cores, {result['timestamp'][:10]}", fontsize=8)
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=8)
-
-
 def draw(path: Path) -> None:
-    result = json.loads(path.read_text())
-    for plot in (speed, memory):
-        target = path.with_name(f"{path.stem}-{plot.__name__}.png")
-        plot(result).savefig(target, dpi=150)
-        print(f"written: {target}")
+    plots.draw(path, (speed, memory))
 
 
 if __name__ == "__main__":

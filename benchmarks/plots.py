@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def throughput(result: dict[str, Any]) -> Figure:
     axes.axhline(1, color="#555", lw=0.6)
     title = f"Throughput: {MANY} texts a call in-process, 32 a request and 8 in flight served"
     axes.set(title=title, ylabel="times sentence-transformers fp32 (labels: sentences/s)")
-    _finish(figure, axes, list(WORKLOADS.values()), result)
+    finish(figure, axes, list(WORKLOADS.values()), result, len(COLOURS))
     return figure
 
 
@@ -56,7 +57,7 @@ def latency(result: dict[str, Any]) -> Figure:
             dots = [row["median"] for row in middle.values()]
             axes.plot(list(middle), dots, "o", label=", ".join(place), color=colour)
     axes.set(title="Latency of one text: dot p50, line to p99", ylabel="ms, log scale", yscale="log")
-    _finish(figure, axes, list(labels.values()), result)
+    finish(figure, axes, list(labels.values()), result, len(COLOURS))
     return figure
 
 
@@ -67,18 +68,20 @@ def _rows(result: dict[str, Any], place: Place, metric: str, cells: list[Cell]) 
     return {x: row for x, row in found.items() if row}
 
 
-def _finish(figure: Figure, axes: Axes, labels: list[str], result: dict[str, Any]) -> None:
+def finish(figure: Figure, axes: Axes, labels: list[str], result: dict[str, Any], engines: int) -> None:
+    """What every plot has: its groups named, the machine and the day, the legend below."""
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.spines[["top", "right"]].set_visible(False)
     machine = result["machine"]
     axes.set_xlabel(f"{machine['cpu']}, {machine['cores']} cores, {result['timestamp'][:10]}", fontsize=8)
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=engines, frameon=False, fontsize=8)
 
 
-def draw(path: Path) -> None:
+def draw(path: Path, plots: Iterable[Callable[[dict[str, Any]], Figure]] | None = None) -> None:
+    """A PNG beside the result file for each plot."""
     result = json.loads(path.read_text())
-    for plot in (throughput, latency):
+    for plot in plots or (throughput, latency):
         target = path.with_name(f"{path.stem}-{plot.__name__}.png")
         plot(result).savefig(target, dpi=150)
         print(f"written: {target}")

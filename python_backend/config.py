@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.json_file import JsonFile, read_json
+from triton_embed.python_backend.row import Channels
 from triton_embed.python_backend.shapes import Shape
-from triton_embed.python_backend.spec import Channels, Spec
+from triton_embed.python_backend.spec import Spec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 IMAGE_POSITIONS = ("mrope", "sequential")

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from triton_embed.python_backend.errors import BadRequest, ConfigError
 from triton_embed.python_backend.json_file import JsonFile
-
-Pixels = npt.NDArray[np.uint8]  # [height, width, 3]
-Channels = tuple[float, float, float]
+from triton_embed.python_backend.row import Channels, Pixels
 
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 2  # a tracking pixel shows nothing

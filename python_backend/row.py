@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3], sides as the vision tower needs them
+Channels = tuple[float, float, float]  # a number for red, green and blue
 NO_IDS: Ids = np.empty(0, dtype=np.int32)
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from triton_embed.python_backend.json_file import JsonFile
+from triton_embed.python_backend.row import Channels
 from triton_embed.python_backend.shapes import ClipShape, DecoderShape, EncoderShape, Qwen2VLShape, Shape
-
-Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ OTHERS = [*sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "benchmarks").
 # A file imports only those before it in its folder.
 ORDER = {
     "kernels": "packed reference linear ops",
-    "python_backend": "errors json_file shapes images spec config row request checkpoint tokenizer reader layers"
+    "python_backend": "errors json_file shapes row images spec config request checkpoint tokenizer reader layers"
     " weights batch rotary patches encoder decoder clip vision qwen2_vl head embedder delivery scheduler serve"
     " launcher",
     # What `verify` is made of comes after all that serves.
