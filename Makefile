@@ -3,12 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo ok),$(p))))
 ARGS ?=
+# The kernels must work with both: the one that comes with the oldest torch we take, and the newest.
+TRITONS := 3.6.0 3.9.0
+with_triton = PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(1):$(CURDIR)/tests
+interpreted = TRITON_INTERPRET=1 $(call with_triton,$(1)) $(BIN)/python -m pytest tests/interpreted --confcutdir=tests/interpreted -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format verify vectors bench clean
+.PHONY: help install serve test test-kernels kernels-gate check format verify vectors bench clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
@@ -28,13 +32,28 @@ $(VENV)/.bench: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[bench]'
 	@touch $@ $(VENV)/.serve
 
+# Beside the environment, not in it: a server on a CPU has none.
+$(VENV)/triton-%: | $(BIN)/python
+	rm -rf $@.part
+	$(BIN)/python -m pip install --no-deps --target $@.part triton==$*
+	mv $@.part $@
+
 install: $(VENV)/.serve  ## Create .venv with everything the server needs
 
 serve: $(VENV)/.serve  ## Serve embeddings on http://127.0.0.1:30000 (ARGS='--port 8080' and so on)
 	@$(BIN)/triton-embed serve $(ARGS)
 
-test: $(VENV)/.test  ## Run the tests (ARGS='-k gateway' and so on)
+test: $(VENV)/.test  ## Run all tests (ARGS='-k gateway' and so on: some of those that need no kernels)
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-kernels kernels-gate)
+
+test-kernels: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Run the kernels in Triton's interpreter (ARGS='-k linear' and so on)
+	$(call interpreted,3.9.0) $(ARGS)
+	$(if $(ARGS),,$(call interpreted,3.6.0) -k bfloat16)
+
+kernels-gate: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Compile every kernel for every architecture (ARGS='linear norm': these files)
+	$(call with_triton,3.6.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
+	$(call with_triton,3.9.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
 
 check: $(VENV)/.test  ## Lint, formatting and types; changes nothing
 	$(BIN)/ruff check .

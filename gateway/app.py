@@ -189,7 +189,9 @@ async def health_generate(request: Request) -> Response:
 
 @router.get("/metrics", summary="Prometheus metrics")
 async def metrics(request: Request) -> Response:
-    return Response(_gateway(request).metrics.render(), media_type=CONTENT_TYPE)
+    gateway = _gateway(request)
+    gateway.metrics.serving(gateway.registry.ready)
+    return Response(gateway.metrics.render(), media_type=CONTENT_TYPE)
 
 
 def _gateway(request: Request) -> Gateway:

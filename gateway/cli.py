@@ -211,6 +211,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
     parameters: dict[str, str] = {}
     if options.dtype:
         parameters["dtype"] = DTYPES.get(options.dtype, options.dtype)
+    if options.kernels:
+        parameters["kernels"] = options.kernels
     try:
         stated = json.loads(options.json_model_override_args)
         for key, value in stated.items():
@@ -254,6 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--served-model-name", metavar="NAME", help="what clients call the model")
     command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16", *DTYPES))
+    command.add_argument(
+        "--kernels", choices=("auto", "torch"), help="auto: Triton kernels on a GPU; torch: none anywhere"
+    )
     command.add_argument(
         "--json-model-override-args",
         metavar="JSON",

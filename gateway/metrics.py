@@ -1,11 +1,13 @@
 """Prometheus: what came in, what went out, and where the time of a request went."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from triton_embed.gateway.model import ModelInfo
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 STAGES = ("parse", "media", "triton", "encode")
@@ -26,6 +28,12 @@ class Metrics:
         self._tokens = Counter("triton_embed_tokens", "Tokens computed", ("model",), registry=registry)
         self._truncated = Counter(
             "triton_embed_truncated_inputs", "Inputs that lost tokens", ("model",), registry=registry
+        )
+        self._models = Gauge(
+            "triton_embed_model_info",
+            "Models that answer: 1 each. kernels is triton, or torch (on a CPU, or because the operator asked for it)",
+            ("model", "family", "dtype", "device", "kernels"),
+            registry=registry,
         )
         stages = Histogram(
             "triton_embed_stage_seconds",
@@ -54,6 +62,12 @@ class Metrics:
         self._inputs.labels(model).inc(inputs)
         self._tokens.labels(model).inc(tokens)
         self._truncated.labels(model).inc(truncated)
+
+    def serving(self, models: Iterable[ModelInfo]) -> None:
+        """State the models that answer now, and what they run on."""
+        self._models.clear()
+        for model in models:
+            self._models.labels(model.name, model.family, model.dtype, model.device, model.kernels).set(1)
 
     def render(self) -> bytes:
         """The text Prometheus scrapes, of CONTENT_TYPE."""

@@ -2,20 +2,66 @@
 
 Shapes: T packed tokens, B sequences, H query heads, G key/value heads, D head dim, E hidden, I intermediate.
 The last dimension of every tensor is contiguous. Tensors are fp32, bf16 or fp16; statistics are fp32.
-Every op runs as plain torch (`reference.py`), on whatever device its tensors are; only `linear` on a CPU has a
-faster path of its own.
+On a GPU an op is a Triton kernel, on a CPU plain torch (`reference.py`), where `linear` alone has a faster path of its
+own. Nothing falls back: what no kernel can do is a ValueError, unless the operator chose torch (`use`).
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from triton_embed.kernels import linear as onednn
-from triton_embed.kernels import reference
+from triton_embed.kernels import onednn, reference
 from triton_embed.kernels.packed import Packed
 
 ACTIVATIONS = reference.ACTIVATIONS
 POOLING_MODES = ("cls", "last", "mean", "max")
+KERNELS = ("auto", "torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_chosen = "auto"
+
+
+def use(kernels: str) -> None:
+    """Which kernels this process runs: `auto` (Triton on a GPU, torch on a CPU), `torch` everywhere, or `triton`
+    everywhere, which on a CPU is for tests under TRITON_INTERPRET=1."""
+    global _chosen
+    _known(kernels, KERNELS)
+    _chosen = kernels
+
+
+def used_on(device: torch.device | str) -> str:
+    """`triton` or `torch`: what ops on tensors of that device run as."""
+    if _chosen == "auto":
+        return "triton" if torch.device(device).type == "cuda" else "torch"
+    return _chosen
+
+
+def require(device: torch.device | str, dtype: torch.dtype) -> None:
+    """ValueError, LookupError or ImportError, each a sentence: these kernels cannot run there in that dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"no kernel computes in {dtype}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} finds no GPU")
+    if used_on(device) == "triton":
+        if _chosen == "auto" and _triton().interpreted():
+            raise ValueError("TRITON_INTERPRET=1 runs kernels in a slow interpreter; unset it to serve")
+        _triton().blocks.of(torch.device(device))
+
+
+def _for(x: Tensor) -> Any:
+    """The module whose functions serve this tensor."""
+    return reference if _chosen == "torch" or (_chosen == "auto" and not x.is_cuda) else _triton()
+
+
+@cache
+def _triton() -> ModuleType:
+    from triton_embed.kernels import accelerated  # only here: a server on a CPU need not have triton
+
+    return accelerated
 
 
 def varlen_attention(
@@ -33,30 +79,54 @@ def varlen_attention(
     `window`: a query sees the keys with i - j < window (transformers' rule); causal attention only. `prefix`: keys
     and values [P,G,D] that stand before every sequence. Query head h reads key head h // (H / G).
     """
+    _check_attention(q, k, v, packed, prefix)
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window of {window} tokens in {'causal' if causal else 'bidirectional'} attention")
+    found: Tensor = _for(q).varlen_attention(q, k, v, packed, causal, window, scale, prefix)
+    return found
+
+
+def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> int | None:
+    """How many tokens a tile of `varlen_attention` has, for `Packed` to lay tiles out ahead; None: it needs none."""
+    if used_on(device) == "torch":
+        return None
+    found: int = _triton().tile_tokens(heads, kv_heads, head_dim, dtype, torch.device(device))
+    return found
+
+
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed,
+    rows: Tensor,
+    window: int | None,
+    scale: float,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of one query a sequence, which sees all of it: q [T,H,D], k and v [T,G,D] -> [B,H,D].
+
+    What the last layer owes to a pooled row: the last row of a causal sequence, any row of a bidirectional one. Query
+    b is q[rows[b]], rows int [B]. `window`: it is the last row and sees that many keys, its own included. `prefix` as
+    in `varlen_attention`.
+    """
+    _check_attention(q, k, v, packed, prefix)
+    if rows.shape != (len(packed.lengths),):
+        raise ValueError(f"pooled rows {tuple(rows.shape)} of {len(packed.lengths)} sequences")
+    if window is not None and window < 1:
+        raise ValueError(f"an attention window of {window} tokens sees nothing")
+    found: Tensor = _for(q).pooled_attention(q, k, v, packed, rows, window, scale, prefix)
+    return found
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: tuple[Tensor, Tensor] | None) -> None:
     if q.dim() != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"attention over q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if packed.tokens != q.shape[0]:
         raise ValueError(f"the packed batch has {packed.tokens} tokens, q has {q.shape[0]}")
     if prefix is not None and not prefix[0].shape == prefix[1].shape == (len(prefix[0]), *k.shape[1:]):
         raise ValueError(f"a prefix of {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)} for k {tuple(k.shape)}")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"a window of {window} tokens in {'causal' if causal else 'bidirectional'} attention")
-    return reference.varlen_attention(q, k, v, packed, causal, window, scale, prefix)
-
-
-def pooled_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None, scale: float) -> Tensor:
-    """Attention of one query a sequence, which sees all of it: q [B,H,D], k and v [T,G,D] -> [B,H,D].
-
-    What the last layer owes to a pooled row: the last row of a causal sequence, any row of a bidirectional one.
-    `window`: the query is the last row and sees that many keys, its own included.
-    """
-    if q.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention over q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if packed.tokens != k.shape[0] or len(packed.lengths) != q.shape[0]:
-        raise ValueError(f"{len(packed.lengths)} sequences of {packed.tokens} tokens, q {q.shape[0]}, k {k.shape[0]}")
-    if window is not None and window < 1:
-        raise ValueError(f"an attention window of {window} tokens sees nothing")
-    return reference.pooled_attention(q, k, v, packed, window, scale)
+    _same_place(q, k, v, *(prefix or ()))
 
 
 def qk_norm_rope_(
@@ -76,21 +146,42 @@ def qk_norm_rope_(
     head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
     if rest or not cos.shape == sin.shape == (len(qkv), head_dim / 2):
         raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, cos and sin {tuple(cos.shape)}")
-    return reference.qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
+    _same_place(qkv, *(weight for weight in (q_weight, k_weight) if weight is not None))
+    found: Tensor = _for(qkv).qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
+    return found
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x + residual, and the sum itself (the next residual): both [T,E]."""
-    _same_shape(x, residual)
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x + residual, and the sum itself (the next residual): both as x, [N,E].
+
+    `rows` int [N]: row n of x is added to row rows[n] of the residual.
+    """
+    _check_sum(x, residual, rows)
     _same_size(x, weight)
-    return reference.add_rms_norm(x, residual, weight, eps)
+    found: tuple[Tensor, Tensor] = _for(x).add_rms_norm(x, residual, weight, eps, rows)
+    return found
 
 
-def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of x + residual: [T,E]."""
-    _same_shape(x, residual)
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x + residual, and the sum itself, as `add_rms_norm`: for blocks that norm first."""
+    _check_sum(x, residual, rows)
     _same_size(x, weight, bias)
-    return reference.add_layer_norm(x, residual, weight, bias, eps)
+    found: tuple[Tensor, Tensor] = _for(x).add_layer_norm(x, residual, weight, bias, eps, rows)
+    return found
+
+
+def post_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
+) -> Tensor:
+    """LayerNorm of x + residual without the sum: for blocks that norm last."""
+    _check_sum(x, residual, rows)
+    _same_size(x, weight, bias)
+    found: Tensor = _for(x).post_layer_norm(x, residual, weight, bias, eps, rows)
+    return found
 
 
 def embed_layer_norm(
@@ -105,39 +196,61 @@ def embed_layer_norm(
     eps: float,
 ) -> Tensor:
     """Sum of word, position and token-type embeddings, then LayerNorm: [T] -> [T,E]. `types` None: all type 0."""
-    _same_shape(ids, pos)
-    return reference.embed_layer_norm(ids, pos, types, word, position, token_type, weight, bias, eps)
+    if ids.shape != pos.shape or (types is not None and types.shape != ids.shape):
+        raise ValueError(f"ids {tuple(ids.shape)} and positions {tuple(pos.shape)} or their types differ")
+    found: Tensor = _for(word).embed_layer_norm(ids, pos, types, word, position, token_type, weight, bias, eps)
+    return found
 
 
 def gated_activation(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [T,2I] -> [T,I]."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate and up must be halves of the last dimension, got {tuple(gate_up.shape)}")
-    return reference.gated_activation(gate_up)
+    found: Tensor = _for(gate_up).gated_activation(gate_up)
+    return found
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
     """One of `ACTIVATIONS`, elementwise."""
     _known(kind, ACTIVATIONS)
-    return reference.activation(x, kind)
+    found: Tensor = _for(x).activation(x, kind)
+    return found
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """act(x @ weight.T + bias): [T,K] -> [T,N], weight [N,K] as it is or from `pack_linear`."""
+    """act(x @ weight.T + bias): [T,K] -> [T,N], weight [N,K] as it is or from `pack_linear`.
+
+    On a GPU a plain product is cuBLAS's; with an activation the table of the architecture says whose.
+    """
     if act is not None:
         _known(act, ACTIVATIONS)
     if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"linear over x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias is not None}")
-    if not weight.is_mkldnn:
+    if weight.is_mkldnn:
+        if onednn.fuses(act):
+            return onednn.linear(x, weight, bias, act)
+        return activation(onednn.linear(x, weight, bias, None), act or "")
+    if act is None or used_on(x.device) == "torch":
         return reference.linear(x, weight, bias, act)
-    if onednn.fuses(act):
-        return onednn.linear(x, weight, bias, act)
-    return activation(onednn.linear(x, weight, bias, None), act or "")
+    sizes = {"tokens": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1], "itemsize": x.itemsize}
+    config = _triton().blocks.of(x.device).choice("linear", **sizes)
+    if config is None:
+        return activation(reference.linear(x, weight, bias), act)
+    found: Tensor = _triton().linear(x, weight, bias, act, config)
+    return found
+
+
+def linear_sizes(device: torch.device | str) -> list[int]:
+    """Numbers of tokens of which each makes `linear` run another kernel than the one before; none where it is torch."""
+    if used_on(device) == "torch":
+        return []
+    limits: list[int] = _triton().blocks.of(torch.device(device)).limits("linear", "tokens")
+    return [*limits, max(limits, default=0) + 1]
 
 
 def pack_linear(weight: Tensor) -> Tensor:
     """A weight [N,K] in the layout `linear` reads fastest on its device; do it once, after loading."""
-    return onednn.pack(weight) if weight.device.type == "cpu" else weight
+    return onednn.pack(weight) if weight.device.type == "cpu" and used_on("cpu") == "torch" else weight
 
 
 def segment_pool(
@@ -157,7 +270,8 @@ def segment_pool(
         raise ValueError(f"pooling {tuple(x.shape)} over {packed.tokens} tokens with {len(dims)} dims")
     if min(dims) < 1 or (norm is None and max(dims) > x.shape[1]):
         raise ValueError(f"dims {tuple(dims)} of vectors of {x.shape[1]}")
-    return reference.segment_pool(x, packed, mode, dims, norm, l2)
+    found: Tensor = _for(x).segment_pool(x, packed, mode, dims, norm, l2)
+    return found
 
 
 def patchify(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
@@ -168,12 +282,24 @@ def patchify(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, s
     """
     if image.dim() != 3 or image.shape[0] % (patch * merge) or image.shape[1] % (patch * merge):
         raise ValueError(f"an image of {tuple(image.shape)} has no whole {patch * merge}-pixel blocks")
-    return reference.patchify(image, patch, merge, frames, mean, std)
+    found: Tensor = _for(image).patchify(image, patch, merge, frames, mean, std)
+    return found
 
 
-def _same_shape(x: Tensor, y: Tensor | None) -> None:
-    if y is not None and x.shape != y.shape:
-        raise ValueError(f"shapes {tuple(x.shape)} and {tuple(y.shape)} differ")
+def _check_sum(x: Tensor, residual: Tensor | None, rows: Tensor | None) -> None:
+    if residual is None:
+        if rows is not None:
+            raise ValueError("rows of a residual that is not there")
+        return
+    if x.shape[1:] != residual.shape[1:] or len(x) != len(residual if rows is None else rows):
+        raise ValueError(f"shapes {tuple(x.shape)} and {tuple(residual.shape)} differ")
+    _same_place(x, residual)
+
+
+def _same_place(x: Tensor, *others: Tensor) -> None:
+    for y in others:
+        if y.dtype != x.dtype or y.device != x.device:
+            raise ValueError(f"tensors of {x.dtype} on {x.device} and of {y.dtype} on {y.device} in one op")
 
 
 def _same_size(x: Tensor, *weights: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Every op in plain torch: the definition of correct, and the path taken on a CPU.
+"""Every op in plain torch: the definition of correct, and the path taken on a CPU or where the operator asks for it.
 
 Statistics (norms, softmax, pooling) are computed in fp32 at least, whatever the dtype of the tensors.
 Shapes: T tokens, B sequences, H query heads, G key/value heads, D head dim, E hidden, I intermediate.
@@ -51,8 +51,18 @@ def varlen_attention(
     return out
 
 
-def pooled_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None, scale: float) -> Tensor:
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed,
+    rows: Tensor,
+    window: int | None,
+    scale: float,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """See `ops.pooled_attention`."""
+    q = q[rows]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     first = 0
     for start, count, length in packed.runs:
@@ -61,10 +71,20 @@ def pooled_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: in
             x[start : start + count * length].view(count, length, *x.shape[1:])[:, length - seen :].transpose(1, 2)
             for x in (k, v)
         )
-        rows = slice(first, first + count)
-        out[rows] = _attend(q[rows, :, None], block_k, block_v, scale=scale).squeeze(2)
+        if prefix is not None:
+            reach = len(prefix[0]) if window is None else min(len(prefix[0]), window - seen)
+            block_k, block_v = (
+                _behind(shared[len(shared) - reach :], x) for shared, x in zip(prefix, (block_k, block_v), strict=True)
+            )
+        block = slice(first, first + count)
+        out[block] = _attend(q[block, :, None], block_k, block_v, scale=scale).squeeze(2)
         first += count
     return out
+
+
+def _behind(shared: Tensor, x: Tensor) -> Tensor:
+    """The same rows [P,G,D] before each sequence of x [N,G,n,D]: [N,G,P+n,D]."""
+    return torch.cat([shared.transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
 
 
 def _attend(
@@ -92,10 +112,7 @@ def _attend_prefix(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], scale: float, causal: bool, window: int | None
 ) -> Tensor:
     """Attention with the same keys and values [P,G,D] before every sequence."""
-    k, v = (
-        torch.cat([shared.transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
-        for shared, x in zip(prefix, (k, v), strict=True)
-    )
+    k, v = (_behind(shared, x) for shared, x in zip(prefix, (k, v), strict=True))
     mask = _visible(q.shape[2], len(prefix[0]), window, q.device) if causal else None
     return _attend(q, k, v, scale=scale, mask=mask)
 
@@ -135,9 +152,11 @@ def qk_norm_rope_(
     return qkv
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `ops.add_rms_norm`."""
-    total = x if residual is None else x + residual
+    total = _add(x, residual, rows)
     return _rms_norm(total, weight, eps).to(x.dtype), total
 
 
@@ -149,9 +168,25 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y.mul_(weight.float())
 
 
-def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _add(x: Tensor, residual: Tensor | None, rows: Tensor | None) -> Tensor:
+    if residual is None:
+        return x
+    return x + (residual if rows is None else residual[rows])
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `ops.add_layer_norm`."""
-    return F.layer_norm(x if residual is None else x + residual, weight.shape, weight, bias, eps)
+    total = _add(x, residual, rows)
+    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+
+
+def post_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
+) -> Tensor:
+    """See `ops.post_layer_norm`."""
+    return add_layer_norm(x, residual, weight, bias, eps, rows)[0]
 
 
 def embed_layer_norm(
@@ -206,7 +241,7 @@ def segment_pool(
     if norm is not None:
         pooled = norm(pooled).float()
     kept = torch.arange(pooled.shape[1], device=x.device) < torch.tensor(dims, device=x.device)[:, None]
-    pooled = pooled * kept
+    pooled = torch.where(kept, pooled, 0.0)
     return F.normalize(pooled, dim=-1) if l2 else pooled
 
 

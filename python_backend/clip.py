@@ -5,16 +5,17 @@ Modules are named as CLIP checkpoints name their tensors (`pre_layrnorm` is thei
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
-from triton_embed.python_backend.batch import Batch, one_each
+from triton_embed.python_backend.batch import Batch, Layout, one_each
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.layers import FusedLinear, LayerNorm, Linear, PatchEmbedding, Projection, Table
 from triton_embed.python_backend.patches import Patches
-from triton_embed.python_backend.row import Ids, Row
+from triton_embed.python_backend.row import NO_IDS, Ids, Row
 from triton_embed.python_backend.shapes import ClipShape, TowerShape
 from triton_embed.python_backend.weights import Naming
 
@@ -22,6 +23,7 @@ from triton_embed.python_backend.weights import Naming
 class Clip(nn.Module):
     """Rows of token ids that end where they are pooled, or of one picture -> fp32 [B,E], and their layout."""
 
+    recordable, shareable = True, False
     naming = Naming(
         fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")},
         # The temperature of training, and constants that old files carry.
@@ -31,7 +33,7 @@ class Clip(nn.Module):
 
     def __init__(self, model: ModelConfig, shape: ClipShape, device: str) -> None:
         super().__init__()
-        self._device = device
+        self._device, self._shape = device, shape
         self._patches = Patches(model, shape.patch_size, 1, 1, device)
         self.text_model = TextTower(shape, device)
         self.vision_model = VisionTower(shape)
@@ -43,32 +45,50 @@ class Clip(nn.Module):
         pictured = [i for i, row in enumerate(rows) if row.pictures]
         y = torch.empty(len(rows), self.text_projection.weight.shape[0], device=self._device)
         if texts:
-            y[texts] = self.text_projection(self.text_model([rows[i].ids for i in texts]).float())
+            batch = self.lay_out([rows[i] for i in texts]).to(self._device)
+            y[texts] = self.compute(batch)[: len(texts)]
         if pictured:
             patches = torch.cat([self._patches(rows[i].pictures[0]) for i in pictured])
             y[pictured] = self.visual_projection(self.vision_model(patches, len(pictured)).float())
         return y, one_each(len(rows), self._device)
 
+    def sample_pictures(self) -> list[Row]:
+        """A row to warm up with."""
+        size = self._shape.image_size
+        return [Row(NO_IDS, (np.full((size, size, 3), 127, dtype=np.uint8),), self._shape.vision_tokens)]
+
+    def lay_out(self, rows: Sequence[Row]) -> Layout:
+        """Rows that are texts."""
+        return self.text_model.lay_out([row.ids for row in rows])
+
+    def compute(self, batch: Batch) -> Tensor:
+        y: Tensor = self.text_projection(self.text_model(batch).float())
+        return y
+
 
 class TextTower(nn.Module):
-    """Rows of ids -> the normed state [B,E] of each row's last token."""
+    """A batch of texts -> the normed state [B,E] of each one's last token."""
 
     def __init__(self, shape: ClipShape, device: str) -> None:
         super().__init__()
         size = shape.text.hidden_size
-        self._device = device
+        self._device, self._heads, self._size = device, shape.text.heads, size
         self.embeddings = nn.ModuleDict(
             {"token_embedding": Table(shape.vocab_size, size), "position_embedding": Table(shape.max_tokens, size)}
         )
         self.encoder = Stack(shape.text, causal=True)
         self.final_layer_norm = LayerNorm(size, shape.text.norm_eps)
 
-    def forward(self, rows: Sequence[Ids]) -> Tensor:
-        batch = Batch.pack(rows, "last", self._device)
+    def lay_out(self, rows: Sequence[Ids]) -> Layout:
+        size, weight = self._size, self.embeddings["token_embedding"].get_parameter("weight")
+        tile = ops.tile_tokens(self._heads, self._heads, size // self._heads, weight.dtype, self._device)
+        return Layout.of(rows, "last", self._device, tile=tile)
+
+    def forward(self, batch: Batch) -> Tensor:
         x = self.embeddings["token_embedding"](batch.ids)
         x = x + self.embeddings["position_embedding"](batch.positions[0])
-        y: Tensor = self.final_layer_norm(self.encoder(x, batch.packed, batch.pooled))
-        return y[: len(rows)]
+        y: Tensor = self.final_layer_norm(*self.encoder(x, batch.packed, batch.pooled))[0]
+        return y
 
 
 class VisionTower(nn.Module):
@@ -76,6 +96,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, shape: ClipShape) -> None:
         super().__init__()
+        self._heads = shape.vision.heads
         self.embeddings = VisionEmbeddings(shape)
         self.pre_layrnorm = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
         self.encoder = Stack(shape.vision, causal=False)
@@ -83,9 +104,10 @@ class VisionTower(nn.Module):
 
     def forward(self, patches: Tensor, count: int) -> Tensor:
         x = self.embeddings(patches, count)
-        packed = Packed.from_lengths([x.shape[1]] * count, x.device)
-        x = self.encoder(self.pre_layrnorm(x.flatten(0, 1)), packed, packed.cu_seqlens[:-1].long())
-        y: Tensor = self.post_layernorm(x)
+        tile = ops.tile_tokens(self._heads, self._heads, x.shape[2] // self._heads, x.dtype, x.device)
+        packed = Packed.from_lengths([x.shape[1]] * count, x.device, tile)
+        x = self.pre_layrnorm(x.flatten(0, 1))[0]
+        y: Tensor = self.post_layernorm(*self.encoder(x, packed, packed.cu_seqlens[:-1]))[0]
         return y
 
 
@@ -105,22 +127,23 @@ class VisionEmbeddings(nn.Module):
 
 
 class Stack(nn.Module):
-    """Pre-norm blocks: [T,E] -> [B,E] of the pooled tokens."""
+    """Pre-norm blocks: [T,E] -> [B,E] of the pooled tokens, and the residual stream to be added to it."""
 
     def __init__(self, shape: TowerShape, causal: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block(shape, causal) for _ in range(shape.layers))
 
-    def forward(self, x: Tensor, packed: Packed, pooled: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        residual = None
         *layers, last = self.layers
         for layer in layers:
-            x = layer(x, packed)
-        y: Tensor = last(x, packed, pooled)
+            x, residual = layer(x, residual, packed)
+        y: tuple[Tensor, Tensor] = last(x, residual, packed, pooled)
         return y
 
 
 class Block(nn.Module):
-    """Norm, attention, add; norm, MLP, add."""
+    """Norm, attention, norm, MLP; each norm adds what came before to the residual stream."""
 
     def __init__(self, shape: TowerShape, causal: bool) -> None:
         super().__init__()
@@ -134,12 +157,13 @@ class Block(nn.Module):
             }
         )
 
-    def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, packed: Packed, pooled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`pooled`: compute these rows alone, for nothing reads the others any more."""
-        attended = self.self_attn(self.layer_norm1(x), packed, pooled)
-        x = attended + (x if pooled is None else x[pooled])
-        y: Tensor = x + self.mlp["fc2"](self.mlp["fc1"](self.layer_norm2(x)))
-        return y
+        x, residual = self.layer_norm1(x, residual)
+        x, residual = self.layer_norm2(self.self_attn(x, packed, pooled), residual, pooled)
+        return self.mlp["fc2"](self.mlp["fc1"](x)), residual
 
 
 class Attention(nn.Module):
@@ -157,6 +181,6 @@ class Attention(nn.Module):
         if pooled is None:
             y = ops.varlen_attention(q, k, v, packed, self.causal, window=None, scale=self.scale)
         else:
-            y = ops.pooled_attention(q[pooled], k, v, packed, window=None, scale=self.scale)
+            y = ops.pooled_attention(q, k, v, packed, pooled, window=None, scale=self.scale)
         out: Tensor = self.out_proj(y.flatten(1))
         return out

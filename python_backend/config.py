@@ -16,6 +16,7 @@ from triton_embed.python_backend.spec import Spec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 IMAGE_POSITIONS = ("mrope", "sequential")
+KERNELS = ("auto", "torch")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class ServingConfig:
     min_image_tokens: int = 256  # of a picture, for models that keep its shape
     max_image_tokens: int = 1_280
     threads: int = 0  # 0: every core this process may use
+    kernels: str = "auto"  # auto: Triton's on a GPU; torch: no Triton kernels anywhere
+    cuda_graphs: bool = True  # on a GPU: small batches as one launch
+    prefix_reuse: bool = True  # causal models: an instruction met again is not computed again
 
     @property
     def batch_tokens(self) -> int:
@@ -68,7 +72,7 @@ class ServingConfig:
                     f"{config['name']}/config.pbtxt: unknown parameter '{key}'; known are {', '.join(settable)}"
                 )
             values[key] = _parse(f"{config['name']}/config.pbtxt: {key}", text, settable[key])
-        for key, known in (("dtype", DTYPES), ("image_positions", IMAGE_POSITIONS)):
+        for key, known in (("dtype", DTYPES), ("image_positions", IMAGE_POSITIONS), ("kernels", KERNELS)):
             if values.get(key, known[0]) not in known:
                 raise ConfigError(
                     f"{config['name']}/config.pbtxt: {key} is '{values[key]}', not one of {', '.join(known)}"

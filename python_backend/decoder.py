@@ -5,16 +5,19 @@ Modules are named as the checkpoints name their tensors.
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
-from triton_embed.python_backend.batch import Batch
+from triton_embed.python_backend.batch import Batch, Layout
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.layers import FusedLinear, Linear, RMSNorm, Table
+from triton_embed.python_backend.prefix import KeysValues, Prefix
 from triton_embed.python_backend.rotary import Rotary
-from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.row import Ids, Row
 from triton_embed.python_backend.shapes import DecoderShape
 from triton_embed.python_backend.weights import Naming
 
@@ -37,26 +40,67 @@ class Decoder(nn.Module):
         super().__init__()
         if shape.causal and model.pooling == "cls":
             raise ConfigError("pooling 'cls' in a causal decoder: the first token sees nothing but itself")
-        self._pooling, self._device = model.pooling, device
+        self._pooling, self._device, self._shape = model.pooling, device, shape
         self.embed_tokens = Table(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(Layer(shape, window) for window in shape.windows)
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self._rotary = Rotary(shape.rope, device)
+        # Where angles depend on the length of a sequence, no other may use what was computed for it.
+        self.recordable = shape.rope.kind != "dynamic"
+        self.shareable = self.recordable and shape.causal and model.pooling == "last"
 
-    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
-        batch = Batch.pack([row.ids for row in rows], self._pooling, self._device)
-        return self.decode(batch, self.embed_tokens(batch.ids)), batch.states
+    def forward(self, rows: Sequence[Row], prefix: Prefix | None = None) -> tuple[Tensor, Packed]:
+        """`prefix`: of `read_prefix`, whose ids every row begins with."""
+        batch = self.lay_out(rows, prefix=prefix).to(self._device)
+        return self.compute(batch, prefix), batch.states
 
-    def decode(self, batch: Batch, x: Tensor) -> Tensor:
-        """x [T,E], the embedded tokens, through all layers."""
+    def sample_pictures(self) -> list[Row]:
+        return []
+
+    def lay_out(
+        self,
+        rows: Sequence[Row],
+        positions: Sequence[npt.NDArray[np.int64]] | None = None,
+        prefix: Prefix | None = None,
+    ) -> Layout:
+        """`positions` [A,n] of each row, where they do not just count up."""
+        ids, start = [row.ids for row in rows], 0
+        if prefix is not None:
+            start = len(prefix.ids)
+            ids = [one[start:] for one in ids]
+            whole = positions or [np.arange(len(row.ids))[None] for row in rows]
+            positions = [one[:, start:] for one in whole]
+        shape = self._shape
+        tile = ops.tile_tokens(
+            shape.heads, shape.kv_heads, shape.head_dim, self.embed_tokens.weight.dtype, self._device
+        )
+        return Layout.of(ids, self._pooling, self._device, positions, tile)
+
+    def compute(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+        return self.decode(batch, self.embed_tokens(batch.ids), prefix)
+
+    def decode(
+        self, batch: Batch, x: Tensor, prefix: Prefix | None = None, kept: list[KeysValues] | None = None
+    ) -> Tensor:
+        """x [T,E], the embedded tokens, through all layers; their keys and values are added to `kept`."""
         angles = self._rotary(batch.positions, batch.packed.lengths)
         residual = None
-        *layers, last = self.layers
-        for layer in layers:
-            x, residual = layer(x, residual, angles, batch.packed)
-        x, residual = last(x, residual, angles, batch.packed, batch.pooled)
+        before: Sequence[KeysValues | None] = [None] * len(self.layers) if prefix is None else prefix.layers
+        for layer, shared in zip(self.layers, before, strict=True):
+            pooled = batch.pooled if layer is self.layers[-1] else None
+            x, residual = layer(x, residual, angles, batch.packed, pooled, shared, kept)
         y: Tensor = self.norm(x, residual)[0]
         return y
+
+    def read_prefix(self, ids: Ids) -> Prefix:
+        """Keys and values of ids that many rows begin with, in every layer: right for a causal decoder alone."""
+        axes = len(self._shape.rope.sections)
+        counted = [np.tile(np.arange(len(ids)), (axes, 1))]
+        layout = self.lay_out([Row(ids)], counted)
+        kept: list[KeysValues] = []
+        batch = layout.to(self._device)
+        self.decode(batch, self.embed_tokens(batch.ids), kept=kept)
+        return Prefix(ids, tuple((k[: len(ids)].clone(), v[: len(ids)].clone()) for k, v in kept))
 
 
 class Layer(nn.Module):
@@ -70,14 +114,20 @@ class Layer(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, angles: Angles, packed: Packed, pooled: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        angles: Angles,
+        packed: Packed,
+        pooled: Tensor | None,
+        prefix: KeysValues | None,
+        kept: list[KeysValues] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`pooled`: compute these rows alone, for nothing reads the others any more."""
+        """`pooled`: compute these rows alone, for nothing reads the others any more. `prefix` stands before every
+        sequence. `kept` gets the keys and values."""
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, angles, packed, pooled)
-        if pooled is not None:
-            residual = residual[pooled]
-        x, residual = self.post_attention_layernorm(x, residual)
+        x = self.self_attn(x, angles, packed, pooled, prefix, kept)
+        x, residual = self.post_attention_layernorm(x, residual, pooled)
         return self.mlp(x), residual
 
 
@@ -97,15 +147,25 @@ class Attention(nn.Module):
         if shape.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.head_dim, self.eps), RMSNorm(self.head_dim, self.eps)
 
-    def forward(self, x: Tensor, angles: Angles, packed: Packed, pooled: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles,
+        packed: Packed,
+        pooled: Tensor | None,
+        prefix: KeysValues | None,
+        kept: list[KeysValues] | None,
+    ) -> Tensor:
         qkv = self.qkv_proj(x)
         ops.qk_norm_rope_(qkv, (self.heads, self.kv_heads), *angles, self._norm("q"), self._norm("k"), self.eps)
         q, k, v = qkv.view(len(x), -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if kept is not None:
+            kept.append((k, v))
         scale = self.head_dim**-0.5
         if pooled is None:
-            y = ops.varlen_attention(q, k, v, packed, self.causal, self.window, scale)
+            y = ops.varlen_attention(q, k, v, packed, self.causal, self.window, scale, prefix)
         else:
-            y = ops.pooled_attention(q[pooled], k, v, packed, self.window, scale)
+            y = ops.pooled_attention(q, k, v, packed, pooled, self.window, scale, prefix)
         out: Tensor = self.o_proj(y.flatten(1))
         return out
 

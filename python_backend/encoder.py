@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
-from triton_embed.python_backend.batch import Batch
+from triton_embed.python_backend.batch import Batch, Layout
 from triton_embed.python_backend.config import ModelConfig
-from triton_embed.python_backend.layers import FusedLinear, LayerNorm, Linear, Table
+from triton_embed.python_backend.layers import FusedLinear, Linear, PostLayerNorm, Table
 from triton_embed.python_backend.row import Ids, Row
 from triton_embed.python_backend.shapes import EncoderShape
 from triton_embed.python_backend.weights import Naming
@@ -22,6 +22,7 @@ from triton_embed.python_backend.weights import Naming
 class Encoder(nn.Module):
     """Rows of token ids -> their hidden states [T,E], or [B,E] of the pooled tokens alone, and the layout of those."""
 
+    recordable, shareable = True, False
     naming = Naming(
         renames=(("bert.", ""), ("roberta.", "")),
         fused={"qkv": ("query", "key", "value")},
@@ -31,25 +32,37 @@ class Encoder(nn.Module):
 
     def __init__(self, model: ModelConfig, shape: EncoderShape, device: str) -> None:
         super().__init__()
-        self._pooling, self._device = model.pooling, device
-        self._first_position = shape.first_position
+        self._pooling, self._device, self._shape = model.pooling, device, shape
         self.embeddings = Embeddings(shape)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(shape) for _ in range(shape.layers))})
 
     def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
+        batch = self.lay_out(rows).to(self._device)
+        return self.compute(batch), batch.states
+
+    def sample_pictures(self) -> list[Row]:
+        return []
+
+    def lay_out(self, rows: Sequence[Row]) -> Layout:
         ids = [row.ids for row in rows]
-        positions = [self._positions(one) for one in ids] if self._first_position else None
-        batch = Batch.pack(ids, self._pooling, self._device, positions)
+        positions = [self._positions(one) for one in ids] if self._shape.first_position else None
+        heads, size = self._shape.heads, self._shape.hidden_size
+        tile = ops.tile_tokens(heads, heads, size // heads, self.embeddings.word_embeddings.weight.dtype, self._device)
+        return Layout.of(ids, self._pooling, self._device, positions, tile)
+
+    def compute(self, batch: Batch) -> Tensor:
         x: Tensor = self.embeddings(batch)
         *layers, last = self.encoder["layer"].children()
         for layer in layers:
             x = layer(x, batch.packed)
-        return last(x, batch.packed, batch.pooled), batch.states
+        y: Tensor = last(x, batch.packed, batch.pooled)
+        return y
 
     def _positions(self, ids: Ids) -> npt.NDArray[np.int64]:
         """RoBERTa counts from behind its padding token, which itself stands still before all others."""
-        counted = ids != self._first_position - 1
-        found: npt.NDArray[np.int64] = np.cumsum(counted) * counted + self._first_position - 1
+        first = self._shape.first_position
+        counted = ids != first - 1
+        found: npt.NDArray[np.int64] = np.cumsum(counted) * counted + first - 1
         return found[None]
 
 
@@ -61,7 +74,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = Table(shape.vocab_size, shape.hidden_size)
         self.position_embeddings = Table(shape.positions, shape.hidden_size)
         self.token_type_embeddings = Table(shape.token_types, shape.hidden_size)
-        self.LayerNorm = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.LayerNorm = PostLayerNorm(shape.hidden_size, shape.norm_eps)
 
     def forward(self, batch: Batch) -> Tensor:
         return ops.embed_layer_norm(
@@ -91,7 +104,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None = None) -> Tensor:
         """`pooled`: compute these rows alone, for nothing reads the others any more."""
         attended = self.attention["self"](x, packed, pooled)
-        x = self.attention["output"](attended, x if pooled is None else x[pooled])
+        x = self.attention["output"](attended, x, pooled)
         y: Tensor = self.output(self.intermediate["dense"](x), x)
         return y
 
@@ -108,7 +121,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
         if pooled is not None:
-            return ops.pooled_attention(q[pooled], k, v, packed, window=None, scale=self.scale).flatten(1)
+            return ops.pooled_attention(q, k, v, packed, pooled, window=None, scale=self.scale).flatten(1)
         return ops.varlen_attention(q, k, v, packed, causal=False, window=None, scale=self.scale).flatten(1)
 
 
@@ -118,8 +131,8 @@ class Output(nn.Module):
     def __init__(self, inputs: int, shape: EncoderShape) -> None:
         super().__init__()
         self.dense = Linear(inputs, shape.hidden_size)
-        self.LayerNorm = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.LayerNorm = PostLayerNorm(shape.hidden_size, shape.norm_eps)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        y: Tensor = self.LayerNorm(self.dense(x), residual)
+    def forward(self, x: Tensor, residual: Tensor, rows: Tensor | None = None) -> Tensor:
+        y: Tensor = self.LayerNorm(self.dense(x), residual, rows)
         return y

@@ -55,7 +55,7 @@ class Projection(Linear):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm of x, or of x + residual."""
+    """LayerNorm of x + residual, and that sum. `rows` of the residual: see `ops.add_rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -63,20 +63,27 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, rows)
+
+
+class PostLayerNorm(LayerNorm):
+    """LayerNorm of x + residual, for blocks that go on from what it gives."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, rows: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return ops.post_layer_norm(x, residual, self.weight, self.bias, self.eps, rows)
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm of x + residual, and that sum."""
+    """RMSNorm of x + residual, and that sum. `rows` of the residual: see `ops.add_rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, rows)
 
 
 class Table(nn.Module):

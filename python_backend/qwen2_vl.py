@@ -8,10 +8,11 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from triton_embed.kernels.packed import Packed
-from triton_embed.python_backend.batch import Batch
+from triton_embed.python_backend.batch import Batch, Layout
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.decoder import Decoder
-from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.prefix import Prefix
+from triton_embed.python_backend.row import Ids, Row
 from triton_embed.python_backend.shapes import Qwen2VLShape
 from triton_embed.python_backend.vision import VisionTower
 
@@ -32,17 +33,33 @@ class Qwen2VL(nn.Module):
     def __init__(self, model: ModelConfig, shape: Qwen2VLShape, device: str) -> None:
         super().__init__()
         self._shape, self._device = shape, device
-        self._pooling, self._rule = model.pooling, model.image_positions
+        self._rule = model.image_positions
         self.visual = VisionTower(model, shape, device)
         self.language_model = Decoder(model, shape.text, device)
+        self.recordable, self.shareable = self.language_model.recordable, self.language_model.shareable
 
-    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
-        positions = [self._positions(row) for row in rows]
-        batch = Batch.pack([row.ids for row in rows], self._pooling, self._device, positions)
+    def forward(self, rows: Sequence[Row], prefix: Prefix | None = None) -> tuple[Tensor, Packed]:
+        batch = self.lay_out(rows, prefix).to(self._device)
         x = self.language_model.embed_tokens(batch.ids)
         if pictures := [picture for row in rows for picture in row.pictures]:
             x[batch.ids == self._shape.image_token] = self.visual(pictures)
-        return self.language_model.decode(batch, x), batch.states
+        return self.language_model.decode(batch, x, prefix), batch.states
+
+    def lay_out(self, rows: Sequence[Row], prefix: Prefix | None = None) -> Layout:
+        return self.language_model.lay_out(rows, [self._positions(row) for row in rows], prefix)
+
+    def compute(self, batch: Batch) -> Tensor:
+        """Rows without pictures."""
+        return self.language_model.compute(batch)
+
+    def sample_pictures(self) -> list[Row]:
+        """A row to warm up with: a picture of 2 x 2 tokens, and one that is read behind it."""
+        side = 2 * self._shape.patch_size * self._shape.merge
+        ids = np.array([*[self._shape.image_token] * 4, 0], dtype=np.int32)
+        return [Row(ids, (np.full((side, side, 3), 127, dtype=np.uint8),), 4 * self._shape.merge**2)]
+
+    def read_prefix(self, ids: Ids) -> Prefix:
+        return self.language_model.read_prefix(ids)
 
     def _positions(self, row: Row) -> npt.NDArray[np.int64]:
         """Time, height and width [3,n] of each token.

@@ -3,8 +3,9 @@
 One for text models, one for CLIP's two towers, one for models that read pictures among the tokens of a chat.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,19 @@ from triton_embed.python_backend.row import NO_IDS, Ids, Pixels, Row
 from triton_embed.python_backend.shapes import ClipShape, Qwen2VLShape, Shape
 from triton_embed.python_backend.tokenizer import Tokenizer
 
-Template = Callable[[Item], str]
+OPENINGS = 256  # instructions whose ids are remembered
+
+
+@dataclass(frozen=True)
+class Template:
+    """How an item is written for the tokenizer: its images, then its text, between these."""
+
+    before: str = ""
+    after: str = ""
+    image: str = ""  # what stands for one
+
+    def __call__(self, item: Item) -> str:
+        return f"{self.before}{self.image * len(item.images)}{item.text}{self.after}"
 
 
 class Reader:
@@ -43,6 +56,7 @@ class Reader:
         self._prompt = prompt
         self._query = serving.query_instruction
         self.tokenizer = Tokenizer(directory, model, eos)
+        self._opening = lru_cache(OPENINGS)(self.tokenizer.opening)
 
     @property
     def prompt_names(self) -> list[str]:
@@ -90,18 +104,24 @@ class Reader:
         """The row of token ids that the caller made. BadRequest: one outside the vocabulary."""
         return self.tokenizer.cut_ids(self.tokenizer.check_ids(ids, index), truncate, index)
 
+    def share(self, row: Row, template: Template) -> Row:
+        """The row, saying how many of its ids are the template's."""
+        opening = self._opening(template.before)
+        begins = 0 < len(opening) < len(row.ids) and np.array_equal(row.ids[: len(opening)], opening)
+        return replace(row, shared=len(opening)) if begins else row
+
     def _plain(self) -> Template:
-        return lambda item: item.text
+        return Template()
 
     def _named(self, prompt: str) -> Template:
-        return lambda item: prompt + item.text
+        return Template(prompt)
 
     def _instruct(self, instruction: str) -> Template:
         if self._prompt is None:
             raise BadRequest(f"Model '{self._name}' takes no instruction: it was trained without one")
         before, after = self._prompt.split("{text}")
         before = before.replace("{instruction}", instruction)
-        return lambda item: before + item.text + after
+        return Template(before, after)
 
 
 class ClipReader(Reader):
@@ -232,8 +252,7 @@ class ChatReader(Reader):
     def _instruct(self, instruction: str) -> Template:
         if "<|im_start|>" in instruction:
             raise BadRequest("instruction has <|im_start|> in it, which starts a turn of the chat")
-        head = self._head.replace("{instruction}", instruction)
-        return lambda item: head + self.image * len(item.images) + item.text + self._tail
+        return Template(self._head.replace("{instruction}", instruction), self._tail, self.image)
 
     def _tokens(self, picture: Pixels) -> int:
         """Tokens of the text decoder that a picture becomes."""

@@ -16,12 +16,14 @@ class Row:
     """Token ids [n], the pictures among or instead of them, and what it all costs.
 
     `vision_tokens`: tokens of the vision tower, over all pictures. `dropped`: tokens that truncation cut off.
+    `shared`: how many of the first ids are an instruction's, and so likely to be met again.
     """
 
     ids: Ids
     pictures: tuple[Pixels, ...] = ()
     vision_tokens: int = 0
     dropped: int = 0
+    shared: int = 0
 
     @property
     def tokens(self) -> int:

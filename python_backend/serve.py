@@ -166,7 +166,7 @@ class EmbeddingServer:
         if reading.items:
             pictures = [tuple(future.result() for future in row) for row in reading.pictures]
             rows = [
-                self._reader.row(ids, found, truncate, i)
+                self._reader.share(self._reader.row(ids, found, truncate, i), reading.template)
                 for i, (ids, found) in enumerate(zip(reading.ids, pictures, strict=True))
             ]
         else:
@@ -208,7 +208,7 @@ class _Reading:
         self.outputs = set(request.requested_output_names())
         self.parameters: dict[str, Any] = {}
         self.items: list[Item] = []
-        self.template: Template = lambda item: item.text
+        self.template: Template
         self.pictures: list[list[Future[Pixels]]] = []  # of each item, being decoded
         self.ids: list[Ids] = []  # of each row; none where it is a picture alone
         self.tokens: list[int] = []

@@ -69,6 +69,11 @@ class Tokenizer:
         found = self._fast.encode_batch_fast(list(texts))
         return [np.array([*e.ids, *self._appended], dtype=np.int32) for e in found]
 
+    def opening(self, text: str) -> Ids:
+        """The ids that texts beginning so begin with, but the last two: what follows may merge into those."""
+        ids = self.encode([text])[0]
+        return ids[: max(len(ids) - self._after - 2, 0)]
+
     def count(self, text: str) -> int:
         """Tokens of a text by itself, without special tokens around it."""
         return len(self._fast.encode(text, add_special_tokens=False).ids)

@@ -26,7 +26,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, model: ModelConfig, shape: Qwen2VLShape, device: str) -> None:
         super().__init__()
-        self._device = device
+        self._device, self._heads = device, shape.vision.heads
         self._patches = Patches(model, shape.patch_size, shape.merge, shape.frames, device)
         # Rows and columns turn by the same frequencies, each in a half of the head.
         half = shape.vision.hidden_size // shape.vision.heads // 2
@@ -46,19 +46,23 @@ class VisionTower(nn.Module):
             patches = nn.functional.pad(patches, (0, 0, 0, fillers))
             positions = nn.functional.pad(positions, (0, fillers))
             lengths.append(fillers)
-        packed = Packed.from_lengths(lengths, self._device)
+        weight = self.merger.ln_q.weight
+        heads, size = self._heads, len(weight)
+        tile = ops.tile_tokens(heads, heads, size // heads, weight.dtype, self._device)
+        packed = Packed.from_lengths(lengths, self._device, tile)
         turns = (positions.T[..., None].float() * self._frequencies).flatten(1)  # [P, D/2]
         angles = turns.cos(), turns.sin()
         proj = self.patch_embed["proj"]
-        x: Tensor = proj(patches.to(self.merger.ln_q.weight.dtype))
+        x: Tensor = proj(patches.to(weight.dtype))
+        residual = None
         for block in self.blocks:
-            x = block(x, angles, packed)
-        merged: Tensor = self.merger(x)
+            x, residual = block(x, residual, angles, packed)
+        merged: Tensor = self.merger(x, residual)
         return merged[: sum(grid.count for grid in grids) // self.merger.patches]
 
 
 class Block(nn.Module):
-    """Norm, attention inside each picture, add; norm, MLP, add."""
+    """Norm, attention inside each picture, norm, MLP; each norm adds what came before to the residual stream."""
 
     def __init__(self, shape: TowerShape) -> None:
         super().__init__()
@@ -72,10 +76,10 @@ class Block(nn.Module):
             }
         )
 
-    def forward(self, x: Tensor, angles: Angles, packed: Packed) -> Tensor:
-        x = x + self.attn(self.norm1(x), angles, packed)
-        y: Tensor = x + self.mlp["fc2"](self.mlp["fc1"](self.norm2(x)))
-        return y
+    def forward(self, x: Tensor, residual: Tensor | None, angles: Angles, packed: Packed) -> tuple[Tensor, Tensor]:
+        x, residual = self.norm1(x, residual)
+        x, residual = self.norm2(self.attn(x, angles, packed), residual)
+        return self.mlp["fc2"](self.mlp["fc1"](x)), residual
 
 
 class Attention(nn.Module):
@@ -107,6 +111,7 @@ class Merger(nn.Module):
         self.ln_q = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
         self.mlp = nn.ModuleDict({"0": Linear(wide, wide, "gelu_erf"), "2": Linear(wide, shape.hidden_size)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp["2"](self.mlp["0"](self.ln_q(x).view(len(x) // self.patches, -1)))
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        normed = self.ln_q(x, residual)[0]
+        y: Tensor = self.mlp["2"](self.mlp["0"](normed.view(len(x) // self.patches, -1)))
         return y

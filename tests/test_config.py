@@ -98,6 +98,7 @@ def test_defaults_follow_the_device() -> None:
     assert on_cpu.thread_count == len(os.sched_getaffinity(0))
     assert not on_cpu.is_matryoshka
     # GME's official limits
+    assert (on_cpu.kernels, on_cpu.cuda_graphs, on_cpu.prefix_reuse) == ("auto", True, True)
     assert (on_cpu.image_positions, on_cpu.min_image_tokens, on_cpu.max_image_tokens) == ("mrope", 256, 1280)
 
 
@@ -131,6 +132,9 @@ def test_the_engine_knows_every_parameter_that_is_checked_in(family: str) -> Non
         ({"checkpoint": "a/b", "is_matryoshka": "1"}, ["is_matryoshka", "'1'", "true or false"]),
         ({"checkpoint": "a/b", "matryoshka_dimensions": "64,x"}, ["matryoshka_dimensions", "'64,x'", "list"]),
         ({"checkpoint": "a/b", "image_positions": "grid"}, ["image_positions", "'grid'", "mrope, sequential"]),
+        ({"checkpoint": "a/b", "kernels": "triton"}, ["kernels", "'triton'", "auto, torch"]),
+        ({"checkpoint": "a/b", "cuda_graphs": "maybe"}, ["cuda_graphs", "'maybe'", "true or false"]),
+        ({"checkpoint": "a/b", "prefix_reuse": "1"}, ["prefix_reuse", "'1'", "true or false"]),
         ({"checkpoint": "a/b", "image_positions": ""}, ["image_positions", "''", "mrope, sequential"]),
         ({"checkpoint": "a/b", "min_image_tokens": "-4"}, ["min_image_tokens", "'-4'", "whole number"]),
         ({"checkpoint": "a/b", "max_image_tokens": "1,280"}, ["max_image_tokens", "'1,280'", "whole number"]),

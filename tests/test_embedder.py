@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from conftest import MINILM, Family, serving, write_bert
+from triton_embed.kernels import ops
 from triton_embed.python_backend.embedder import Embedder
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.request import Item
@@ -459,6 +460,21 @@ def test_a_long_text_is_cut_where_sentence_transformers_cuts_it(minilm: tuple[li
     assert len(theirs.tokenizer.tokenize(long)) > theirs.max_seq_length
     found = embed_texts([long])
     assert (found * theirs.encode([long], show_progress_bar=False)).sum() >= 0.99999
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded(bge_tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tiny: torch .* finds no GPU; the parameter kernels: torch"):
+        embedder(bge_tiny, device="cuda:0")
+
+
+def test_the_operator_decides_on_kernels(bge_tiny: Path) -> None:
+    try:
+        assert embedder(bge_tiny, kernels="torch").kernels == "torch"
+        assert ops.used_on("cuda:0") == "torch"
+        assert embedder(bge_tiny).kernels == "torch"
+        assert ops.used_on("cuda:0") == "triton"
+    finally:
+        ops.use("auto")
 
 
 def test_the_operator_decides_on_threads(bge_tiny: Path) -> None:

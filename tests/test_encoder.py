@@ -24,7 +24,15 @@ from triton_embed.python_backend import weights
 from triton_embed.python_backend.config import Dense, ModelConfig
 from triton_embed.python_backend.encoder import Encoder
 from triton_embed.python_backend.head import Head
-from triton_embed.python_backend.layers import FusedLinear, LayerNorm, Linear, PatchEmbedding, Projection, RMSNorm
+from triton_embed.python_backend.layers import (
+    FusedLinear,
+    LayerNorm,
+    Linear,
+    PatchEmbedding,
+    PostLayerNorm,
+    Projection,
+    RMSNorm,
+)
 from triton_embed.python_backend.row import Row
 from triton_embed.python_backend.spec import EncoderSpec
 
@@ -146,10 +154,15 @@ def given_the_same(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def test_the_norm_layer_is_torchs_over_the_sum() -> None:
-    ours, theirs, x, y = LayerNorm(12, 1e-3), nn.LayerNorm(12, eps=1e-3), torch.randn(5, 12), torch.randn(5, 12)
-    given_the_same(ours, theirs)
-    assert torch.allclose(ours(x, y), theirs(x + y), atol=1e-6)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    theirs, x, y = nn.LayerNorm(12, eps=1e-3), torch.randn(5, 12), torch.randn(5, 12)
+    pre, post = LayerNorm(12, 1e-3), PostLayerNorm(12, 1e-3)
+    for ours in (pre, post):
+        given_the_same(ours, theirs)
+    for residual, expected in ((y, x + y), (None, x)):
+        found, total = pre(x, residual)
+        assert torch.equal(total, expected)
+        assert torch.allclose(found, theirs(expected), atol=1e-6)
+        assert torch.allclose(post(x, residual), theirs(expected), atol=1e-6)
 
 
 def test_the_rms_norm_layer_is_transformers_own_and_hands_on_the_sum() -> None:

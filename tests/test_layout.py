@@ -22,14 +22,15 @@ PREFIX = "triton_embed"
 FOLDERS = ("kernels", "python_backend", "gateway")
 FAMILIES = sorted((ROOT / "model_repository").glob("*/1/model.py"))
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))] + FAMILIES
-OTHERS = [*sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+OTHERS = [*sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 
 # A file imports only those before it in its folder.
 ORDER = {
-    "kernels": "packed reference linear ops",
+    "kernels": "packed functions blocks launch reference onednn attention norm rotary activation pooling patchify"
+    " linear accelerated ops",
     "python_backend": "errors json_file shapes row images spec config request checkpoint tokenizer reader layers"
-    " weights batch rotary patches encoder decoder clip vision qwen2_vl head embedder delivery scheduler serve"
-    " launcher",
+    " weights batch prefix rotary patches encoder decoder clip vision qwen2_vl graphs head embedder delivery"
+    " scheduler serve launcher",
     # What `verify` is made of comes after all that serves.
     "gateway": "settings errors items schemas model repository fetch media metrics front client registry app"
     " triton_process supervisor cards samples oracle examine report verify cli",
@@ -46,13 +47,19 @@ TESTED_ELSEWHERE = {
     "python_backend/qwen2_vl.py": "test_vectors.py",
     "python_backend/head.py": "test_encoder.py",
     "kernels/reference.py": "test_ops.py",
+    "kernels/functions.py": "interpreted/test_activation.py",
+    "kernels/accelerated.py": "interpreted/test_networks.py",
     "gateway/triton_process.py": "test_supervisor.py",
 }
 TESTS_OF_MORE_THAN_A_FILE = {
+    "test_conftest.py",
     "test_documents.py",
     "test_e2e.py",
     "test_families.py",
+    "test_gpu_benchmark.py",
     "test_layout.py",
+    "test_mutations.py",
+    "test_networks.py",
     "test_rules.py",
     "test_vectors.py",
 }
@@ -143,9 +150,15 @@ def test_kernels_import_torch_and_each_other_through_ops_alone() -> None:
     assert told([found for found in third_party("kernels") if found.top not in {"torch", "triton", "numpy"}]) == []
     ours = [found for found in all_imports("kernels") if found.ours]
     assert told([found for found in ours if not found.module.startswith("kernels/")]) == []
-    assert (
-        told([found for found in ours if found.file != "kernels/ops.py" and found.module != "kernels/packed.py"]) == []
-    )
+    shared = {f"kernels/{name}.py" for name in ("packed", "functions", "blocks", "launch")}
+    doors = {"kernels/ops.py", "kernels/accelerated.py"}
+    assert told([found for found in ours if found.file not in doors and found.module not in shared]) == []
+
+
+def test_triton_is_imported_once_a_gpu_asks_for_it() -> None:
+    """`ops`, which every process imports, leads to it lazily alone."""
+    assert "triton" in at_once(ROOT / "kernels" / "accelerated.py")
+    assert "triton" not in at_once(ROOT / "kernels" / "ops.py")
 
 
 def test_kernels_is_no_package_of_its_own() -> None:
@@ -257,12 +270,12 @@ def test_what_is_imported_is_installed_by_a_plain_install() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     there = installed_with(project["dependencies"])
     owners = metadata.packages_distributions()
-    # pytriton carries it, in the directory that the server puts on the path.
-    inside_triton = {"triton_python_backend_utils"}
+    # pytriton carries the one, in the directory that the server puts on the path; a GPU needs the other, an extra.
+    elsewhere = {"triton_python_backend_utils", "triton"}
     missing = [
         found
         for found in third_party(*FOLDERS, "model_repository")
-        if found.top not in inside_triton and not {_canonical(owner) for owner in owners.get(found.top, [])} & there
+        if found.top not in elsewhere and not {_canonical(owner) for owner in owners.get(found.top, [])} & there
     ]
     assert told(missing) == []
 
@@ -313,7 +326,7 @@ def test_no_file_is_named_after_nothing() -> None:
 def test_every_file_has_its_tests() -> None:
     files = {f"{path.parent.name}/{path.name}" for path in SOURCES if path not in FAMILIES}
     assert TESTED_ELSEWHERE.keys() <= files
-    tests = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     untested = {file for file in files - TESTED_ELSEWHERE.keys() if f"test_{Path(file).name}" not in tests}
     assert untested == set()
     assert tests - TESTS_OF_MORE_THAN_A_FILE - {f"test_{Path(file).name}" for file in files} == set()

@@ -4,6 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from triton_embed.gateway.metrics import Metrics
+from triton_embed.gateway.model import ModelInfo
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
@@ -40,6 +41,21 @@ def test_a_stage_is_timed_even_when_it_fails() -> None:
     assert samples(metrics)["triton_embed_stage_seconds_count", "parse"] == 2
     assert samples(metrics)["triton_embed_stage_seconds_count", "triton"] == 0
     assert samples(metrics)["triton_embed_stage_seconds_count", "media"] == 0
+
+
+def test_what_each_model_runs_on_is_told() -> None:
+    info = {"checkpoint": None, "dimensions": 3, "max_model_len": 7, "vocab_size": 9, "pooling": "cls"}
+    info |= {"modalities": ["text"], "matryoshka": None, "instructions": False, "prompt_names": []}
+    slow = ModelInfo(**info, name="slow", family="bert", dtype="float32", device="cuda:0", kernels="torch")
+    fast = ModelInfo(**info, name="fast", family="bert", dtype="bfloat16", device="cuda:0", kernels="triton")
+    metrics = Metrics()
+    metrics.serving([slow, fast])
+    assert samples(metrics)["triton_embed_model_info", "cuda:0 float32 bert torch slow"] == 1
+    assert samples(metrics)["triton_embed_model_info", "cuda:0 bfloat16 bert triton fast"] == 1
+    metrics.serving([fast])
+    assert [labels for name, labels in samples(metrics) if name == "triton_embed_model_info"] == [
+        "cuda:0 bfloat16 bert triton fast"
+    ]
 
 
 def test_two_gateways_do_not_mix() -> None:

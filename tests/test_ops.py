@@ -136,7 +136,7 @@ def test_any_lengths_any_window(lengths: list[int], window: int | None, heads: t
     expected = attend(q, k, v, lengths, rule, 0.4)
     assert_close(ops.varlen_attention(q, k, v, packed, True, window, 0.4), expected)
     last = packed.cu_seqlens[1:].long() - 1
-    assert_close(ops.pooled_attention(q[last], k, v, packed, window, 0.4), expected[last])
+    assert_close(ops.pooled_attention(q, k, v, packed, last, window, 0.4), expected[last])
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 67, 68, 1000])
@@ -146,7 +146,7 @@ def test_the_last_row_of_a_causal_sequence(lengths: tuple[int, ...], window: int
     q, k, v = random(tokens, 6, 16), random(tokens, 2, 16, seed=1), random(tokens, 2, 16, seed=2)
     rule = sliding_window_causal_mask_function(window) if window else causal_mask_function
     last = packed.cu_seqlens[1:].long() - 1
-    found = ops.pooled_attention(q[last], k, v, packed, window, 0.3)
+    found = ops.pooled_attention(q, k, v, packed, last, window, 0.3)
     assert_close(found, attend(q, k, v, lengths, rule, 0.3)[last])
 
 
@@ -162,7 +162,7 @@ def test_any_row_of_a_bidirectional_sequence(
     k, v = (random(tokens, kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
     offsets = {"first": [0] * len(lengths), "last": [n - 1 for n in lengths], "any": [7 * n // 11 for n in lengths]}
     rows = packed.cu_seqlens[:-1].long() + torch.tensor(offsets[place])
-    found = ops.pooled_attention(q[rows], k, v, packed, None, scale)
+    found = ops.pooled_attention(q, k, v, packed, rows, None, scale)
     assert found.dtype == dtype
     assert_close(found, attend(q, k, v, lengths, bidirectional_mask_function, scale)[rows])
 
@@ -171,7 +171,7 @@ def test_a_pooled_row_reads_views_of_one_projection() -> None:
     q, k, v = random(sum(MANY_SHORT), 3, 4, 16).unbind(1)
     packed = Packed.from_lengths(MANY_SHORT)
     rows = packed.cu_seqlens[:-1].long()
-    found = ops.pooled_attention(q[rows], k, v, packed, None, 0.25)
+    found = ops.pooled_attention(q, k, v, packed, rows, None, 0.25)
     assert_close(found, attend(q, k, v, MANY_SHORT, bidirectional_mask_function, 0.25)[rows])
 
 
@@ -335,9 +335,28 @@ def test_layer_norm(shape: tuple[int, int], summed: bool, dtype: torch.dtype) ->
     residual = random(*shape, dtype=dtype, seed=3) if summed else None
     norm = nn.LayerNorm(shape[1], eps=1e-3, dtype=torch.float64)
     norm.weight.data, norm.bias.data = weight.double(), bias.double()
-    found = ops.add_layer_norm(x, residual, weight, bias, 1e-3)
-    assert found.dtype == dtype
-    assert_close(found, norm((x if residual is None else x + residual).double()))
+    found, total = ops.add_layer_norm(x, residual, weight, bias, 1e-3)
+    assert found.dtype == total.dtype == dtype
+    assert torch.equal(total, x if residual is None else x + residual)
+    assert_close(found, norm(total.double()))
+    assert_close(ops.post_layer_norm(x, residual, weight, bias, 1e-3), norm(total.double()))
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_a_norm_adds_the_rows_it_is_told_to(index: torch.dtype) -> None:
+    x, residual, weight, bias = random(3, 8), random(7, 8, seed=1), random(8, seed=2), random(8, seed=3)
+    rows = torch.tensor([6, 0, 2], dtype=index)
+    total = x.double() + torch.stack([residual[6], residual[0], residual[2]]).double()
+    rms = nn.RMSNorm(8, eps=1e-3, dtype=torch.float64)
+    layer = nn.LayerNorm(8, eps=1e-3, dtype=torch.float64)
+    rms.weight.data, layer.weight.data, layer.bias.data = weight.double(), weight.double(), bias.double()
+    for found, expected in (
+        (ops.add_rms_norm(x, residual, weight, 1e-3, rows), rms(total)),
+        (ops.add_layer_norm(x, residual, weight, bias, 1e-3, rows), layer(total)),
+    ):
+        assert_close(found[0], expected)
+        assert_close(found[1], total)
+    assert_close(ops.post_layer_norm(x, residual, weight, bias, 1e-3, rows), layer(total))
 
 
 @pytest.mark.parametrize("typed", [True, False], ids=["types", "type 0"])
@@ -475,7 +494,7 @@ def test_not_a_number_stays_inside_its_own_sequence(mode: str) -> None:
         q, k, v = qkv.view(len(x), 3, 2, 8).unbind(1)
         y = ops.varlen_attention(q, k, v, packed, False, None, 1.0).flatten(1)
         return ops.segment_pool(
-            ops.add_layer_norm(y, None, torch.ones(16), torch.zeros(16), 1e-5), packed, mode, [16] * 5
+            ops.post_layer_norm(y, None, torch.ones(16), torch.zeros(16), 1e-5), packed, mode, [16] * 5
         )
 
     x = random(sum(lengths), 16)
@@ -535,14 +554,17 @@ def _attention(
 
 
 def _pooled_attention(
-    q: tuple[int, ...] = (2, 4, 8),
+    q: tuple[int, ...] = (5, 4, 8),
     k: tuple[int, ...] = (5, 2, 8),
     v: tuple[int, ...] = (5, 2, 8),
     lengths: Sequence[int] = (2, 3),
     window: int | None = None,
+    rows: Sequence[int] = (1, 4),
+    prefix: tuple[int, ...] | None = None,
 ) -> Tensor:
     q_, k_, v_ = (torch.zeros(shape) for shape in (q, k, v))
-    return ops.pooled_attention(q_, k_, v_, Packed.from_lengths(lengths), window, 1.0)
+    shared = None if prefix is None else (torch.zeros(prefix), torch.zeros(prefix))
+    return ops.pooled_attention(q_, k_, v_, Packed.from_lengths(lengths), torch.tensor(rows), window, 1.0, shared)
 
 
 def _rotary(width: int = 32, cos: tuple[int, int] = (5, 4), sin: tuple[int, int] = (5, 4)) -> Tensor:
@@ -575,13 +597,14 @@ WRONG: dict[str, Callable[[], object]] = {
     "a window that looks both ways": lambda: _attention(window=2, causal=False),
     "a prefix of other heads": lambda: _attention(prefix=((3, 1, 8), (3, 1, 8))),
     "a prefix of another head size": lambda: _attention(prefix=((3, 2, 4), (3, 2, 4))),
-    "pooled rows of 2 dimensions": lambda: _pooled_attention(q=(2, 32)),
-    "pooled rows of other sequences": lambda: _pooled_attention(q=(3, 4, 8)),
-    "pooled rows, one a token": lambda: _pooled_attention(q=(5, 4, 8)),
+    "pooled rows of 2 dimensions": lambda: _pooled_attention(q=(5, 32)),
+    "pooled rows of other sequences": lambda: _pooled_attention(rows=(0, 2, 4)),
+    "pooled rows of other queries": lambda: _pooled_attention(q=(2, 4, 8)),
+    "pooled rows behind a prefix of other heads": lambda: _pooled_attention(prefix=(3, 1, 8)),
     "pooled rows over a k of other tokens": lambda: _pooled_attention(k=(6, 2, 8), v=(6, 2, 8)),
     "pooled rows over a k of another head size": lambda: _pooled_attention(k=(5, 2, 4), v=(5, 2, 4)),
     "pooled rows over k and v that differ": lambda: _pooled_attention(v=(5, 1, 8)),
-    "pooled rows of heads that do not divide": lambda: _pooled_attention(q=(2, 3, 8)),
+    "pooled rows of heads that do not divide": lambda: _pooled_attention(q=(5, 3, 8)),
     "pooled rows of lengths of other tokens": lambda: _pooled_attention(lengths=(2, 2)),
     "pooled rows with a window of nothing": lambda: _pooled_attention(window=0),
     "a qkv that heads do not divide": lambda: _rotary(width=33),
@@ -589,6 +612,15 @@ WRONG: dict[str, Callable[[], object]] = {
     "angles of other tokens": lambda: _rotary(cos=(4, 4), sin=(4, 4)),
     "angles of whole heads": lambda: _rotary(cos=(5, 8), sin=(5, 8)),
     "cosines and sines that differ": lambda: _rotary(sin=(5, 2)),
+    "queries and keys of two dtypes": lambda: ops.varlen_attention(
+        torch.zeros(5, 4, 8), *[torch.zeros(5, 2, 8).half()] * 2, Packed.from_lengths([5]), False, None, 1.0
+    ),
+    "queries and keys on two devices": lambda: ops.varlen_attention(
+        torch.zeros(5, 4, 8), *[torch.zeros(5, 2, 8, device="meta")] * 2, Packed.from_lengths([5]), False, None, 1.0
+    ),
+    "a residual of another dtype": lambda: ops.add_rms_norm(five, five.half(), eight, 1e-5),
+    "rows of no residual": lambda: ops.add_rms_norm(five, None, eight, 1e-5, torch.zeros(5, dtype=torch.long)),
+    "rows of another number": lambda: ops.add_rms_norm(five, five, eight, 1e-5, torch.zeros(4, dtype=torch.long)),
     "an rms residual of another shape": lambda: ops.add_rms_norm(five, torch.zeros(4, 8), eight, 1e-5),
     "an rms weight of another size": lambda: ops.add_rms_norm(five, None, nine, 1e-5),
     "a residual of another shape": lambda: ops.add_layer_norm(five, torch.zeros(5, 1), eight, eight, 1e-5),

@@ -8,7 +8,7 @@ from test_ops import ACTIVATIONS, assert_close, one_thread, random  # noqa: F401
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from triton_embed.kernels import linear, ops
+from triton_embed.kernels import onednn, ops
 
 SHAPES = [(1, 1, 1), (1, 384, 1536), (7, 60, 92), (13, 31, 53), (257, 384, 384)]  # T, K, N
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda weight: weight, "packed": ops.pack_linear}
@@ -62,7 +62,7 @@ def test_a_dtype_that_an_operator_may_choose_can_be_packed(dtype: torch.dtype) -
 
 def test_no_activation_is_fused_that_onednn_lacks() -> None:
     """torch's oneDNN binding knows gelu and relu of ours, and ignores a name that it does not know."""
-    assert {act for act in ops.ACTIVATIONS if linear.fuses(act)} == {"gelu_erf", "gelu_tanh", "relu"}
+    assert {act for act in ops.ACTIVATIONS if onednn.fuses(act)} == {"gelu_erf", "gelu_tanh", "relu"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,29 @@
+"""Every op as a Triton kernel, under the names and signatures of `reference.py`."""
+
+from triton_embed.kernels import blocks
+from triton_embed.kernels.activation import activation, gated_activation
+from triton_embed.kernels.attention import pooled_attention, tile_tokens, varlen_attention
+from triton_embed.kernels.launch import interpreted
+from triton_embed.kernels.linear import linear
+from triton_embed.kernels.norm import add_layer_norm, add_rms_norm, embed_layer_norm, post_layer_norm
+from triton_embed.kernels.patchify import patchify
+from triton_embed.kernels.pooling import segment_pool
+from triton_embed.kernels.rotary import qk_norm_rope_
+
+__all__ = [
+    "activation",
+    "add_layer_norm",
+    "add_rms_norm",
+    "blocks",
+    "embed_layer_norm",
+    "gated_activation",
+    "interpreted",
+    "linear",
+    "patchify",
+    "pooled_attention",
+    "post_layer_norm",
+    "qk_norm_rope_",
+    "segment_pool",
+    "tile_tokens",
+    "varlen_attention",
+]

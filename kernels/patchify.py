@@ -1,0 +1,77 @@
+"""Pixels as they come from a decoder to the rows that a vision tower's first matrix product reads."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_embed.kernels import blocks
+from triton_embed.kernels.blocks import Config
+from triton_embed.kernels.functions import row_stride
+from triton_embed.kernels.launch import launch
+
+
+@triton.jit(do_not_specialize=["columns", "stride"])
+def _patchify_kernel(
+    image,  # uint8 [height, width, CHANNELS]
+    mean,  # [CHANNELS]
+    std,  # [CHANNELS]
+    y,  # fp32 [patches, CHANNELS, FRAMES, PATCH, PATCH] dense
+    columns,  # of blocks of MERGE x MERGE patches in the image
+    stride,  # from one row of pixels to the next
+    CHANNELS: tl.constexpr,
+    FRAMES: tl.constexpr,
+    PATCH: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    area: tl.constexpr = PATCH * PATCH
+    patch = tl.program_id(0)
+    block, inside = patch // (MERGE * MERGE), patch % (MERGE * MERGE)
+    top = (block // columns * MERGE + inside // MERGE) * PATCH
+    left = (block % columns * MERGE + inside % MERGE) * PATCH
+    index = tl.arange(0, BLOCK_N)
+    kept = index < CHANNELS * area
+    channel, pixel = index // area, index % area
+    row, column = top + pixel // PATCH, left + pixel % PATCH
+    place = image + row.to(tl.int64) * stride + column * CHANNELS + channel
+    value = tl.load(place, mask=kept, other=0).to(tl.float32) / 255.0
+    value -= tl.load(mean + channel, mask=kept, other=0.0).to(tl.float32)
+    value /= tl.load(std + channel, mask=kept, other=1.0).to(tl.float32)
+    out = y + patch.to(tl.int64) * (CHANNELS * FRAMES * area) + channel * (FRAMES * area) + pixel
+    for frame in tl.static_range(FRAMES):
+        tl.store(out + frame * area, value, mask=kept)
+
+
+def patchify(
+    image: Tensor,
+    patch: int,
+    merge: int,
+    frames: int,
+    mean: Tensor,
+    std: Tensor,
+    config: Config | None = None,
+) -> Tensor:
+    """See `ops.patchify`. ValueError: the pixels of a row do not lie next to each other."""
+    height, width, channels = image.shape
+    if image.stride()[1:] != (channels, 1):
+        raise ValueError(f"the pixels of an image {tuple(image.shape)} lie apart: strides {image.stride()}")
+    for vector in (mean, std):
+        row_stride(vector)
+    values = channels * patch * patch
+    config = config or blocks.of(image.device).config("patchify", values=values)
+    y = torch.empty((height * width // patch**2, frames * values), dtype=torch.float32, device=image.device)
+    launch(
+        _patchify_kernel,
+        (len(y),),
+        (image, mean, std, y, width // (patch * merge), image.stride(0)),
+        {
+            "CHANNELS": channels,
+            "FRAMES": frames,
+            "PATCH": patch,
+            "MERGE": merge,
+            "BLOCK_N": triton.next_power_of_2(values),
+        },
+        config.num_warps,
+    )
+    return y

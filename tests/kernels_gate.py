@@ -1,0 +1,433 @@
+"""Every kernel compiled ahead of time, without a GPU, for each architecture that has a table of block sizes.
+
+Run as `python tests/kernels_gate.py`: a line for each build, then status 1 with a list of what is wrong, if anything
+(`python tests/kernels_gate.py norm pooling`: the kernels of these files alone).
+The ops themselves say how they start their kernels: they are called with the sizes of real models, over memory that
+nobody fills, and what they would launch is compiled instead. Wrong is a build that fails, that spills registers, needs
+more shared memory than there is, or does without the tensor cores or 128-bit loads that make it fast; a kernel or an
+entry of a table that no call reaches; a number for which a request would compile; and a gate that lets through what
+was made for it to refuse.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from triton_embed.kernels import accelerated as ops
+from triton_embed.kernels import activation, attention, blocks, linear, norm, patchify, pooling, rotary
+from triton_embed.kernels.blocks import Config, Table
+from triton_embed.kernels.packed import Packed
+
+PROCESSES = 2
+FILES = {
+    file.__name__.rpartition(".")[2]: file for file in (activation, attention, linear, norm, patchify, pooling, rotary)
+}
+TENSOR_CORES = {"attention", "linear"}  # in 2-byte types
+WIDE_LOADS = {"activation", "norm", "pooling", "rotary"}
+
+ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
+# Bytes for a block. The table of sm80 serves 8.6, 8.9 and 12.x too, which have less than the 166,912 of an A100.
+SHARED = {80: 101_376, 90: 232_448, 100: 232_448}
+HIP = "gfx942"
+# What tensor cores are told in PTX -> the one instruction that ptxas makes of it.
+INSTRUCTIONS = {"tcgen05.mma": "UTCHMMA", "wgmma.mma_async": "HGMMA", "mma.sync": "HMMA"}
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+ALIGNED = [["tt.divisibility", 16]]  # `launch` makes sure of it
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as an op starts it: the type of each parameter, the values of those that are constant."""
+
+    case: str = field(compare=False, repr=False)
+    file: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def dtype(self) -> str:
+        return next(kind[1:] for kind in self.signature.values() if "fp" in kind or "bf" in kind)
+
+    @property
+    def config(self) -> str:
+        blocks = "x".join(str(value) for name, value in self.constants.items() if name.startswith("BLOCK_"))
+        return f"{blocks} {self.num_warps}w {self.num_stages}s"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A launch for a target, which is a compute capability or HIP, and what is asked of it there."""
+
+    launch: Launch
+    target: int | str
+    tensor_cores: bool = False
+    wide_loads: bool = False
+
+    @classmethod
+    def of(cls, launch: Launch, target: int | str) -> "Build":
+        halves = launch.dtype in {"bf16", "fp16"}
+        one_row = launch.constants.get("MODE") in {"cls", "last"}  # a sequence: little to read
+        tensor_cores = launch.file in TENSOR_CORES and halves
+        return cls(launch, target, tensor_cores, launch.file in WIDE_LOADS and not one_row)
+
+    def __str__(self) -> str:
+        launch, target = self.launch, self.target if self.target == HIP else f"sm_{self.target}"
+        name = launch.kernel.removeprefix("_").removesuffix("_kernel")
+        return f"{name:<17}{launch.case:<15}{launch.dtype:<5}{launch.config:<19}{target:<7}"
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build gave. `spills` are instructions; `instruction` is the one of the tensor cores, if any."""
+
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0  # bytes
+    instruction: str = ""
+    wide_loads: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+    def faults(self, build: Build) -> list[str]:
+        if self.error or isinstance(build.target, str):  # of HIP, only that it compiles
+            return [self.error] if self.error else []
+        room = SHARED[build.target]
+        checks = {
+            f"{self.spills} spills": self.spills > 0,
+            f"{self.shared} bytes of shared memory, of {room}": self.shared > room,
+            "no tensor cores": build.tensor_cores and not self.instruction,
+            "no 128-bit loads": build.wide_loads and not self.wide_loads,
+        }
+        return [fault for fault, wrong in checks.items() if wrong]
+
+    def __str__(self) -> str:
+        found = f"{self.registers:>5}{self.spills:>7}{self.shared:>8}  {self.instruction:<8}{self.wide_loads:>5}"
+        return f"{found}{self.seconds:>8.2f}"
+
+
+HEADER = f"{'kernel':<17}{'case':<15}{'type':<5}{'config':<19}target  regs spills  shared  matrix   wide seconds"
+
+
+class Watched(Table):
+    """A table that knows which of its entries were asked for."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table.architecture, {})
+        self.kernels = table.kernels
+        self.used: list[Config | None] = []
+
+    def choice(self, kernel: str, **sizes: int) -> Config | None:
+        self.used.append(super().choice(kernel, **sizes))
+        return self.used[-1]
+
+    def unreached(self, kernel: str) -> list[dict[str, int]]:
+        """The limits of the entries that nobody asked for yet."""
+        return [
+            most
+            for most, config in self.kernels[kernel]
+            if config is not None and not any(config is used for used in self.used)
+        ]
+
+
+@contextmanager
+def recording(table: Table) -> Iterator[list[Launch]]:
+    """What ops would launch meanwhile, with block sizes from `table`."""
+    launches: list[Launch] = []
+
+    def launch(
+        kernel: Any,
+        _: tuple[int, ...],
+        arguments: tuple[Tensor | int | float | None, ...],
+        constants: dict[str, object],
+        num_warps: int = 4,
+        num_stages: int = 1,
+    ) -> None:
+        names, constants = kernel.arg_names, dict(constants)
+        assert names[len(arguments) :] == list(constants), f"{kernel.__name__} takes {names}, got {list(constants)}"
+        signature = dict.fromkeys(names, "constexpr")
+        for parameter, argument in zip(kernel.params, arguments, strict=False):
+            if argument is None:
+                constants[parameter.name] = None
+            elif isinstance(argument, Tensor):
+                signature[parameter.name] = TYPES[argument.dtype]
+            else:
+                assert parameter.do_not_specialize, f"{kernel.__name__} compiles for each value of {parameter.name}"
+                signature[parameter.name] = "fp32" if isinstance(argument, float) else "i32"
+        file = kernel.__module__.rpartition(".")[2]
+        launches.append(Launch("", file, kernel.__name__, signature, constants, num_warps, num_stages))
+
+    real = blocks.of
+    blocks.of = lambda _: table  # type: ignore[assignment]
+    for file in FILES.values():
+        file.launch = launch  # type: ignore[attr-defined]
+    yield launches
+    blocks.of = real
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a transformer that people serve. Its activation is gated where it is silu."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    act: str
+    causal: bool = False
+    window: int | None = None
+    normed_heads: bool = False
+    rotary: bool = True
+    prefix: bool = False
+
+
+MODELS = {
+    "MiniLM": Model(384, 12, 12, 32, 1536, "gelu_erf", rotary=False),
+    "bge-large": Model(1024, 16, 16, 64, 4096, "gelu_erf", rotary=False),
+    "Qwen3-0.6B": Model(1024, 16, 8, 128, 3072, "silu", causal=True, normed_heads=True, prefix=True),
+    "e5-mistral": Model(4096, 32, 8, 128, 14336, "silu", causal=True, window=4096, prefix=True),
+    "gte-1.5B": Model(1536, 12, 2, 128, 8960, "silu", causal=True, prefix=True),
+    "CLIP": Model(1024, 16, 16, 64, 4096, "quick_gelu", rotary=False),
+    "CLIP text": Model(768, 12, 12, 64, 3072, "quick_gelu", causal=True, rotary=False),
+    "GME vision": Model(1280, 16, 16, 80, 5120, "quick_gelu"),
+}
+PACKED = Packed.from_lengths((700, 300, 17, 7))
+Calls = Iterator[Callable[[], object]]
+
+
+def attention_calls(model: Model, dtype: torch.dtype) -> Calls:
+    shape = PACKED.tokens, model.heads + 2 * model.kv_heads, model.head_dim
+    q, k, v = torch.empty(shape, dtype=dtype).split([model.heads, model.kv_heads, model.kv_heads], dim=1)
+    rows, scale = torch.empty(len(PACKED.lengths), dtype=torch.int32), model.head_dim**-0.5
+    prefix = (k[:32], v[:32]) if model.prefix else None
+    yield lambda: ops.varlen_attention(q, k, v, PACKED, model.causal, model.window, scale, prefix)
+    yield lambda: ops.pooled_attention(q, k, v, PACKED, rows, model.window, scale, prefix)
+
+
+def row_calls(model: Model, dtype: torch.dtype) -> Calls:
+    x, weight = torch.empty(PACKED.tokens, model.hidden, dtype=dtype), torch.empty(model.hidden, dtype=dtype)
+    sequences, eps = len(PACKED.lengths), 1e-6
+    rows = torch.empty(sequences, dtype=torch.int32)
+    if model.rotary:
+        yield rotary_call(model, dtype)
+    if model.act == "silu":
+        yield lambda: ops.add_rms_norm(x, x, weight, eps)
+        yield lambda: ops.gated_activation(torch.empty(PACKED.tokens, 2 * model.inner, dtype=dtype))
+        yield lambda: ops.segment_pool(x, PACKED, "last", [model.hidden] * sequences)
+    else:
+        yield lambda: ops.post_layer_norm(x[:sequences], x, weight, weight, eps, rows)
+        yield lambda: ops.embed_layer_norm(rows, rows, None, x, x, x, weight, weight, eps)
+        yield lambda: ops.segment_pool(x, PACKED, "mean", range(1, sequences + 1), torch.nn.Identity())
+
+
+def rotary_call(model: Model, dtype: torch.dtype) -> Callable[[], object]:
+    qkv = torch.empty(PACKED.tokens, (model.heads + 2 * model.kv_heads) * model.head_dim, dtype=dtype)
+    angles = torch.empty(PACKED.tokens, model.head_dim // 2)
+    weight = torch.empty(model.head_dim, dtype=dtype) if model.normed_heads else None
+    return lambda: ops.qk_norm_rope_(qkv, (model.heads, model.kv_heads), angles, angles, weight, weight, 1e-6)
+
+
+def linear_calls(model: Model, dtype: torch.dtype, table: Table) -> Calls:
+    """At the most tokens of each entry, and at a whole batch of them."""
+    weight, bias = torch.empty(model.inner, model.hidden, dtype=dtype), torch.empty(model.inner, dtype=dtype)
+    for tokens in sorted({most.get("tokens", 16_384) for most, _ in table.kernels["linear"]}):
+        yield lambda tokens=tokens: ops.linear(torch.empty(tokens, model.hidden, dtype=dtype), weight, bias, model.act)
+
+
+def patchify_call(patch: int) -> Callable[[], object]:
+    image, three = torch.empty(2 * patch, 2 * patch, 3, dtype=torch.uint8), torch.empty(3)
+    return lambda: ops.patchify(image, patch, 2, 2, three, three)
+
+
+def calls(table: Watched) -> Iterator[tuple[str, Calls]]:
+    """What models ask for, which are served in bfloat16; then what makes the rest of the table count. Each named."""
+    half, single = torch.bfloat16, torch.float32
+    small, decoder = MODELS["MiniLM"], MODELS["Qwen3-0.6B"]
+    for name, model in MODELS.items():
+        yield name, attention_calls(model, half)
+        if name == "Qwen3-0.6B":  # with a prefix as the others, and without: what is left of the same code
+            yield name, attention_calls(replace(model, prefix=False), half)
+        if name != "CLIP text":  # whose rows are as wide as others'
+            yield name, row_calls(model, half)
+        if name in {"bge-large", "CLIP"}:
+            yield name, linear_calls(model, half, table)
+    yield "MiniLM", chain(row_calls(small, single), linear_calls(small, single, table))
+    yield "Qwen3-0.6B", iter([rotary_call(decoder, single)])
+    for kernel in ("attention", "pooled_attention"):
+        for most in table.unreached(kernel):
+            dtype = single if most["itemsize"] == 4 else half
+            yield f"D{most['head_dim']}", attention_calls(replace(small, head_dim=most["head_dim"]), dtype)
+    for most in table.unreached("rotary"):
+        size = 2 * most.get("half", 128)
+        yield f"D{size}", iter([rotary_call(replace(decoder, head_dim=size), half)])
+    for kernel in ("rowwise", "pooling", "elementwise"):
+        for most in table.unreached(kernel):
+            width = most.get("width", 8192)
+            x, weight = torch.empty(PACKED.tokens, width, dtype=half), torch.empty(width, dtype=half)
+            yield (
+                f"E{width}",
+                iter(
+                    [
+                        partial(ops.post_layer_norm, x, None, weight, weight, 1e-6),
+                        partial(ops.segment_pool, x, PACKED, "max", [width] * len(PACKED.lengths)),
+                        partial(ops.activation, x, "gelu_tanh"),
+                    ]
+                ),
+            )
+    for most in table.unreached("patchify"):
+        yield "pixels", iter([patchify_call(math.isqrt(most.get("values", 8192) // 3))])
+
+
+def launches(table: Table, asked: Iterable[tuple[str, Calls]]) -> list[Launch]:
+    """Each once, however many models share it."""
+    found: dict[str, Launch] = {}
+    for case, some in asked:
+        with recording(table) as recorded:
+            for call in some:
+                call()
+        for launch in recorded:
+            found.setdefault(str(launch), replace(launch, case=case))
+    return list(found.values())
+
+
+def compiled(build: Build) -> Built:
+    """Runs in a process of its own. A build that fails is no exception: it is what the gate is there to find."""
+    launch, began = build.launch, time.monotonic()
+    kernel = getattr(FILES[launch.file], launch.kernel)
+    pointers = [i for i, name in enumerate(kernel.arg_names) if launch.signature[name].startswith("*")]
+    source = ASTSource(kernel, launch.signature, launch.constants, {(i,): ALIGNED for i in pointers})
+    target = GPUTarget("hip", HIP, 64) if build.target == HIP else GPUTarget("cuda", build.target, 32)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    try:
+        found = triton.compile(source, target=target, options=options)
+    except Exception as error:  # noqa: BLE001 - the compiler has no common one
+        return Built(error=f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    seconds = time.monotonic() - began
+    if build.target == HIP:
+        text = found.asm["amdgcn"]
+        registers, spills = (int(re.findall(rf"\.vgpr_{name}:\s+(\d+)", text)[0]) for name in ("count", "spill_count"))
+        instruction = next(iter(re.findall(r"\bv_mfma", text)), "")
+        return Built(registers, spills, found.metadata.shared, instruction, seconds=seconds)
+    usage = _cuobjdump(found.asm["cubin"], "-res-usage")
+    registers, stack = map(int, re.findall(r"\bREG:(\d+) STACK:(\d+)", usage)[0])
+    # Whatever is spilled lies on the stack; to take the code apart takes as long as compiling it.
+    spills = re.findall(r"\b(?:LDL|STL)\b", _cuobjdump(found.asm["cubin"], "-sass")) if stack else []
+    return Built(
+        registers=registers,
+        spills=len(spills),
+        shared=found.metadata.shared,
+        instruction=next((INSTRUCTIONS[name] for name in INSTRUCTIONS if name in found.asm["ptx"]), ""),
+        wide_loads=len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64|v8\.b32|v4\.b64)\b", found.asm["ptx"])),
+        seconds=seconds,
+    )
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOL, what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def refused() -> dict[str, Build]:
+    """What the gate must not let through, under a word of the fault that it must find."""
+    x, bias = torch.empty(512, 1024, dtype=torch.bfloat16), torch.empty(1024, dtype=torch.bfloat16)
+    weight, odd = torch.empty(1024, 1024, dtype=torch.bfloat16), torch.empty(99, 1023, dtype=torch.bfloat16)
+
+    def one(call: Callable[[], object]) -> Launch:
+        return launches(blocks.table("sm80"), [("", iter([call]))])[0]
+
+    large, deep, small = Config(128, 256, 32, 4, 2), Config(128, 128, 64, 8, 6), Config(64, 64, 16)
+    single = one(lambda: ops.linear(x.float(), weight.float(), bias.float(), None, small))
+    return {
+        "spills": Build.of(one(lambda: ops.linear(x, weight, bias, None, large)), 80),
+        "shared memory": Build.of(one(lambda: ops.linear(x, weight, bias, None, deep)), 80),
+        "tensor cores": Build(single, 80, tensor_cores=True),
+        "128-bit loads": Build.of(one(lambda: ops.activation(odd, "relu")), 80),
+    }
+
+
+def finished(builds: list[Build]) -> Iterator[Built]:
+    """In order, each as soon as it is there; nothing of an earlier run is taken for it."""
+    with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(PROCESSES, get_context("fork")) as pool:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        futures = [pool.submit(compiled, build) for build in builds]
+        for future in futures:
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield Built(error="the compiler died over this build or the one beside it")
+
+
+def unreached(launches: list[Launch]) -> list[str]:
+    """Kernels that no call led to, and files of kernels that nobody told the gate of."""
+    sources = {path.stem: path.read_text() for path in Path(blocks.__file__).parent.glob("*.py")}
+    there = {(name, kernel) for name, text in sources.items() for kernel in re.findall(r"launch\(\s*(\w+)", text)}
+    missed = there - {("launch", "kernel")} - {(launch.file, launch.kernel) for launch in launches}
+    return [f"kernels/{name}.py: no call reaches {kernel}" for name, kernel in sorted(missed)]
+
+
+def main(files: Collection[str]) -> int:
+    began, builds, wrong = time.monotonic(), [], []
+    for architecture, capability in ARCHITECTURES.items():
+        table = Watched(blocks.table(architecture))
+        reached = launches(table, calls(table))
+        wrong += [
+            f"{architecture}.json: no call reaches the entry of '{kernel}' up to {most}"
+            for kernel in table.kernels
+            for most in table.unreached(kernel)
+        ]
+        found = [launch for launch in reached if launch.file in files]
+        builds += [Build.of(launch, capability) for launch in found]
+    wrong += unreached(reached)
+    builds += [Build.of(launch, HIP) for launch in {launch.kernel: launch for launch in found}.values()]
+    bad = refused()
+    print(f"triton {triton.__version__}\n{HEADER}", flush=True)
+    results = finished([*builds, *bad.values()])
+    for build, built in zip(builds, results, strict=False):
+        faults = built.faults(build)
+        print(f"{build}{built}", *(f"  <- {fault}" for fault in faults), flush=True)
+        wrong += [f"{build}: {fault}" for fault in faults]
+    print("to be refused:", flush=True)
+    for (word, build), built in zip(bad.items(), results, strict=True):
+        faults = built.faults(build)
+        print(f"{build}{built}", *(f"  <- {fault}" for fault in faults), flush=True)
+        if not any(word in fault for fault in faults):
+            wrong.append(f"{build}: let through, and was made to be refused for its {word}")
+    print(f"{len(builds)} builds in {time.monotonic() - began:.0f} s, {len(wrong)} faults", *wrong, sep="\n")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or FILES))
