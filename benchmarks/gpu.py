@@ -1,0 +1,175 @@
+"""The kernels and the families on one GPU, by one command, without a network and from a bare checkout.
+
+`python -m benchmarks.gpu --out DIR` writes DIR/results.json, after every row, and plots; a table of what was measured
+beside what is wanted comes last. Stages: machine (versions, the two ceilings), kernels (every op against float64),
+attention (beside torch's libraries), ops (shares of the copy bandwidth), models (end to end beside transformers),
+plots. Figures are medians of 20 or more with random data; every timed kernel is checked first. A stage or a row that
+fails is recorded and the others go on. `--tune` writes the block sizes of `kernels/tables/` instead. `--dry-run`
+rehearses it all on a CPU with tiny sizes and plain torch: its figures mean nothing.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import checkout, record
+from benchmarks.gpu_run import Row, Run
+from benchmarks.gpu_timing import Timer
+
+checkout.importable()
+
+from benchmarks import gpu_report as report  # noqa: E402
+
+Stage = Callable[[Run], Iterable[Row]]
+
+
+# Each stage is imported when it begins: what cannot be imported is then one stage's failure.
+def machine(run: Run) -> Iterable[Row]:
+    from benchmarks.gpu_machine import machine
+
+    return machine(run)
+
+
+def kernels(run: Run) -> Iterable[Row]:
+    from benchmarks.gpu_ops import kernels
+
+    return kernels(run)
+
+
+def attention(run: Run) -> Iterable[Row]:
+    from benchmarks.gpu_attention import attention
+
+    return attention(run)
+
+
+def ops(run: Run) -> Iterable[Row]:
+    from benchmarks.gpu_ops import speeds
+
+    return speeds(run)
+
+
+def models(run: Run) -> Iterable[Row]:
+    from benchmarks.gpu_models import models
+
+    return models(run)
+
+
+def tune(run: Run) -> Iterable[Row]:
+    from benchmarks.gpu_tune import tune
+
+    return tune(run)
+
+
+def plots(run: Run) -> Iterator[Row]:
+    from benchmarks.gpu_plots import draw
+
+    for file in draw(run.out / "results.json"):
+        yield {"what": file.name}
+
+
+STAGES: dict[str, Stage] = {stage.__name__: stage for stage in (machine, tune, kernels, attention, ops, models, plots)}
+
+
+def perform(run: Run, names: list[str], stages: Mapping[str, Stage] = STAGES) -> None:
+    """Every stage in turn; its rows are on disk before the next is asked for."""
+    for name in names:
+        begin = time.monotonic()
+        stage: dict[str, Any] = {"rows": []}
+        run.results["stages"][name] = stage
+        write(run)
+        try:
+            for row in stages[name](run):
+                stage["rows"].append(row)
+                print(f"{time.monotonic() - run.begin:5.0f} s  {name:9}  {report.line(row)}", flush=True)
+                stage["seconds"] = time.monotonic() - begin
+                write(run)
+        except Exception as error:  # noqa: BLE001 - what one stage meets must not cost the others
+            stage["error"] = "".join(traceback.format_exception(error))
+            print(f"{time.monotonic() - run.begin:5.0f} s  {name:9}  FAILED: {error!r}", flush=True)
+        stage["seconds"] = time.monotonic() - begin
+        write(run)
+
+
+def write(run: Run) -> None:
+    """Replaced in one step: whoever stops the benchmark finds a whole file."""
+    file = run.out / "results.json"
+    fresh = file.with_suffix(".tmp")
+    fresh.write_text(json.dumps(run.results, indent=1) + "\n")
+    fresh.replace(file)
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """The machine is always measured, for shares are of its ceilings, unless it is skipped by name."""
+    wanted = set(options.only or ([] if options.tune else STAGES.keys() - {"tune"})) | {"machine"}
+    wanted |= {"tune"} if options.tune else set()
+    return [name for name in STAGES if name in wanted and name not in options.skip]
+
+
+def _names(text: str) -> list[str]:
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in found if name not in STAGES]:
+        raise argparse.ArgumentTypeError(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where results.json and the plots go")
+    add("--only", type=_names, metavar="A,B", help=f"these stages: {', '.join(STAGES)}")
+    add("--skip", type=_names, default=[], metavar="C", help="all but these")
+    add("--tune", action="store_true", help="find block sizes and write them to kernels/tables/ (and to DIR)")
+    add("--dry-run", action="store_true", help="tiny sizes on a CPU, to see that everything runs")
+    add("--minutes", type=float, default=8, help="models that would end later are not begun (%(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    if not options.dry_run and not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu: no GPU is here; --dry-run rehearses on the CPU")
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu" if options.dry_run else "cuda:0")
+    if options.dry_run:
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(device)
+    from benchmarks import gpu_machine
+
+    begin = time.monotonic()
+    timer = Timer(device, repeats=3 if options.dry_run else 20)
+    run = Run(device, options.out, options.dry_run, timer, begin + 60 * options.minutes)
+    run.results |= {
+        "machine": record.machine(),
+        "gpu": gpu_machine.gpu(device),
+        "versions": gpu_machine.versions(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commit": gpu_machine.commit(),
+        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "dry_run": options.dry_run,
+        "ceilings": {},
+        "stages": {},
+    }
+    print(run.results["gpu"], run.results["versions"], sep="\n", flush=True)
+    names = chosen(options)
+    perform(run, names)
+    run.results["seconds"] = time.monotonic() - begin
+    write(run)
+    print("\n".join(["", *report.faults(run.results), *report.remarks(run.results)]))
+    if {"attention", "ops", "models"} & set(names):
+        print(f"\n{report.table(run.results)}")
+    if options.dry_run:
+        print("a rehearsal: these figures mean nothing")
+    print(f"written: {options.out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()

