@@ -16,8 +16,11 @@ from triton_embed.python_backend.batch import one_each
 from triton_embed.python_backend.row import Ids, Row
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [P,G,D]
-KNOWN = 16  # prefixes kept; of 100 tokens they are 11 MB each in the 0.6B model, 13 MB in the 7B one
-SEEN = 1_024
+# Tokens: of one prefix, and of all that are kept. Callers choose what an instruction is, and the keys and values of a
+# token are 224 KiB in the 0.6B model in fp32, 128 KiB in the 7B one in bf16.
+LONGEST = 256
+KEPT = 1_024
+SEEN = 1_024  # prefixes
 # Two forward passes cost more than one: rows of one prefix are split off only where that saves so much of a batch.
 LEAST_SHARE = 0.25
 
@@ -52,17 +55,17 @@ class PrefixReuse:
         sharing: dict[bytes, list[int]] = {}
         for i, row in enumerate(rows):
             if 0 < row.shared < len(row.ids):
-                sharing.setdefault(row.ids[: row.shared].tobytes(), []).append(i)
+                sharing.setdefault(row.ids[: min(row.shared, LONGEST)].tobytes(), []).append(i)
         # Met again, in an earlier batch or in this one.
         met = {key: members for key, members in sharing.items() if self._met(key) or len(members) > 1}
         if not met:
             return self._network(rows)
-        saved = {key: len(members) * rows[members[0]].shared for key, members in met.items()}
+        saved = {key: len(members) * min(rows[members[0]].shared, LONGEST) for key, members in met.items()}
         key = max(saved, key=lambda key: saved[key])
         if saved[key] < LEAST_SHARE * sum(len(row.ids) for row in rows):
             return self._network(rows)
         members = met[key]
-        prefix = self._read(key, rows[members[0]])
+        prefix = self._read(key, rows[members[0]].ids)
         hidden, packed = self._network([rows[i] for i in members], prefix)
         if len(members) == len(rows):
             return hidden, packed
@@ -81,10 +84,11 @@ class PrefixReuse:
             self._seen.popitem(last=False)
         return met
 
-    def _read(self, key: bytes, row: Row) -> Prefix:
+    def _read(self, key: bytes, ids: Ids) -> Prefix:
+        """The prefix of these ids whose bytes are `key`; those used longest ago are forgotten for it."""
         if key not in self._known:
-            self._known[key] = self._network.read_prefix(row.ids[: row.shared])
+            self._known[key] = self._network.read_prefix(ids[: len(key) // ids.itemsize])
         self._known.move_to_end(key)
-        if len(self._known) > KNOWN:
+        while sum(len(prefix.ids) for prefix in self._known.values()) > KEPT:
             self._known.popitem(last=False)
         return self._known[key]

@@ -20,6 +20,7 @@ from triton_embed.python_backend.shapes import ClipShape, Qwen2VLShape, Shape
 from triton_embed.python_backend.tokenizer import Tokenizer
 
 OPENINGS = 256  # instructions whose ids are remembered
+LONGEST_OPENING = 4_096  # characters: a caller's, and memory is ours
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class Reader:
 
     def share(self, row: Row, template: Template) -> Row:
         """The row, saying how many of its ids are the template's."""
+        if len(template.before) > LONGEST_OPENING:
+            return row
         opening = self._opening(template.before)
         begins = 0 < len(opening) < len(row.ids) and np.array_equal(row.ids[: len(opening)], opening)
         return replace(row, shared=len(opening)) if begins else row

@@ -2,6 +2,7 @@
 position, windows shorter and longer than the prefix, rows with and without it in one batch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,13 +112,24 @@ def test_a_batch_is_not_split_for_little(tiny: Tiny) -> None:
 
 
 def test_prefixes_are_forgotten_in_the_order_they_were_last_used(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_file, "KNOWN", 2)
     family = tiny("qwen3_embedding-bare")
     watched = Watched(family)
     reuse = PrefixReuse(watched)
+    lengths = {row.shared for row in asked(family, 1, instruction="The instruction that is called number three: ")}
+    monkeypatch.setattr(prefix_file, "KEPT", 2 * max(lengths) + 4)  # two of them, which differ by a token or two
     for word in ("one", "two", "one", "three", "one", "two"):
         embed(family, reuse, asked(family, 3, instruction=f"The instruction that is called number {word}: "))
     assert len(watched.prefixes) == 4  # one, two, three, and two again
+
+
+def test_no_more_than_the_beginning_of_a_long_instruction_is_kept(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_file, "LONGEST", 5)
+    family = tiny("qwen3_embedding-bare")
+    rows = [replace(row, ids=row.ids[:16], shared=12) for row in asked(family, 4, instruction=INSTRUCTION)]
+    watched = Watched(family)
+    found = embed(family, PrefixReuse(watched), rows)
+    assert (watched.prefixes, watched.passes) == ([5], [(4, 4 * 11)])
+    assert np.abs(found - embed(family, family.embedder._network, rows)).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", ["gte_qwen2-bidirectional", "e5_mistral-llama-dynamic", "bge-bert-cls", "clip-openai"])
@@ -143,3 +155,4 @@ def test_a_row_knows_how_much_of_it_is_the_instructions(tiny: Tiny) -> None:
     head = family.reader.tokenizer.count(f"Instruct: {INSTRUCTION}\nQuery:")
     assert head - 2 <= rows[0].shared <= head
     assert {row.shared for row in asked(family, 8)} == {0}
+    assert {row.shared for row in asked(family, 2, instruction="a" * 5_000)} == {0}
