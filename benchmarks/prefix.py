@@ -45,6 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 result["rows"].append(row)
                 print(line(row), flush=True)
     record.write(options.out, result)
+    print(table(result["rows"], options.dtypes))
+
+
+def table(rows: Sequence[dict[str, Any]], dtypes: Sequence[str]) -> str:
+    """As the README quotes it."""
+    cells = {(row["dtype"], row["instruction"], row["query"], row["queries"]): row for row in rows}
+    heads = [f"{dtype}, whole → behind, ms |" for dtype in dtypes]
+    lines = [f"| queries × (instruction + query) tokens | {' | '.join(heads)} |", "|---" * (1 + 2 * len(dtypes)) + "|"]
+    for instruction, query, queries in CASES:
+        found = [cells[dtype, instruction, query, queries] for dtype in dtypes]
+        times = [f"{row['whole_ms']:,.0f} → {row['behind_ms']:,.0f} | {row['ratio']:.2f}×" for row in found]
+        lines.append(f"| {queries} × ({instruction} + {query}) | {' | '.join(times)} |")
+    return "\n".join(lines)
 
 
 def embedder(directory: Path, dtype: str) -> Embedder:
