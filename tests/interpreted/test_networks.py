@@ -22,10 +22,13 @@ from transformers import AutoConfig
 from triton.runtime.interpreter import GridExecutor
 
 from triton_embed.kernels import accelerated, ops
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend import embedder as embedder_file
 from triton_embed.python_backend.config import ServingConfig
 from triton_embed.python_backend.embedder import Embedder
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.images import ClipImages, Qwen2VLImages
+from triton_embed.python_backend.prefix import PrefixReuse
 from triton_embed.python_backend.row import Row
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -210,6 +213,17 @@ def test_kernels_that_disagree_with_torch_serve_nobody(tmp_path: Path, monkeypat
     )
     with pytest.raises(ConfigError, match=r"disagree on cpu: cosine 0\.\d+; the parameter kernels: torch"):
         embedder("bge", write_xlm_roberta(tmp_path / "bge", hidden_size=96))
+
+
+def test_a_way_that_gives_no_numbers_serves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spoiled(PrefixReuse):
+        def __call__(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Packed]:
+            hidden, packed = super().__call__(rows)
+            return hidden * float("nan"), packed
+
+    monkeypatch.setattr(embedder_file, "PrefixReuse", Spoiled)
+    with pytest.raises(ConfigError, match="disagree on cpu: cosine nan"):
+        embedder("qwen3_embedding", write_decoder(tmp_path / "qwen3", "qwen3", num_hidden_layers=1))
 
 
 def test_a_gpu_is_not_served_by_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
