@@ -8,8 +8,17 @@ TRITONS := 3.6.0 3.9.0
 with_triton = PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(1):$(CURDIR)/tests
 interpreted = TRITON_INTERPRET=1 $(call with_triton,$(1)) $(BIN)/python -m pytest tests/interpreted --confcutdir=tests/interpreted -n 2
 
+# schemathesis makes its tests as it goes, which a second process does not see; the page needs a browser.
+ALONE := tests/test_schema.py tests/test_pages.py
+
+# The page at / is tested in a browser: one that is there, or Debian's where this user may install it.
+BROWSERS := chromium chromium-browser google-chrome chrome
+browser = $(firstword $(foreach name,$(BROWSERS),$(shell command -v $(name) 2>/dev/null)))
+SUDO := $(shell [ "$$(id -u)" = 0 ] || { sudo -n true 2>/dev/null && echo sudo; })
+may_install = $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] || [ -n "$(SUDO)" ]; } && echo yes)
+
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-kernels kernels-gate check format verify vectors bench clean
+.PHONY: help install serve test test-pages test-kernels kernels-gate conformance check format verify vectors bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,14 +47,33 @@ $(VENV)/triton-%: | $(BIN)/python
 	$(BIN)/python -m pip install --no-deps --target $@.part triton==$*
 	mv $@.part $@
 
+# A list of its own, all of it pinned: a dozen clients that agree on nothing else take pip minutes to reconcile.
+$(VENV)/clients/.ready: tests/clients/requirements.txt | $(BIN)/python
+	rm -rf $(VENV)/clients
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install --no-deps --no-compile --requirement $<
+	@touch $@
+
 install: $(VENV)/.serve  ## Create .venv with everything the server needs
 
 serve: $(VENV)/.serve  ## Serve embeddings on http://127.0.0.1:30000 (ARGS='--port 8080' and so on)
 	@$(BIN)/triton-embed serve $(ARGS)
 
 test: $(VENV)/.test  ## Run all tests (ARGS='-k gateway' and so on: some of those that need no kernels)
-	$(BIN)/python -m pytest $(ARGS)
-	$(if $(ARGS),,$(MAKE) test-kernels kernels-gate)
+	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(ALONE:%=--ignore=%))
+	$(if $(ARGS),,$(BIN)/python -m pytest tests/test_schema.py)
+	$(if $(ARGS),,$(MAKE) test-pages conformance test-kernels kernels-gate)
+
+test-pages: $(VENV)/.test  ## Test the page at / in a headless browser
+ifeq ($(browser)$(may_install),)
+	@echo "NOT TESTED: the page at / needs a browser. Install Chromium (Debian: apt install chromium), then: make test-pages"
+else
+	$(if $(browser),,$(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium)
+	$(BIN)/python -m pytest tests/test_pages.py $(ARGS)
+endif
+
+conformance: $(VENV)/.test $(VENV)/clients/.ready  ## Try the clients people use, unmodified, and write docs/clients.md
+	$(VENV)/clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients -p no:cacheprovider --table=docs/clients.md $(ARGS)
 
 test-kernels: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Run the kernels in Triton's interpreter (ARGS='-k linear' and so on)
 	$(call interpreted,3.9.0) $(ARGS)

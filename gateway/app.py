@@ -1,8 +1,9 @@
 """The routes: what HTTP clients see. One straight line each: read, check, ask Triton, write."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import metadata
 from typing import Any
 
 import orjson
@@ -11,162 +12,155 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from triton_embed.gateway import schemas
-from triton_embed.gateway.client import TritonClient
+from triton_embed.gateway import openapi, pages, schemas, similarity
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.fetch import Fetcher
-from triton_embed.gateway.front import Front, api_error, http_error, read_body
-from triton_embed.gateway.media import Media
+from triton_embed.gateway.front import Drain, Front, api_error, http_error
 from triton_embed.gateway.metrics import CONTENT_TYPE, Metrics
-from triton_embed.gateway.model import ModelInfo, check
 from triton_embed.gateway.registry import Card, Registry
-from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
+from triton_embed.gateway.schemas import Embeddings
+from triton_embed.gateway.service import Answering, Gateway
 from triton_embed.gateway.settings import Settings
+from triton_embed.gateway.tracing import Tracing
 
 router = APIRouter()
 
-PROBE = EmbeddingRequest(model=None, texts=["a"], ids=[], single=True, param="input")
-EMBEDDINGS_BODY = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": schemas.EMBEDDINGS_BODY}}}
+# What /get_server_info tells: no secrets, addresses or paths.
+PUBLIC = {
+    "max_inputs",
+    "max_request_tokens",
+    "max_waiting_tokens",
+    "max_body_bytes",
+    "request_timeout",
+    "max_request_timeout",
+    "media_urls",
+    "served_model_name",
+    "workers",
 }
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The gateway as an ASGI app; Triton may come up before it or after."""
-    metrics = Metrics()
+    metrics = Metrics(shared=settings.workers > 1, triton=settings.triton_metrics)
+    tracing = Tracing(settings) if settings.otlp_endpoint else None
+    drain = Drain()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gateway = app.state.gateway = Gateway(settings, metrics)
         await gateway.registry.start()
         yield
-        await gateway.registry.stop()
-        await gateway.media.close()
-        await gateway.client.close()
+        await gateway.close()
+        if tracing is not None:
+            await tracing.close()
 
-    app = FastAPI(title="triton-embed", lifespan=lifespan, redirect_slashes=False)
+    app = openapi.Documented(
+        title="triton-embed",
+        version=metadata.version("triton-embed"),
+        description=openapi.DESCRIPTION,
+        openapi_tags=openapi.TAGS,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.include_router(router)
+    app.include_router(pages.router)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_middleware(Front, api_key=settings.api_key.get_secret_value(), metrics=metrics)
+    if tracing is not None:
+        app.add_middleware(tracing.around)
+    app.add_middleware(Front, settings=settings, metrics=metrics, drain=drain)
+    app.state.tracing, app.state.drain = tracing, drain
     return app
 
 
-class Gateway:
-    """What the routes share: one for each app, open while the app runs."""
-
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.settings = settings
-        self.metrics = metrics
-        self.client = TritonClient(
-            settings.triton_grpc,
-            timeout=settings.request_timeout,
-            repository_header=settings.triton_repository_header,
-        )
-        self.media = Media(
-            Fetcher(settings.allowed_hosts) if settings.media_urls else None,
-            max_bytes=settings.max_body_bytes,
-            timeout=settings.request_timeout,
-        )
-        self.registry = Registry(
-            self.client, interval=settings.refresh_interval, served_name=settings.served_model_name
-        )
-
-    async def embed(
-        self, request: Request, parse: Callable[[bytes, Settings], EmbeddingRequest]
-    ) -> tuple[EmbeddingRequest, str, Embeddings]:
-        """(what was asked, the model that answered, its answer) for one HTTP request."""
-        body = await read_body(request, self.settings.max_body_bytes)
-        with self.metrics.stage("parse"):
-            asked = parse(body, self.settings)
-            model = await self.registry.resolve(asked.model)
-            check(asked, model)
-        images = await self._images(asked, model)
-        with self.metrics.stage("triton"):
-            reply = await self.ask(model.name, asked, images)
-        self.metrics.embedded(model.name, len(reply.tokens), reply.token_count, reply.truncated)
-        return asked, model.name, reply
-
-    async def _images(self, asked: EmbeddingRequest, model: ModelInfo) -> Sequence[Sequence[bytes]] | None:
-        """Those of each input; None for a model that takes none."""
-        if "image" not in model.modalities:
-            return None
-        if not asked.images:
-            return [()] * len(asked.texts)
-        with self.metrics.stage("media"):
-            return await self.media.load(asked.images, asked.param)
-
-    async def ask(
-        self, model: str, asked: EmbeddingRequest, images: Sequence[Sequence[bytes]] | None = None
-    ) -> Embeddings:
-        """One inference; a failure that is not the caller's makes the registry look again."""
-        try:
-            return await self.client.embed(model, asked, images)
-        except ApiError as error:
-            if error.status >= 500:
-                self.registry.suspect()
-            raise
-
-    async def probe(self, card: Card) -> Embeddings:
-        """A text of one letter, as the model takes texts."""
-        return await self.ask(card.name, PROBE, await self._images(PROBE, card.info) if card.info else None)
-
-    async def trouble(self) -> str:
-        """Why nothing can be embedded now; empty when something can."""
-        try:
-            await self.client.live()
-            await self.registry.resolve(None)
-        except ApiError as error:
-            if error.status == 400:  # several models are ready
-                return ""
-            self.registry.suspect()
-            return error.message
-        return ""
-
-
-@router.post("/v1/embeddings", summary="Embed texts, images or token ids", openapi_extra=EMBEDDINGS_BODY)
+@router.post("/v1/embeddings", **openapi.EMBEDDINGS)
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings(request: Request) -> Response:
-    """OpenAI's embeddings endpoint. Inputs that had to be cut are counted in `x-truncated-inputs`."""
-    gateway = _gateway(request)
-    asked, model, reply = await gateway.embed(request, schemas.parse_embeddings)
-    name = asked.model or gateway.settings.served_model_name or model
-    with gateway.metrics.stage("encode"):
-        return _json_bytes(schemas.embeddings_json(reply, name, base64=asked.base64), reply)
+    async with _gateway(request).deadline(request) as answering:
+        asked = await answering.read(schemas.parse_embeddings)
+        name, asked, reply = await answering.embed(asked)
+        with answering.stage("encode"):
+            body = schemas.embeddings_json(reply, asked, name)
+        return _json_bytes(body, answering)
 
 
-@router.post("/encode", summary="Embed texts, images or token ids, in SGLang's form")
+@router.post("/encode", **openapi.ENCODE)
 async def encode(request: Request) -> Response:
-    """`text` and `image_data` or `input_ids` in; `embedding` and `meta_info` out, a list of them for a list."""
+    async with _gateway(request).deadline(request) as answering:
+        asked = await answering.read(schemas.parse_encode)
+        _, asked, reply = await answering.embed(asked)
+        with answering.stage("encode"):
+            body = schemas.encode_json(reply, asked)
+        return _json_bytes(body, answering)
+
+
+@router.post("/v1/rerank", **openapi.RERANK)
+@router.post("/rerank", include_in_schema=False)
+async def rerank(request: Request) -> Response:
+    async with _gateway(request).deadline(request) as answering:
+        ranking = await answering.read(similarity.parse_rerank)
+        name, _, reply = await answering.embed(ranking.request)
+        with answering.stage("encode"):
+            body = similarity.rerank_json(reply, ranking, name)
+        return _json_bytes(body, answering)
+
+
+@router.post("/v1/score", **openapi.SCORE)
+@router.post("/score", include_in_schema=False)
+async def score(request: Request) -> Response:
+    async with _gateway(request).deadline(request) as answering:
+        scoring = await answering.read(similarity.parse_score)
+        name, _, reply = await answering.embed(scoring.request)
+        with answering.stage("encode"):
+            body = similarity.score_json(reply, scoring, name)
+        return _json_bytes(body, answering)
+
+
+@router.post("/tokenize", **openapi.TOKENIZE)
+@router.post("/v1/tokenize", include_in_schema=False)
+async def tokenize(request: Request) -> Response:
     gateway = _gateway(request)
-    asked, _, reply = await gateway.embed(request, schemas.parse_encode)
-    with gateway.metrics.stage("encode"):
-        return _json_bytes(schemas.encode_json(reply, single=asked.single), reply)
+    async with gateway.deadline(request) as answering:
+        model, asked = await answering.model(await answering.read(schemas.parse_tokenize))
+        ids = await gateway.client.tokenize(model.name, asked, "image" in model.modalities)
+        counts = [len(row) for row in ids]
+        tokens, count = (ids[0], counts[0]) if asked.single else (ids, counts)
+        name = asked.model or gateway.settings.served_model_name or model.name
+        return _json({"tokens": tokens, "count": count, "max_model_len": model.max_model_len, "model": name})
 
 
-@router.get("/v1/models", summary="The models of the repository, those that are ready first")
+@router.get("/v1/models", **openapi.MODELS)
 async def models(request: Request) -> Response:
     registry = _gateway(request).registry
     cards = sorted(registry.cards, key=lambda card: card.info is None)
     return _json({"object": "list", "data": [_describe(card, registry) for card in cards]})
 
 
-@router.get("/v1/models/{model:path}", summary="One model, by any of its names")
+@router.get("/v1/models/{model:path}", **openapi.MODEL)
 async def model(request: Request) -> Response:
     registry = _gateway(request).registry
     return _json(_describe(await registry.find(request.path_params["model"]), registry))
 
 
-@router.get("/get_model_info", summary="The model that answers when none is named, in SGLang's form")
+@router.get("/get_model_info", **openapi.MODEL_INFO)
 @router.get("/model_info", include_in_schema=False)
 async def model_info(request: Request) -> Response:
-    """Another with `?model=`."""
     info = await _gateway(request).registry.resolve(request.query_params.get("model"))
     path = info.checkpoint or info.name
     return _json({"model_path": path, "tokenizer_path": path, "is_generation": False, **info.model_dump()})
 
 
-@router.get("/health", summary="Whether Triton answers and a model is ready")
+@router.get("/get_server_info", **openapi.SERVER_INFO)
+@router.get("/server_info", include_in_schema=False)
+async def server_info(request: Request) -> Response:
+    gateway = _gateway(request)
+    settings = gateway.settings.model_dump(include=PUBLIC)
+    ready = [info.model_dump() for info in gateway.registry.ready]
+    return _json({"version": request.app.version, **settings, "models": ready})
+
+
+@router.get("/health", **openapi.HEALTH)
 @router.get("/ready", include_in_schema=False)
 @router.get("/ping", include_in_schema=False)
 async def health(request: Request) -> Response:
@@ -174,9 +168,8 @@ async def health(request: Request) -> Response:
     return _json({"status": "unavailable", "reason": trouble}, 503) if trouble else _json({"status": "healthy"})
 
 
-@router.get("/health_generate", summary="Whether every ready model really embeds: one letter through each")
+@router.get("/health_generate", **openapi.HEALTH_GENERATE)
 async def health_generate(request: Request) -> Response:
-    """503 as well when Triton calls a model ready that does not answer. A full queue is no failure."""
     gateway = _gateway(request)
     if trouble := await gateway.trouble():
         return _json({"status": "unavailable", "reason": trouble}, 503)
@@ -187,11 +180,11 @@ async def health_generate(request: Request) -> Response:
     return _json({"status": "healthy" if healthy else "unavailable", "models": found}, 200 if healthy else 503)
 
 
-@router.get("/metrics", summary="Prometheus metrics")
+@router.get("/metrics", **openapi.METRICS)
 async def metrics(request: Request) -> Response:
     gateway = _gateway(request)
     gateway.metrics.serving(gateway.registry.ready)
-    return Response(gateway.metrics.render(), media_type=CONTENT_TYPE)
+    return Response(await gateway.metrics.scrape(), media_type=CONTENT_TYPE)
 
 
 def _gateway(request: Request) -> Gateway:
@@ -212,7 +205,16 @@ def _describe(card: Card, registry: Registry) -> dict[str, Any]:
     }
     if info is None:
         return {**described, "reason": card.reason}
-    fields = {"dimensions", "max_model_len", "modalities", "pooling", "matryoshka", "instructions", "prompt_names"}
+    fields = {
+        "dimensions",
+        "max_model_len",
+        "modalities",
+        "pooling",
+        "matryoshka",
+        "instructions",
+        "prompt_names",
+        "default_prompt_name",
+    }
     return {**described, **info.model_dump(include=fields)}
 
 
@@ -228,7 +230,5 @@ def _json(content: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
 
 
-def _json_bytes(body: bytes, reply: Embeddings) -> Response:
-    cut = reply.truncated
-    headers = {"x-truncated-inputs": str(cut)} if cut else None
-    return Response(body, headers=headers, media_type="application/json")
+def _json_bytes(body: bytes, answering: Answering) -> Response:
+    return Response(body, headers=answering.headers(), media_type="application/json")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from triton_embed.gateway import repository, verify
+from triton_embed.gateway import logs, repository, verify
 from triton_embed.gateway.repository import Checkpoint, RepositoryError
 from triton_embed.python_backend.errors import ConfigError
 
@@ -26,6 +26,7 @@ MODELS = ROOT / "model_repository"
 CHECKPOINTS = ROOT / "checkpoints"
 CHAT_TEMPLATES = ("gme-qwen2-vl",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 # What people type for --dtype -> config.pbtxt's word.
 DTYPES = {"half": "float16", "float": "float32", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -33,12 +34,7 @@ DTYPES = {"half": "float16", "float": "float32", "fp16": "float16", "bf16": "bfl
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exit code 0: stopped as asked; 1: it failed, with one sentence; 2: the command line is wrong."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-    # Not ours, and only of interest to someone who debugs.
-    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logs.configure(options.log_level)
     try:
         sys.exit(options.run(options))
     except (RepositoryError, ConfigError) as error:
@@ -47,13 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Run tritonserver and the gateway until stopped."""
+    from triton_embed.gateway.settings import SettingsError, read_settings
+
+    names = ("host", "port", "api_key", "served_model_name", "workers", "log_format", "cors_origins")
+    stated = {name: value for name in names if (value := getattr(options, name)) is not None}
+    try:
+        settings = read_settings(log_level=options.log_level, **stated)
+    except SettingsError as error:
+        sys.exit(f"triton-embed: {error}")
+    logs.configure(settings.log_level, settings.log_format)
     with tempfile.TemporaryDirectory(prefix="triton-embed-") as scratch:
         source, models = _models(options, Path(scratch))
         repository.check_place(source)
         # After what can be refused at once: these imports take a second.
         import uvloop
 
-        from triton_embed.gateway.settings import SettingsError, read_settings
         from triton_embed.gateway.supervisor import ServeError, Supervisor
         from triton_embed.gateway.triton_process import TritonOptions
 
@@ -66,19 +70,7 @@ def serve(options: argparse.Namespace) -> int:
             verbose=options.log_level == "debug",
             checkpoints=options.checkpoints,
         )
-        stated = {
-            "host": options.host,
-            "port": options.port,
-            "api_key": options.api_key,
-            "served_model_name": options.served_model_name,
-        }
         try:
-            settings = read_settings(
-                triton_grpc=f"{triton.address}:{triton.grpc_port}",
-                triton_repository_header=triton.repository_header,
-                log_level=options.log_level,
-                **{key: value for key, value in stated.items() if value is not None},
-            )
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(Supervisor(settings, triton).run())
             return 0
@@ -242,7 +234,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=serve)
     command.add_argument("--host", help="address of the gateway (default 127.0.0.1: this machine only)")
     command.add_argument("--port", type=int, help="port of the gateway (default 30000)")
-    command.add_argument("--api-key", help="ask clients for this key (default: none)")
+    command.add_argument(
+        "--api-key",
+        metavar="KEY[,KEY]",
+        help="ask clients for one of these keys; in TRITON_EMBED_API_KEY they stay out of the process list",
+    )
+    command.add_argument("--cors-origins", metavar="ORIGIN[,ORIGIN]", help="whose pages may read answers; * for any")
+    command.add_argument("--workers", type=int, metavar="N", help="processes of the gateway (default 1)")
+    command.add_argument("--log-format", choices=LOG_FORMATS, help="json: one object a line (default text)")
     command.add_argument(
         "--model",
         action="append",

@@ -6,9 +6,8 @@ tritonclient's class: they keep the status code apart from the text and copy the
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -20,11 +19,10 @@ from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 
 T = TypeVar("T")
+Metadata = Sequence[tuple[str, str]]
 
-RETRY_AFTER_SECONDS = 1
 CONTROL_SECONDS = 2.0  # for questions that cost Triton no compute
 DRAIN_SECONDS = 3.0
-PADDED_IDS = 2**20  # the most cells of one INPUT_IDS tensor: 4 MiB
 FLOAT32, INT32 = np.dtype("<f4"), np.dtype("<i4")
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -53,10 +51,9 @@ class TritonClient:
     Every method raises ApiError: 503 when Triton or the model does not answer, 504 past the deadline.
     """
 
-    def __init__(self, target: str, *, timeout: float, repository_header: str = "") -> None:
+    def __init__(self, target: str, *, repository_header: str = "") -> None:
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._timeout = timeout
         key, _, value = repository_header.partition("=")
         self._repository_metadata = ((f"triton-grpc-protocol-{key.lower()}", value),) if key else ()
         self._running: set[asyncio.Task[Any]] = set()
@@ -96,44 +93,60 @@ class TritonClient:
         return _output(reply, "INFO")[4:]  # after the length
 
     async def embed(
-        self, model: str, request: EmbeddingRequest, images: Sequence[Sequence[bytes]] | None = None
+        self,
+        model: str,
+        request: EmbeddingRequest,
+        rows: Sequence[int],
+        images: Sequence[Sequence[bytes]] | None = None,
+        *,
+        seconds: float | None = None,
+        metadata: Metadata = (),
+        ended: Callable[[], None] | None = None,
     ) -> Embeddings:
-        """Vectors of every input, in order. ApiError 400: the model refuses them; 429: its queue is full.
+        """Vectors of some inputs of a request, in the order of `rows`; what the model says of them counts from 0.
 
-        A model that takes images must be given `images`, those of each input, even where there are none: requests
-        with different sets of tensors never share a batch.
+        A model that takes images must be given `images`, those of every input, even where there are none: requests
+        with different sets of tensors never share a batch. After `seconds` without compute the model drops the work.
+        `ended` is called when the call has, whatever became of its caller. ApiError 400: the model refuses them; 429:
+        its queue is full.
         """
-        if request.texts:
-            return await self._infer(model, request, partial(_add_texts, texts=request.texts, images=images))
-        parts = [await self._infer(model, request, partial(_add_ids, rows=rows)) for rows in even_parts(request.ids)]
-        if len(parts) == 1:
-            return parts[0]
-        return Embeddings(
-            np.concatenate([part.vectors for part in parts]),
-            np.concatenate([part.tokens for part in parts]),
-            np.concatenate([part.dropped for part in parts]),
-        )
-
-    async def _infer(self, model: str, request: EmbeddingRequest, fill: Callable[[Any], None]) -> Embeddings:
         infer = service_pb2.ModelInferRequest(model_name=model)
-        fill(infer)
-        for name in ("EMBEDDING", "TOKENS", "DROPPED"):
+        _add_inputs(infer, request, rows, images)
+        report = request.faults.report
+        for name in ("EMBEDDING", "TOKENS", "DROPPED", "ERROR")[: 4 if report else 3]:
             infer.outputs.add(name=name)
-        for key, value in request.parameters().items():
-            if isinstance(value, str):
-                infer.parameters[key].string_param = value
-            else:
-                infer.parameters[key].int64_param = value
-        reply = await self._call(model, lambda: self._stub.ModelInfer(infer), self._timeout)
-        count = infer.inputs[0].shape[0]
-        vectors = np.frombuffer(_output(reply, "EMBEDDING"), FLOAT32).reshape(count, -1)
-        return Embeddings(vectors, _counts(reply, "TOKENS", count), _counts(reply, "DROPPED", count))
+        _add_parameters(infer, request.parameters(rows))
+        if seconds is not None:
+            infer.parameters["timeout_ms"].int64_param = max(1, int(1_000 * seconds))
+        reply = await self._call(model, lambda: self._stub.ModelInfer(infer, metadata=metadata), None, ended)
+        vectors = np.frombuffer(_output(reply, "EMBEDDING"), FLOAT32).reshape(len(rows), -1)
+        errors = [cell.decode() for cell in _cells(_output(reply, "ERROR"))] if report else ()
+        return Embeddings(vectors, _counts(reply, "TOKENS", len(rows)), _counts(reply, "DROPPED", len(rows)), errors)
 
-    async def _call(self, model: str, start: Callable[[], Awaitable[T]], seconds: float) -> T:
-        """Run one call to its end, whatever becomes of the caller; wait `seconds` for it."""
+    async def tokenize(self, model: str, request: EmbeddingRequest, takes_images: bool) -> list[list[int]]:
+        """The ids of each text as the model sees them, uncut."""
+        infer = service_pb2.ModelInferRequest(model_name=model)
+        rows = range(request.count)
+        _add_inputs(infer, request, rows, [()] * request.count if takes_images else None)
+        infer.outputs.add(name="IDS")
+        _add_parameters(infer, request.parameters(rows))
+        reply = await self._call(model, lambda: self._stub.ModelInfer(infer), None)
+        padded = np.frombuffer(_output(reply, "IDS"), INT32).reshape(request.count, -1)
+        return [row[row >= 0].tolist() for row in padded]
+
+    async def _call(
+        self,
+        model: str,
+        start: Callable[[], Awaitable[T]],
+        seconds: float | None,
+        ended: Callable[[], None] | None = None,
+    ) -> T:
+        """Run one call to its end, whatever becomes of the caller; wait `seconds` for it, or as long as it takes."""
         task = asyncio.create_task(_finish(start))
         self._running.add(task)
         task.add_done_callback(self._forget)
+        if ended is not None:
+            task.add_done_callback(lambda _: ended())
         try:
             async with asyncio.timeout(seconds):
                 return await asyncio.shield(task)
@@ -148,28 +161,30 @@ class TritonClient:
             task.exception()  # seen: nobody may be waiting for it any more
 
 
-def even_parts(rows: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-    """`rows` in order, in runs that pad to at most PADDED_IDS: one long row among 2,000 short ones costs gigabytes."""
-    first, longest = 0, 0
-    for i, row in enumerate(rows):
-        longest = max(longest, len(row))
-        if i > first and (i + 1 - first) * longest > PADDED_IDS:
-            yield rows[first:i]
-            first, longest = i, len(row)
-    yield rows[first:]
-
-
 async def _finish(start: Callable[[], Awaitable[T]]) -> T:
     return await start()
 
 
-def _add_texts(infer: Any, texts: Sequence[str], images: Sequence[Sequence[bytes]] | None) -> None:
-    """TEXT [n,1] in UTF-8, and IMAGE [n,k], k the most images of an input; an empty cell is none."""
-    _add_bytes(infer, "TEXT", (len(texts), 1), [text.encode() for text in texts])
+def _add_inputs(
+    infer: Any, request: EmbeddingRequest, rows: Sequence[int], images: Sequence[Sequence[bytes]] | None
+) -> None:
+    """TEXT [n,1] in UTF-8, and IMAGE [n,k], k the most images of an input, an empty cell for none; or INPUT_IDS."""
+    if request.ids:
+        _add_ids(infer, [request.ids[i] for i in rows])
+        return
+    _add_bytes(infer, "TEXT", (len(rows), 1), [request.texts[i].encode() for i in rows])
     if images is not None:
-        width = max(1, *map(len, images))
-        cells = [image for row in images for image in (*row, *[b""] * (width - len(row)))]
-        _add_bytes(infer, "IMAGE", (len(images), width), cells)
+        mine = [images[i] for i in rows]
+        width = max(1, *map(len, mine))
+        _add_bytes(infer, "IMAGE", (len(rows), width), [x for row in mine for x in (*row, *[b""] * (width - len(row)))])
+
+
+def _add_parameters(infer: Any, parameters: Mapping[str, int | str]) -> None:
+    for key, value in parameters.items():
+        if isinstance(value, str):
+            infer.parameters[key].string_param = value
+        else:
+            infer.parameters[key].int64_param = value
 
 
 def _add_bytes(infer: Any, name: str, shape: tuple[int, int], cells: Sequence[bytes]) -> None:
@@ -180,7 +195,7 @@ def _add_bytes(infer: Any, name: str, shape: tuple[int, int], cells: Sequence[by
 
 def _add_ids(infer: Any, rows: Sequence[Sequence[int]]) -> None:
     """INT32 [n,L]: each row padded with -1."""
-    padded = np.full((len(rows), max(map(len, rows))), -1, INT32)
+    padded = np.full((len(rows), max(1, *map(len, rows))), -1, INT32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     infer.inputs.add(name="INPUT_IDS", datatype="INT32", shape=padded.shape)
@@ -194,6 +209,15 @@ def _output(reply: Any, name: str) -> bytes:
     raise ApiError(500, f"Model '{reply.model_name}' answered without {name}")
 
 
+def _cells(content: bytes) -> Iterator[bytes]:
+    """BYTES: each cell after its length."""
+    at = 0
+    while at < len(content):
+        end = at + 4 + int.from_bytes(content[at : at + 4], "little")
+        yield content[at + 4 : end]
+        at = end
+
+
 def _counts(reply: Any, name: str, rows: int) -> npt.NDArray[np.int32]:
     return np.frombuffer(_output(reply, name), INT32).reshape(rows)
 
@@ -205,11 +229,12 @@ def _translate(error: grpc.aio.AioRpcError, model: str) -> ApiError:
         case grpc.StatusCode.INVALID_ARGUMENT:
             return invalid(details, None)
         case grpc.StatusCode.UNAVAILABLE if "Exceeds maximum queue size" in details:
-            wait = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-            return ApiError(429, f"The queue of model '{model}' is full, try again shortly", headers=wait)
+            return ApiError(429, f"The queue of model '{model}' is full, try again shortly")
         case grpc.StatusCode.UNAVAILABLE if details.startswith(f"Model '{model}' "):
             # The first line is for callers, the others are for the operator.
             return ApiError(503, details.splitlines()[0], code="model_not_ready")
+        case grpc.StatusCode.CANCELLED:
+            return ApiError(504, f"Model '{model}' did not come to this request in time")
         case grpc.StatusCode.NOT_FOUND:
             return ApiError(503, f"Model '{model}' is not loaded", code="model_not_ready")
         case grpc.StatusCode.UNAVAILABLE:

@@ -11,6 +11,7 @@ STATUSES: dict[int, tuple[str, str | None]] = {
     401: ("authentication_error", "invalid_api_key"),
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "timeout"),
     413: ("invalid_request_error", "body_too_large"),
     429: ("rate_limit_error", "queue_full"),
     500: ("server_error", "internal_error"),
@@ -41,11 +42,14 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
-    def response(self) -> Response:
-        """The error body every OpenAI client reads."""
+    def body(self) -> dict[str, str | None]:
+        """What every OpenAI client reads under `error`."""
         kind, code = STATUSES.get(self.status, STATUSES[400 if self.status < 500 else 500])
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code or code}
-        return Response(orjson.dumps({"error": error}), self.status, self.headers, "application/json")
+        return {"message": self.message, "type": kind, "param": self.param, "code": self.code or code}
+
+    def response(self) -> Response:
+        """The whole answer."""
+        return Response(orjson.dumps({"error": self.body()}), self.status, self.headers, "application/json")
 
 
 def invalid(message: str, param: str | None) -> ApiError:

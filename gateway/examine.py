@@ -16,6 +16,7 @@ from triton_embed.gateway.cards import Input, Vector
 from triton_embed.gateway.client import TritonClient
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.fetch import Fetcher, FetchError
+from triton_embed.gateway.items import Prompt
 from triton_embed.gateway.model import ModelInfo
 from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 from triton_embed.gateway.triton_process import TritonOptions, TritonProcess
@@ -68,7 +69,6 @@ async def _examine(options: TritonOptions, model: str, inputs: Sequence[Input], 
     process = await TritonProcess.start(options)
     client = TritonClient(
         f"{options.address}:{options.grpc_port}",
-        timeout=ANSWER_SECONDS,
         repository_header=options.repository_header,
     )
     ended = asyncio.create_task(process.end())
@@ -162,6 +162,11 @@ async def _embed(
     instruction: str | None = None,
 ) -> Embeddings:
     texts = [text for text, _ in rows]
-    request = EmbeddingRequest(model=None, texts=texts, ids=[], single=False, param="input", instruction=instruction)
+    prompt = Prompt(instruction)
+    request = EmbeddingRequest(model=None, texts=texts, ids=[], single=False, param="input", prompt=prompt)
     images = [pictures for _, pictures in rows] if "image" in info.modalities else None
-    return await client.embed(info.name, request, images)
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await client.embed(info.name, request, range(len(rows)), images)
+    except TimeoutError:
+        raise ApiError(504, f"No answer within {ANSWER_SECONDS:g} s") from None

@@ -3,9 +3,10 @@
 Images stay what the caller sent - a data: URI, base64 or an http(s) URL - until media.py makes bytes of them.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from triton_embed.gateway.errors import ApiError, invalid
 
@@ -18,43 +19,40 @@ WORDS: Final[dict[type, str]] = {
     dict: "an object",
     type(None): "null",
 }
-KEYS = ("text", "image", "image_url", "instruction")
+PROMPT_KEYS = ("instruction", "prompt_name", "input_type")
+KEYS = ("text", "image", "image_url", *PROMPT_KEYS)
+# Cohere's and Voyage's words for the two sides of a search.
+INPUT_TYPES: Final[dict[str, str]] = {
+    "query": "query",
+    "document": "document",
+    "passage": "document",
+    "search_query": "query",
+    "search_document": "document",
+}
 PART_TYPES = ("text", "image_url", "image")  # of OpenAI's messages, and of Qwen's
 IMAGE_URL_KEYS = ("url", "detail")  # `detail` asks OpenAI for a resolution: the model's own rules say that here
 
-# For the OpenAPI page; the rules themselves are the functions below.
-_IMAGE_SCHEMA: Final[dict[str, Any]] = {
-    "description": "A data: URI, base64, or an http(s) URL; a list of them is several images in one input",
-    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-}
-_IMAGE_URL_SCHEMA: Final[dict[str, Any]] = {
-    "anyOf": [{"type": "string"}, {"type": "object", "required": ["url"], "properties": {"url": {"type": "string"}}}]
-}
-ITEM_SCHEMA: Final[dict[str, Any]] = {
-    "description": "One input of a text, an image, or both together where the model can",
-    "type": "object",
-    "properties": {
-        "text": {"type": "string"},
-        "image": _IMAGE_SCHEMA,
-        "image_url": _IMAGE_URL_SCHEMA,
-        "instruction": {"type": "string", "description": "The same for every input"},
-    },
-    "additionalProperties": False,
-}
-PARTS_SCHEMA: Final[dict[str, Any]] = {
-    "description": "Content parts: the parts of one input",
-    "type": "array",
-    "items": {
-        "type": "object",
-        "required": ["type"],
-        "properties": {
-            "type": {"enum": list(PART_TYPES)},
-            "text": {"type": "string"},
-            "image_url": _IMAGE_URL_SCHEMA,
-            "image": _IMAGE_SCHEMA,
-        },
-    },
-}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """How the caller wants an input to be prompted: at most one of the first two, as far as anybody has checked."""
+
+    instruction: str | None = None
+    prompt_name: str | None = None
+    input_type: str | None = None  # query or document
+
+    def __bool__(self) -> bool:
+        return self != NO_PROMPT
+
+    def parameters(self) -> dict[str, str]:
+        """What travels to the model: only what was given."""
+        given = {"instruction": self.instruction, "prompt_name": self.prompt_name}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+NO_PROMPT = Prompt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,35 @@ class Item:
 
     text: str
     images: tuple[str, ...] = ()
-    instruction: str | None = None
+    prompt: Prompt = NO_PROMPT
+
+
+NO_ITEM = Item("")  # in the place of one that is at fault
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """The inputs of a request that cannot be embedded, by index.
+
+    The first of them ends the request, unless the caller asked for a `report` of them all.
+    """
+
+    report: bool = False
+    found: dict[int, ApiError] = field(default_factory=dict)
+
+    def add(self, index: int, error: ApiError) -> None:
+        """ApiError: `error` itself, where nobody asked for a report. The first one of an input counts."""
+        if not self.report:
+            raise error
+        self.found.setdefault(index, error)
+
+    def attempt(self, index: int, step: Callable[[], T], instead: T) -> T:
+        """What `step` gives, or `instead` when it finds fault with the input."""
+        try:
+            return step()
+        except ApiError as error:
+            self.add(index, error)
+            return instead
 
 
 def is_part(item: Any) -> bool:
@@ -71,19 +97,30 @@ def is_part(item: Any) -> bool:
     return type(item) is dict and "type" in item
 
 
-def read_items(given: Sequence[Any], param: str) -> list[Item]:
+def read_items(given: Sequence[Any], param: str, faults: Faults) -> list[Item]:
     """Every input of a list of strings, objects and lists of content parts. ApiError 400 names index and key."""
-    return [_item(i, item, param) for i, item in enumerate(given)]
+    return [faults.attempt(i, partial(_item, i, item, param), NO_ITEM) for i, item in enumerate(given)]
 
 
-def shared_instruction(items: Iterable[Item], outer: str | None, param: str) -> str | None:
-    """The one instruction of a request. ApiError 400: an item's differs from another's or from `outer`."""
-    given = [item.instruction or outer for item in items]
-    for i, instruction in enumerate(given):
-        if instruction != (outer or given[0]):
-            message = f"Input at index {i}: instruction per item is not supported: send it for the whole request"
-            raise invalid(message, param)
-    return given[0]
+def read_prompt(fields: dict[str, Any], param: str | None = None, where: str = "") -> Prompt:
+    """The three keys that say how to prompt. An empty prompt_name is no prompt at all, not even the model's default.
+
+    `param` and `where` name an input rather than the request. ApiError 400: of the wrong kind, or contradictory.
+    """
+    instruction, name, side = (_text(fields, key, param, where) for key in PROMPT_KEYS)
+    instruction, side = instruction or None, side or None
+    if instruction and name:
+        raise invalid(f"{where}Send either instruction or prompt_name", param or "prompt_name")
+    if instruction and "\0" in instruction:  # Triton's parameters end there
+        raise invalid(f"{where}instruction must not hold a NUL character", param or "instruction")
+    if side and side.lower() not in INPUT_TYPES:
+        message = f"{where}input_type must be 'query' or 'document', got '{side[:100]}'"
+        raise invalid(message, param or "input_type")
+    side = INPUT_TYPES[side.lower()] if side else None
+    if side == "document" and instruction:
+        message = f"{where}instruction is for queries, and input_type says 'document'"
+        raise invalid(message, param or "instruction")
+    return Prompt(instruction, None if instruction else name, side)
 
 
 def refused(index: int, item: Any, wanted: str, param: str) -> ApiError:
@@ -114,7 +151,7 @@ def _item(index: int, given: Any, param: str) -> Item:
         return item
     if not item.images:
         raise invalid(f"{where} cannot be empty or whitespace only", param)
-    return Item("", item.images, item.instruction)
+    return Item("", item.images, item.prompt)
 
 
 def _object(where: str, given: dict[str, Any], param: str) -> Item:
@@ -125,7 +162,7 @@ def _object(where: str, given: dict[str, Any], param: str) -> Item:
             *_images(where, "image", given.get("image"), param),
             *_images(where, "image_url", given.get("image_url"), param),
         ),
-        _string(where, "instruction", given.get("instruction"), param) or None,
+        read_prompt(given, param, f"{where}: ") if any(key in given for key in PROMPT_KEYS) else NO_PROMPT,
     )
 
 
@@ -148,6 +185,13 @@ def _parts(where: str, given: list[Any], param: str) -> Item:
         else:
             images += _images(here, kind, part[kind], param)
     return Item("\n".join(texts), tuple(images))
+
+
+def _text(fields: dict[str, Any], key: str, param: str | None, where: str) -> str | None:
+    value = fields.get(key)
+    if value is not None and type(value) is not str:
+        raise invalid(f"{where}{key} must be a string, got {WORDS[type(value)]}", param or key)
+    return value
 
 
 def _string(where: str, key: str, value: Any, param: str) -> str:

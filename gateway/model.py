@@ -1,8 +1,12 @@
 """What a model says about itself, and whether a request fits it: checked before anything is sent to Triton."""
 
+from dataclasses import replace
+from functools import partial
+
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from triton_embed.gateway.errors import invalid
+from triton_embed.gateway.items import NO_PROMPT, Prompt
 from triton_embed.gateway.schemas import EmbeddingRequest
 
 
@@ -22,28 +26,73 @@ class ModelInfo(BaseModel):
     matryoshka: bool | list[int] | None  # true: any size up to `dimensions`
     instructions: bool
     prompt_names: list[str]
+    default_prompt_name: str | None  # of texts for which the caller names none
+    batch_tokens: PositiveInt  # of one forward pass
+    max_request_tokens: PositiveInt
     dtype: str
     device: str
     kernels: str
 
 
-def check(request: EmbeddingRequest, model: ModelInfo) -> None:
-    """ApiError 400 if `model` cannot do what `request` asks, with the texts the model itself would answer."""
-    _check_dimensions(request.dimensions, model)
-    if request.instruction and not model.instructions:
-        message = f"Model '{model.name}' takes no instruction: it was trained without one"
-        raise invalid(message, "instruction")
-    if request.instruction and request.prompt_name:
-        raise invalid("Send either instruction or prompt_name", "prompt_name")
+def fit(request: EmbeddingRequest, model: ModelInfo) -> EmbeddingRequest:
+    """The request as `model` understands it: prompts by the names it has for them.
+
+    ApiError 400 if it cannot do what is asked, with the texts the model itself would answer.
+    """
+    for size in request.form.sizes:
+        _check_dimensions(size, model)
+    if request.prompt or request.prompts:
+        request = _prompted(request, model)
     if request.ids:
         _check_ids(request, model)
     if request.images:
         _check_images(request, model)
+    return request
 
 
-def _check_dimensions(asked: int | None, model: ModelInfo) -> None:
+def _prompted(request: EmbeddingRequest, model: ModelInfo) -> EmbeddingRequest:
+    if not request.prompts:
+        prompt = _prompt(request.prompt, model)
+        if request.ids and (given := prompt.parameters()):
+            field = next(iter(given))
+            raise invalid(f"{field} needs text: token ids are used as they are", field)
+        return replace(request, prompt=prompt)
+    prompts = [
+        request.faults.attempt(i, partial(_prompt, prompt, model, f"Input at index {i}: "), NO_PROMPT)
+        for i, prompt in enumerate(request.prompts)
+    ]
+    return replace(request, prompts=prompts)
+
+
+def _prompt(asked: Prompt, model: ModelInfo, where: str = "") -> Prompt:
+    """The instruction or the name that stands for what was asked; documents get none, unless one was made for them."""
+    instruction, name, side = asked.instruction, asked.prompt_name, asked.input_type
+    if instruction and not model.instructions:
+        message = f"{where}Model '{model.name}' takes no instruction: it was trained without one"
+        raise invalid(message, "instruction")
+    if name and name not in model.prompt_names:
+        known = ", ".join(model.prompt_names) or "none"
+        raise invalid(f"{where}Model '{model.name}' has no prompt_name '{name[:100]}'; it has: {known}", "prompt_name")
+    # An empty name keeps the default prompt away.
+    no_prompt = Prompt(prompt_name="") if model.default_prompt_name else NO_PROMPT
+    if name == "":
+        return no_prompt
+    if instruction or name or not side:
+        return replace(asked, input_type=None)
+    if side == "query":
+        if "query" in model.prompt_names:
+            return Prompt(prompt_name="query")
+        if model.instructions:
+            message = f"{where}Model '{model.name}' has no prompt of its own for queries: send an instruction"
+            raise invalid(message, "input_type")
+        return NO_PROMPT
+    own = next((name for name in ("document", "passage") if name in model.prompt_names), None)
+    return Prompt(prompt_name=own) if own else no_prompt
+
+
+def _check_dimensions(asked: int, model: ModelInfo) -> None:
     """SGLang's rules and texts for an output size the model was not trained to give."""
-    if asked is None or asked == model.dimensions:
+    if asked == model.dimensions:
         return
     if asked < 1:
         raise invalid("Requested dimensions must be greater than 0", "dimensions")
@@ -59,10 +108,10 @@ def _check_dimensions(asked: int | None, model: ModelInfo) -> None:
 
 
 def _check_ids(request: EmbeddingRequest, model: ModelInfo) -> None:
-    if request.instruction or request.prompt_name:
-        field = "instruction" if request.instruction else "prompt_name"
-        raise invalid(f"{field} needs text: token ids are used as they are", field)
+    cuts = request.truncate != "none" or request.long_text == "mean"
     for i, row in enumerate(request.ids):
+        if not row:  # at fault already
+            continue
         if min(row) < 0 or max(row) >= model.vocab_size:
             foreign = next(id_ for id_ in row if not 0 <= id_ < model.vocab_size)
             message = (
@@ -70,13 +119,13 @@ def _check_ids(request: EmbeddingRequest, model: ModelInfo) -> None:
                 f"(0 to {model.vocab_size - 1}). Ids must come from the model's own tokenizer; "
                 "LangChain's OpenAIEmbeddings needs check_embedding_ctx_length=False."
             )
-            raise invalid(message, request.param)
-        if request.truncate == "none" and len(row) > model.max_model_len:
+            request.refuse(i, message)
+        elif len(row) > model.max_model_len and not cuts:
             message = (
                 f"The input ({len(row)} tokens) is longer than the model's context length "
                 f"({model.max_model_len} tokens). (input at index {i})"
             )
-            raise invalid(message, request.param)
+            request.refuse(i, message)
 
 
 def _check_images(request: EmbeddingRequest, model: ModelInfo) -> None:
@@ -85,10 +134,10 @@ def _check_images(request: EmbeddingRequest, model: ModelInfo) -> None:
     for i, (text, images) in enumerate(zip(request.texts, request.images, strict=True)):
         fault = ""
         if images and "image" not in model.modalities:
-            fault = f"takes no images: input at index {i} has one"
+            fault = "takes no images"
         elif images and text:
-            fault = f"embeds a text or an image, not both together: input at index {i} has both"
+            fault = "embeds a text or an image, not both together"
         elif len(images) > 1:
-            fault = f"embeds one image at a time: input at index {i} has {len(images)}"
+            fault = "embeds one image at a time"
         if fault:
-            raise invalid(f"Model '{model.name}' {fault}", request.param)
+            request.refuse(i, f"Model '{model.name}' {fault} (input at index {i})")

@@ -7,14 +7,13 @@ once), so the end of a stub ends the server: every call in flight then fails at 
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import re
 import secrets
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +32,21 @@ _NOISE = re.compile(r"CudaDriverHelper|NVML")
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 
 
+# PR_SET_PDEATHSIG outlives execv. Not in `preexec_fn`: Python that runs between fork and exec, in a process that has
+# gRPC's threads, can crash before it is anything.
+_TIE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, int(sys.argv[1]))
+if os.getppid() == int(sys.argv[2]):
+    os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+def tied_to_this_process(command: Sequence[str]) -> list[str]:
+    """`command` so that Linux sends it SIGTERM when this process ends, however that happens."""
+    return [sys.executable, "-ISc", _TIE, str(int(signal.SIGTERM)), str(os.getpid()), *command]
+
+
 @dataclass(frozen=True)
 class TritonOptions:
     """How to start tritonserver: which models of which repository, on which loopback ports."""
@@ -45,7 +59,8 @@ class TritonOptions:
     address: str = "127.0.0.1"
     verbose: bool = False
     checkpoints: Path | None = None
-    # Loading a model runs its Python: only the holder of this key may.
+    # Loading a model runs its Python: only the holder of this key may. tritonserver takes it from its command line
+    # alone, where other users of this machine can read it.
     key: str = field(default_factory=lambda: secrets.token_hex(16))
 
     @property
@@ -94,12 +109,11 @@ class TritonProcess:
     async def start(cls, options: TritonOptions) -> "TritonProcess":
         """Start it in a process group of its own; it ends when this process does, however that happens."""
         process = await asyncio.create_subprocess_exec(
-            *options.command(),
+            *tied_to_this_process(options.command()),
             env=options.environment(),
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
         return cls(process, options.verbose)
 
@@ -172,8 +186,3 @@ def _stubs_of(server: int) -> Iterator[tuple[str, str]]:
             continue
         if words and Path(words[0]).name == STUB:
             yield words[1], words[2]
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

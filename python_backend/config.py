@@ -156,6 +156,7 @@ class ModelConfig:
     lowercase: bool = False
     matryoshka: Literal[True] | tuple[int, ...] | None = None  # True: any size; None: the model was not trained for it
     prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None  # the name of the prompt of texts that come without one
     image_positions: str = "mrope"
     normalisation: tuple[Channels, ...] = ()  # mean and standard deviation of a picture's pixels
 
@@ -181,6 +182,7 @@ class ModelConfig:
         sentence = JsonFile(directory / "sentence_bert_config.json")
         length = sentence.size("max_seq_length") if sentence.has("max_seq_length") else 0
         dense = _dense(directory, shape.hidden_size)
+        prompts, default_prompt = _prompts(directory)
         return cls(
             model_type=model_type,
             shape=shape,
@@ -189,19 +191,26 @@ class ModelConfig:
             dense=dense,
             lowercase=sentence.get("do_lower_case", bool, False),
             matryoshka=_matryoshka(config, dense[-1].outputs if dense else shape.hidden_size, serving),
-            prompts=_prompts(directory),
+            prompts=prompts,
+            default_prompt=default_prompt,
             image_positions=serving.image_positions,
             normalisation=spec.normalisation(directory),
         )
 
 
-def _prompts(directory: Path) -> dict[str, str]:
-    """The named prompts of config_sentence_transformers.json."""
+def _prompts(directory: Path) -> tuple[dict[str, str], str | None]:
+    """The named prompts of config_sentence_transformers.json, and the name of the one used by default."""
     file = JsonFile(directory / "config_sentence_transformers.json")
     prompts: dict[str, str] = file.get("prompts", dict, {})
     if any(not isinstance(prompt, str) for prompt in prompts.values()):
         raise file.refuse("prompts", "not all of which are strings")
-    return prompts
+    default: str | None = file.get("default_prompt_name", str, None)
+    if default in prompts:
+        return prompts, default
+    # sentence-transformers gives every model these two, empty unless the file fills them.
+    if default not in (None, "query", "document"):
+        raise file.refuse("default_prompt_name", f"not one of prompts, which has {', '.join(prompts) or 'none'}")
+    return prompts, None
 
 
 def _modules(directory: Path) -> list[tuple[str, Path]]:

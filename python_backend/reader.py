@@ -66,15 +66,20 @@ class Reader:
         return own or (["query", "document"] if self._prompt and self._query else [])
 
     def template(self, parameters: Mapping[str, Any]) -> Template:
-        """How the text of an item is written for the tokenizer, by a request's instruction or prompt_name.
+        """How the text of an item is written for the tokenizer, by an instruction or a prompt_name.
 
+        Neither: with the prompt that the checkpoint uses by default. An empty prompt_name: with none at all.
         BadRequest: both, an unknown name, or an instruction for a model that was trained without.
         """
         name, instruction = parameters.get("prompt_name"), parameters.get("instruction")
         if name is None:
-            return self._instruct(instruction) if instruction else self._plain()
-        if instruction is not None:
+            if instruction is not None:
+                return self._instruct(instruction) if instruction else self._plain()
+            name = self._model.default_prompt or ""
+        elif instruction is not None:
             raise BadRequest("Send either instruction or prompt_name")
+        if not name:
+            return self._plain()
         if name not in self.prompt_names:
             known = ", ".join(self.prompt_names) or "none"
             raise BadRequest(f"Model '{self._name}' has no prompt_name '{name}'; it has: {known}")
@@ -97,13 +102,17 @@ class Reader:
         """An encoded image as the vision tower wants it. BadRequest: it cannot be read."""
         raise BadRequest(f"Model '{self._name}' takes no images (input at index {index})")
 
-    def row(self, ids: Ids, pictures: tuple[Pixels, ...], truncate: str, index: int) -> Row:
-        """The row of an item: `ids` is its encoded template, none where it has no ids."""
-        return self.tokenizer.cut_text(ids, truncate, index)
+    def row(self, ids: Ids, pictures: tuple[Pixels, ...], template: Template, truncate: str, index: int) -> Row:
+        """The row of an item: `ids` is how it was written in its template, none where it has no ids."""
+        return self.tokenizer.cut_text(ids, truncate, index, template.before)
+
+    def own_ids(self, ids: Ids, index: int) -> Ids:
+        """The token ids that the caller made, as the network takes them. BadRequest: one that it cannot take."""
+        return self.tokenizer.check_ids(ids, index)
 
     def ids_row(self, ids: Ids, truncate: str, index: int) -> Row:
-        """The row of token ids that the caller made. BadRequest: one outside the vocabulary."""
-        return self.tokenizer.cut_ids(self.tokenizer.check_ids(ids, index), truncate, index)
+        """The row of token ids that the caller made. BadRequest: one that the network cannot take."""
+        return self.tokenizer.cut_ids(self.own_ids(ids, index), truncate, index)
 
     def share(self, row: Row, template: Template) -> Row:
         """The row, saying how many of its ids are the template's."""
@@ -154,10 +163,10 @@ class ClipReader(Reader):
     def check(self, item: Item, index: int) -> None:
         if item.text and item.images:
             raise BadRequest(
-                f"Model '{self._name}' embeds a text or an image, not both together: input at index {index} has both"
+                f"Model '{self._name}' embeds a text or an image, not both together (input at index {index})"
             )
         if len(item.images) > 1:
-            raise BadRequest(f"Model '{self._name}' embeds one image at a time: input at index {index} has several")
+            raise BadRequest(f"Model '{self._name}' embeds one image at a time (input at index {index})")
         if not item.text and not item.images:
             raise BadRequest(f"Input at index {index} cannot be empty or whitespace only")
 
@@ -167,15 +176,14 @@ class ClipReader(Reader):
     def picture(self, data: bytes, index: int) -> Pixels:
         return self._images.read(data, index)
 
-    def row(self, ids: Ids, pictures: tuple[Pixels, ...], truncate: str, index: int) -> Row:
+    def row(self, ids: Ids, pictures: tuple[Pixels, ...], template: Template, truncate: str, index: int) -> Row:
         if pictures:
             return Row(NO_IDS, pictures, self._shape.vision_tokens)
-        fitted = self.tokenizer.cut_text(ids, truncate, index)
+        fitted = super().row(ids, pictures, template, truncate, index)
         return replace(fitted, ids=self._to_end(fitted.ids, index))
 
-    def ids_row(self, ids: Ids, truncate: str, index: int) -> Row:
-        ids = self._to_end(self.tokenizer.check_ids(ids, index), index)
-        return self.tokenizer.cut(ids, truncate, index, 0, 1)
+    def own_ids(self, ids: Ids, index: int) -> Ids:
+        return self._to_end(super().own_ids(ids, index), index)
 
     def _to_end(self, ids: Ids, index: int) -> Ids:
         """Up to the end-of-text token as transformers finds it."""
@@ -224,7 +232,7 @@ class ChatReader(Reader):
     def picture(self, data: bytes, index: int) -> Pixels:
         return self._images.read(data, index)
 
-    def row(self, ids: Ids, pictures: tuple[Pixels, ...], truncate: str, index: int) -> Row:
+    def row(self, ids: Ids, pictures: tuple[Pixels, ...], template: Template, truncate: str, index: int) -> Row:
         tokens = [self._tokens(picture) for picture in pictures]
         places = np.flatnonzero(ids == self._shape.image_token)
         if len(places) != len(pictures):
@@ -238,13 +246,13 @@ class ChatReader(Reader):
         fitted = self.tokenizer.cut(ids, truncate, index, head, self._tail_tokens)
         return Row(fitted.ids, pictures, sum(tokens) * self._shape.merge**2, fitted.dropped)
 
-    def ids_row(self, ids: Ids, truncate: str, index: int) -> Row:
+    def own_ids(self, ids: Ids, index: int) -> Ids:
         if (ids == self._shape.image_token).any():
             raise BadRequest(
                 f"Input at index {index} has token id {self._shape.image_token}, which stands for an image: send the "
                 "image itself"
             )
-        return super().ids_row(ids, truncate, index)
+        return super().own_ids(ids, index)
 
     def _plain(self) -> Template:
         return self._instruct(self.default_instruction)

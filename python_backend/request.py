@@ -19,21 +19,41 @@ class Item:
     images: tuple[bytes, ...] = ()
 
 
-PARAMETERS = {"dimensions": int, "instruction": str, "prompt_name": str, "truncate": str}
-TRUNCATE = ("end", "start", "none")
+PARAMETERS = {
+    "dimensions": int,
+    "instruction": str,
+    "prompt_name": str,
+    "prompts": str,
+    "truncate": str,
+    "long_text": str,
+    "on_error": str,
+    "timeout_ms": int,
+}
+# Of parameters that take one of a few words, the default first.
+CHOICES = {"truncate": ("end", "start", "none"), "long_text": ("truncate", "mean"), "on_error": ("fail", "report")}
+PROMPT = ("instruction", "prompt_name")  # what a row's own prompt may hold, one of them
+PROMPTS = (*PROMPT, "prompts")
 
 
 def parse_parameters(text: str) -> dict[str, Any]:
     """The request parameters, each known and of its kind. BadRequest names the one that is not."""
-    parameters: dict[str, Any] = json.loads(text or "{}")
+    parameters: dict[str, Any] = json.loads(text) if text else {}
+    if not parameters:
+        return parameters
     for key, value in parameters.items():
         if key not in PARAMETERS:
             raise BadRequest(f"Unknown parameter '{key}'; known are {', '.join(PARAMETERS)}")
         if type(value) is not PARAMETERS[key]:
             kind = "a whole number" if PARAMETERS[key] is int else "a string"
             raise BadRequest(f"Parameter '{key}' must be {kind}, got {value!r}")
-    if parameters.get("truncate", "end") not in TRUNCATE:
-        raise BadRequest(f"truncate must be end, start or none, got '{parameters['truncate']}'")
+    for key, known in CHOICES.items():
+        if parameters.get(key, known[0]) not in known:
+            words = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise BadRequest(f"{key} must be {words}, got '{parameters[key]}'")
+    if parameters.get("timeout_ms", 1) < 1:
+        raise BadRequest(f"timeout_ms must be greater than 0, got {parameters['timeout_ms']}")
+    if "prompts" in parameters and not parameters.keys().isdisjoint(PROMPT):
+        raise BadRequest("Send either prompts or one instruction or prompt_name for all rows")
     return parameters
 
 
@@ -57,28 +77,50 @@ def check_dimensions(dimensions: int | None, name: str, model: ModelConfig) -> N
         )
 
 
-def decode_text(row: npt.NDArray[np.object_], index: int) -> str:
-    """One row of TEXT; empty where it holds nothing but white space. BadRequest: not one value, or not UTF-8."""
-    if len(row) != 1:
-        raise BadRequest(f"TEXT must be [rows, 1], row {index} has {len(row)} values")
+def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
+    """The prompt of each row: nothing, an instruction or a prompt_name. BadRequest names the row that is otherwise."""
     try:
-        text = row[0].decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadRequest(f"Input at index {index} is not valid UTF-8") from None
-    return str(text) if text.strip() else ""
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRequest("prompts is not valid JSON") from None
+    if not isinstance(found, list) or len(found) != rows:
+        count = f"{len(found)} entries" if isinstance(found, list) else "no list"
+        raise BadRequest(f"prompts must be a list with an entry for each of the {rows} rows, got {count}")
+    prompts = [{} if prompt is None else prompt for prompt in found]
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, dict) or not prompt.keys() <= set(PROMPT) or len(prompt) > 1:
+            raise BadRequest(f"An entry of prompts must hold an instruction or a prompt_name (input at index {i})")
+        for key, value in prompt.items():
+            if not isinstance(value, str):
+                raise BadRequest(f"Parameter '{key}' must be a string, got {value!r} (input at index {i})")
+            try:
+                value.encode()
+            except UnicodeEncodeError:  # a lone surrogate, which JSON can write
+                raise BadRequest(f"Parameter '{key}' is not valid Unicode (input at index {i})") from None
+    return prompts
 
 
-def read_items(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object_] | None) -> list[Item]:
-    """One item a row of TEXT and IMAGE. BadRequest: neither tensor, different numbers of rows, or text that is none."""
+def count_rows(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object_] | None) -> int:
+    """Rows of TEXT and IMAGE. BadRequest: neither tensor, different numbers of rows, or TEXT with several columns."""
     given = [tensor for tensor in (text, image) if tensor is not None]
     if not given:
         raise BadRequest("Send either TEXT or INPUT_IDS")
     if len({len(tensor) for tensor in given}) > 1:
         raise BadRequest(f"TEXT has {len(given[0])} rows, IMAGE has {len(given[1])}")
-    rows = range(len(given[0]))
-    texts = [""] * len(rows) if text is None else [decode_text(text[i].reshape(-1), i) for i in rows]
-    images = [()] * len(rows) if image is None else [tuple(x for x in image[i].reshape(-1) if x) for i in rows]
-    return [Item(*pair) for pair in zip(texts, images, strict=True)]
+    if text is not None and text.size != len(text):
+        raise BadRequest(f"TEXT must be [rows, 1], got {list(text.shape)}")
+    return len(given[0])
+
+
+def read_item(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object_] | None, row: int) -> Item:
+    """A row of TEXT and IMAGE; a text of nothing but white space is none. BadRequest: the text is not UTF-8."""
+    found = b"" if text is None else text[row].reshape(-1)[0]
+    try:
+        written = found.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRequest(f"Input at index {row} is not valid UTF-8") from None
+    images = () if image is None else tuple(x for x in image[row].reshape(-1) if x)
+    return Item(written if written.strip() else "", images)
 
 
 def unpad_ids(row: npt.NDArray[np.int32], index: int) -> npt.NDArray[np.int32]:

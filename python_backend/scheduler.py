@@ -5,6 +5,7 @@ hold requests back, so that its queue limits, priorities and timeouts mean somet
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -24,31 +25,37 @@ log = logging.getLogger(__name__)
 CANCEL_SECONDS = 0.05
 
 Compute = Callable[[Sequence[Row], Sequence[int]], npt.NDArray[np.float32]]
+# Told of each forward pass: seconds that the requests it began had waited, its own seconds, its tokens.
+Watch = Callable[[Sequence[float], float, int], None]
 
 
 class Reply(Protocol):
-    """Where the outcome of a job goes: exactly one of `done` and `failed`, exactly once."""
+    """Where the outcome of a job goes: exactly one of `done`, `failed` and `dropped`, exactly once."""
 
     def cancelled(self) -> bool: ...
     def done(self, vectors: npt.NDArray[np.float32]) -> None: ...
     def failed(self, reason: str) -> None: ...
+    def dropped(self, reason: str) -> None: ...
 
 
 class Job:
     """The rows of one request: they may be spread over several forward passes, the reply is one.
 
     `vectors` is fp32 [rows, dims]; rows are computed shortest first, so that equal lengths are neighbours.
+    `deadline`, on the monotonic clock: a job that has not begun by then is dropped.
     """
 
-    def __init__(self, rows: Sequence[Row], dims: int, reply: Reply) -> None:
+    def __init__(self, rows: Sequence[Row], dims: int, reply: Reply, deadline: float = math.inf) -> None:
         self.rows = rows
         self.dims = dims
         self.reply = reply
+        self.deadline = deadline
         self.vectors = np.empty((len(rows), dims), dtype=np.float32)
         self.cost = sum(row.cost for row in rows)
         self.waiting = deque(sorted(range(len(rows)), key=lambda i: rows[i].cost))
         self.left = len(rows)
         self.submitted = time.monotonic()
+        self.begun = False
 
 
 class Scheduler:
@@ -59,8 +66,11 @@ class Scheduler:
     (a short query then takes about half as long again).
     """
 
-    def __init__(self, compute: Compute, batch_tokens: int, delivery: Delivery, engine: Executor) -> None:
+    def __init__(
+        self, compute: Compute, batch_tokens: int, delivery: Delivery, engine: Executor, watch: Watch | None = None
+    ) -> None:
         self._compute = compute
+        self._watch = watch
         self._delivery = delivery
         self._budget = batch_tokens
         self._queue: deque[Job] = deque()
@@ -87,6 +97,7 @@ class Scheduler:
     def _run_engine(self) -> None:
         while rows := self._take():
             jobs = {job for job, _ in rows}
+            began = time.monotonic()
             try:
                 vectors = self._compute([job.rows[i] for job, i in rows], [job.dims for job, _ in rows])
                 for (job, i), vector in zip(rows, vectors, strict=True):
@@ -97,7 +108,14 @@ class Scheduler:
                 continue
             for job, _ in rows:
                 job.left -= 1
+            ended = time.monotonic()
             self._settle([job for job in jobs if not job.left])
+            if self._watch is not None:  # after the replies, which should not wait for it
+                waits = [began - job.submitted for job in jobs if not job.begun]
+                tokens = sum(job.rows[i].cost for job, i in rows)
+                self._delivery.put(partial(self._watch, waits, ended - began, tokens))
+            for job in jobs:
+                job.begun = True
 
     def _take(self) -> list[tuple[Job, int]]:
         """The next rows to compute, up to the token budget and at least one; none: the scheduler is closing."""
@@ -110,10 +128,10 @@ class Scheduler:
                 tokens = 0
                 while self._queue:
                     job = self._queue[0]
-                    if len(job.waiting) == len(job.rows) and _cancelled(job):
+                    if len(job.waiting) == len(job.rows) and (reason := _given_up(job)):
                         self._queue.popleft()
                         self._admitted -= job.cost
-                        self._delivery.put(partial(self._finish, job, "The request was cancelled"))
+                        self._delivery.put(partial(job.reply.dropped, reason))
                         continue
                     while job.waiting and (not rows or tokens + job.rows[job.waiting[0]].cost <= self._budget):
                         i = job.waiting.popleft()
@@ -155,12 +173,18 @@ class Scheduler:
         job.reply.failed(reason)
 
 
-def _cancelled(job: Job) -> bool:
-    """Whether nobody waits for it any more. Asking costs tens of microseconds: only where it may have waited long."""
-    if time.monotonic() - job.submitted < CANCEL_SECONDS:
-        return False
+def _given_up(job: Job) -> str | None:
+    """Why nobody waits for it any more, if so.
+
+    Asking costs tens of microseconds: only where it may have waited long.
+    """
+    now = time.monotonic()
+    if now > job.deadline:
+        return "The request's deadline passed before its computation began"
+    if now - job.submitted < CANCEL_SECONDS:
+        return None
     try:
-        return job.reply.cancelled()
+        return "The request was cancelled" if job.reply.cancelled() else None
     except Exception:
         log.exception("a request could not be asked whether it was cancelled")
-        return False
+        return None

@@ -1,15 +1,18 @@
 """EmbeddingServer: a family as Triton sees it. The only file that talks to Triton's Python backend.
 
 Inputs TEXT (BYTES [n,1]) and, where the model takes pictures, IMAGE (BYTES [n,k]: encoded files, empty = none), or
-INPUT_IDS (INT32 [n,L], rows padded with -1); outputs EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), and
-INFO (BYTES [n,1]: JSON about the model) when it alone is asked for.
+INPUT_IDS (INT32 [n,L], rows padded with -1); outputs EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), ERROR
+(BYTES [n,1]) with on_error "report", and without any compute, each when it alone is asked for, INFO (BYTES [n,1]: JSON
+about the model) and IDS (INT32 [n,L]: what the model would read, uncut, rows padded with -1).
 Everything else is a request parameter. Every request ends in exactly one response.
 """
 
 import json
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,13 +22,14 @@ import triton_python_backend_utils as pb_utils
 from triton_embed.python_backend import checkpoint
 from triton_embed.python_backend.config import ServingConfig
 from triton_embed.python_backend.delivery import Delivery
+from triton_embed.python_backend.engine_metrics import EngineMetrics
 from triton_embed.python_backend.errors import BadRequest
-from triton_embed.python_backend.request import Item, check_dimensions, parse_parameters, read_items, unpad_ids
-from triton_embed.python_backend.row import NO_IDS, Ids, Pixels
+from triton_embed.python_backend.request import check_dimensions, parse_parameters
 from triton_embed.python_backend.spec import Spec
 
 if TYPE_CHECKING:
-    from triton_embed.python_backend.reader import Reader, Template
+    from triton_embed.python_backend.inputs import Inputs
+    from triton_embed.python_backend.reader import Reader
 
 
 class EmbeddingServer:
@@ -61,7 +65,9 @@ class EmbeddingServer:
         self._reader: Reader = reader(directory, self._model, self._model.shape, serving, self.spec.eos, self.prompt)
         # Pillow lets go of the interpreter while it decodes and resizes.
         self._pool = ThreadPoolExecutor(serving.thread_count, thread_name_prefix="picture")
-        self._scheduler = Scheduler(self._embedder.embed, serving.batch_tokens, self._delivery, self._engine)
+        family = getattr(pb_utils, "MetricFamily", None)
+        watch = family and EngineMetrics(family, serving.name).observe
+        self._scheduler = Scheduler(self._embedder.embed, serving.batch_tokens, self._delivery, self._engine, watch)
         self._info = json.dumps(self._describe()).encode()
         logging.info(
             "%s: serving %s in %s on %s, kernels %s, %d tokens a forward pass",
@@ -121,39 +127,28 @@ class EmbeddingServer:
         if reading.outputs == {"INFO"}:
             reading.inform(self._info)
             return
-        reading.parameters = parse_parameters(reading.request.parameters())
-        check_dimensions(reading.parameters.get("dimensions"), self._serving.name, self._model)
-        ids = reading.tensor("INPUT_IDS")
+        from triton_embed.python_backend.inputs import IdInputs, ItemInputs
+
+        reading.parameters = parameters = parse_parameters(reading.request.parameters())
+        check_dimensions(parameters.get("dimensions"), self._serving.name, self._model)
+        if reading.reports and "ERROR" not in reading.outputs:
+            raise BadRequest('on_error "report" needs the output ERROR to be asked for')
+        ids, text, image = (reading.tensor(name) for name in ("INPUT_IDS", "TEXT", "IMAGE"))
         if ids is None:
-            reading.items = read_items(reading.tensor("TEXT"), reading.tensor("IMAGE"))
-            for i, item in enumerate(reading.items):
-                self._reader.check(item, i)
-            reading.template = self._reader.template(reading.parameters)
-            reading.pictures = [
-                [self._pool.submit(self._reader.picture, image, i) for image in item.images]
-                for i, item in enumerate(reading.items)
-            ]
+            reading.inputs = items = ItemInputs(self._reader, parameters, text, image)
+            if not reading.lists_ids:
+                items.open_pictures(self._pool)
+        elif text is None and image is None:
+            reading.inputs = IdInputs(self._reader, parameters, ids)
         else:
-            if reading.tensor("TEXT") is not None or reading.tensor("IMAGE") is not None:
-                raise BadRequest("Send either INPUT_IDS or TEXT and IMAGE")
-            if {"instruction", "prompt_name"} & reading.parameters.keys():
-                raise BadRequest("instruction and prompt_name need TEXT: token ids are used as they are")
-            reading.ids = [unpad_ids(row, i) for i, row in enumerate(ids)]
+            raise BadRequest("Send either INPUT_IDS or TEXT and IMAGE")
 
     def _tokenise(self, readings: Sequence["_Reading"]) -> Callable[["_Reading"], None]:
         """Encode the texts of all requests at once, on every core; the step hands each request its own."""
         encoded = self._encode(
-            [text for reading in readings if reading.answer is None for text in self._texts(reading)]
+            [text for reading in readings if reading.answer is None for text in reading.inputs.texts()]
         )
-
-        def hand_out(reading: "_Reading") -> None:
-            if reading.items:
-                reading.ids = [next(encoded) if self._reader.has_ids(item) else NO_IDS for item in reading.items]
-
-        return hand_out
-
-    def _texts(self, reading: "_Reading") -> list[str]:
-        return [reading.template(item) for item in reading.items if self._reader.has_ids(item)]
+        return lambda reading: reading.inputs.take(encoded)
 
     def _encode(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
         """A generator, so that what goes wrong does so inside a step, where requests are answered for it."""
@@ -162,22 +157,18 @@ class EmbeddingServer:
     def _admit(self, reading: "_Reading") -> None:
         from triton_embed.python_backend.scheduler import Job
 
-        truncate = reading.parameters.get("truncate", "end")
-        if reading.items:
-            pictures = [tuple(future.result() for future in row) for row in reading.pictures]
-            rows = [
-                self._reader.share(self._reader.row(ids, found, truncate, i), reading.template)
-                for i, (ids, found) in enumerate(zip(reading.ids, pictures, strict=True))
-            ]
-        else:
-            rows = [self._reader.ids_row(ids, truncate, i) for i, ids in enumerate(reading.ids)]
-        reading.tokens = [row.tokens for row in rows]
-        reading.dropped = [row.dropped for row in rows]
-        total, limit = sum(reading.tokens), self._serving.max_request_tokens
-        if total > limit:
-            raise BadRequest(f"The request has {total} tokens, more than the {limit} a request may have")
-        dims = reading.parameters.get("dimensions") or self._model.dimensions
-        self._scheduler.submit(Job(rows, dims, reading))
+        inputs, parameters = reading.inputs, reading.parameters
+        if reading.lists_ids:
+            reading.reply({"IDS": inputs.padded_ids()})
+            return
+        inputs.make_rows(self._serving.max_request_tokens)
+        reading.dims = dims = parameters.get("dimensions") or self._model.dimensions
+        if not (rows := inputs.rows):
+            reading.reply(reading.computed(np.empty((0, dims), dtype=np.float32)))
+            return
+        timeout = parameters.get("timeout_ms")
+        deadline = math.inf if timeout is None else reading.began + timeout / 1_000
+        self._scheduler.submit(Job(rows, self._model.dimensions if inputs.averaged else dims, reading, deadline))
 
     def _describe(self) -> dict[str, Any]:
         model, serving = self._model, self._serving
@@ -193,6 +184,9 @@ class EmbeddingServer:
             "matryoshka": model.matryoshka,
             "instructions": self.prompt is not None,
             "prompt_names": self._reader.prompt_names,
+            "default_prompt_name": model.default_prompt,
+            "batch_tokens": serving.batch_tokens,
+            "max_request_tokens": serving.max_request_tokens,
             "dtype": str(self._embedder.dtype).removeprefix("torch."),
             "device": self._embedder.device,
             "kernels": self._embedder.kernels,
@@ -206,14 +200,21 @@ class _Reading:
         self.request = request
         self.sender = request.get_response_sender()
         self.outputs = set(request.requested_output_names())
+        self.began = time.monotonic()
         self.parameters: dict[str, Any] = {}
-        self.items: list[Item] = []
-        self.template: Template
-        self.pictures: list[list[Future[Pixels]]] = []  # of each item, being decoded
-        self.ids: list[Ids] = []  # of each row; none where it is a picture alone
-        self.tokens: list[int] = []
-        self.dropped: list[int] = []
+        self.inputs: Inputs
+        self.dims = 0
         self.answer: Callable[[], None] | None = None  # what needs no compute, to be sent
+
+    @property
+    def reports(self) -> bool:
+        """Whether a bad row is told in ERROR."""
+        return self.parameters.get("on_error") == "report"
+
+    @property
+    def lists_ids(self) -> bool:
+        """Whether IDS are asked for, and nothing that must be computed. Who names no outputs asks for all."""
+        return "IDS" in self.outputs and self.outputs <= {"IDS", "ERROR"}
 
     def tensor(self, name: str) -> npt.NDArray[Any] | None:
         found = pb_utils.get_input_tensor_by_name(self.request, name)
@@ -223,27 +224,43 @@ class _Reading:
         """Answer INFO, one row for each row sent."""
         found = next((x for x in map(self.tensor, ("TEXT", "IMAGE", "INPUT_IDS")) if x is not None), None)
         rows = np.full((1 if found is None else len(found), 1), info, dtype=np.object_)
-        self.answer = lambda: self._send([pb_utils.Tensor("INFO", rows)])
+        self.reply({"INFO": rows})
+
+    def reply(self, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Answer what took no compute."""
+        tensors = self._tensors(outputs)
+        self.answer = lambda: self._send(tensors)
 
     def refuse(self, message: str, code: Any) -> None:
         """Answer with an error."""
         self.answer = lambda: self._send([], pb_utils.TritonError(message, code))
 
-    # The scheduler's Reply: `done` and `failed` are called on the delivery thread.
+    # The scheduler's Reply: all but `cancelled` are called on the delivery thread.
 
     def cancelled(self) -> bool:
         return bool(self.sender.is_cancelled())
 
     def done(self, vectors: npt.NDArray[np.float32]) -> None:
-        outputs = {
-            "EMBEDDING": vectors,
-            "TOKENS": np.array(self.tokens, dtype=np.int32)[:, None],
-            "DROPPED": np.array(self.dropped, dtype=np.int32)[:, None],
-        }
-        self._send([pb_utils.Tensor(name, value) for name, value in outputs.items() if name in self.outputs])
+        self._send(self._tensors(self.computed(vectors)))
 
     def failed(self, reason: str) -> None:
         self._send([], pb_utils.TritonError(reason, pb_utils.TritonError.INTERNAL))
+
+    def dropped(self, reason: str) -> None:
+        self._send([], pb_utils.TritonError(reason, pb_utils.TritonError.CANCELLED))
+
+    def computed(self, vectors: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
+        """The outputs, from the vectors of the rows."""
+        return {
+            "EMBEDDING": self.inputs.embeddings(vectors, self.dims),
+            "TOKENS": self.inputs.tokens(),
+            "DROPPED": self.inputs.dropped(),
+        }
+
+    def _tensors(self, outputs: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
+        """Those asked for, with ERROR where rows are reported."""
+        found = {**outputs, "ERROR": self.inputs.errors()} if self.reports else outputs
+        return [pb_utils.Tensor(name, value) for name, value in found.items() if name in self.outputs]
 
     def _send(self, tensors: list[Any], error: Any = None) -> None:
         response = pb_utils.InferenceResponse(output_tensors=tensors, error=error)

@@ -78,16 +78,43 @@ class Tokenizer:
         """Tokens of a text by itself, without special tokens around it."""
         return len(self._fast.encode(text, add_special_tokens=False).ids)
 
-    def cut_text(self, ids: Ids, truncate: str, row: int) -> Row:
-        """Fit an encoded text into the model's length; special tokens stay. BadRequest: `truncate` forbids it."""
-        return self.cut(ids, truncate, row, self._before, self._after)
+    def pieces(self, text: str) -> list[str]:
+        """The text cut in front of every token that begins with a new character; joined, they are the text as read."""
+        if self._model.lowercase:
+            text = text.lower()
+        starts = [0]
+        for start, _ in self._fast.encode(text, add_special_tokens=False).offsets:
+            if start > starts[-1]:  # tokens of a few bytes each may share a character
+                starts.append(start)
+        return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+    def cut_text(self, ids: Ids, truncate: str, row: int, prompt: str = "") -> Row:
+        """Fit an encoded text that begins with a prompt into the model's length; special tokens stay, and the prompt.
+
+        BadRequest: `truncate` forbids it, or what stays is too much.
+        """
+        before = self._before
+        if prompt and truncate == "start" and len(ids) > self.limit:
+            alone = self.encode([prompt])[0]
+            size = min(len(alone) - self._after, len(ids) - self._after)
+            # What both begin with: the end of the prompt and the text may have become a token together.
+            apart = np.flatnonzero(alone[:size] != ids[:size])
+            before = max(before, int(apart[0]) if len(apart) else size)
+        return self.cut(ids, truncate, row, before, self._after)
 
     def cut_ids(self, ids: Ids, truncate: str, row: int) -> Row:
-        """Fit ids given by the caller: a model that pools the last token keeps it, one that pools the first keeps that.
+        """Fit ids given by the caller; those that the pooling needs stay. BadRequest: `truncate` forbids it."""
+        return self.cut(ids, truncate, row, *self.pooled)
 
-        BadRequest: `truncate` forbids it.
-        """
-        return self.cut(ids, truncate, row, *{"cls": (1, 0), "last": (0, 1)}.get(self._model.pooling, (0, 0)))
+    @property
+    def limit(self) -> int:
+        """The model's length."""
+        return self._model.max_tokens
+
+    @property
+    def pooled(self) -> tuple[int, int]:
+        """How many ids the pooling needs at the beginning and at the end of a row."""
+        return {"cls": (1, 0), "last": (0, 1), "projection": (0, 1)}.get(self._model.pooling, (0, 0))
 
     def check_ids(self, ids: Ids, row: int) -> Ids:
         """Ids given by the caller are used as they are. BadRequest: none at all, or one outside the vocabulary."""
@@ -106,7 +133,7 @@ class Tokenizer:
 
         BadRequest: `truncate` forbids it, or those alone are too many.
         """
-        limit = self._model.max_tokens
+        limit = self.limit
         dropped = len(ids) - limit
         if dropped <= 0:
             return Row(ids)

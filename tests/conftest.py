@@ -118,7 +118,7 @@ class Family:
         for i, item in enumerate(items):
             reader.check(item, i)
             ids = reader.tokenizer.encode([template(item)])[0] if reader.has_ids(item) else NO_IDS
-            row = reader.row(ids, tuple(reader.picture(image, i) for image in item.images), truncate, i)
+            row = reader.row(ids, tuple(reader.picture(image, i) for image in item.images), template, truncate, i)
             found.append(reader.share(row, template))
         return found
 

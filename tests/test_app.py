@@ -11,6 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ import openai
 import pytest
 import requests
 import uvicorn
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.quantization import quantize_embeddings
+from transformers import AutoTokenizer
 
-from conftest import Triton, free_port
+from conftest import MINILM, Triton, free_port
 from triton_embed.gateway.app import create_app
 from triton_embed.gateway.registry import REFRESH_GAP_SECONDS
 from triton_embed.gateway.settings import read_settings
@@ -162,7 +166,7 @@ REFUSED = [
     (
         {"model": "minilm", "input": ["a", "word " * 300], "truncate": "none"},
         400,
-        None,
+        "input",
         "The input (302 tokens) is longer than the model's context length (256 tokens).",
     ),
     (
@@ -204,12 +208,12 @@ REFUSED = [
         "Requested dimensions must be greater than 0",
     ),
     ({"model": "minilm", "input": "a", "instruction": "b"}, 400, "instruction", "Model 'minilm' takes no instruction"),
-    ({"model": "minilm", "input": "a", "prompt_name": "zzz"}, 400, None, "Model 'minilm' has no prompt_name 'zzz'"),
+    ({"model": "minilm", "input": "a", "prompt_name": "zzz"}, 400, "prompt_name", "Model 'minilm' has no prompt_name"),
     (
         {"model": "minilm", "input": ["a", {"image": "http://127.0.0.1/"}]},
         400,
         "input",
-        "Model 'minilm' takes no images: input at index 1 has one",
+        "Model 'minilm' takes no images (input at index 1)",
     ),
     ({"model": "minilm", "input": [{"video": "x"}]}, 400, "input", "Input at index 0 has an unknown key 'video'"),
     ({"input": "a"}, 400, "model", "model is required, as several are served: bge_tiny, minilm"),
@@ -258,7 +262,7 @@ def test_encode_in_sglangs_form(served: Served) -> None:
     assert [item["meta_info"]["prompt_tokens"] for item in many] == [4, 2]
     refused = served.post({"model": "minilm", "image_data": "x"}, "/encode")
     assert (refused.status_code, error_of(refused)["param"]) == (400, "image_data")
-    assert error_of(refused)["message"] == "Model 'minilm' takes no images: input at index 0 has one"
+    assert error_of(refused)["message"] == "Model 'minilm' takes no images (input at index 0)"
 
 
 def test_objects_of_text_for_a_model_of_text(served: Served) -> None:
@@ -323,7 +327,8 @@ dynamic_batching { }
 """
 IMAGE_INFO = {
     "family": "test", "checkpoint": None, "dimensions": 3, "max_model_len": 77, "vocab_size": 100, "pooling": "last",
-    "matryoshka": None, "instructions": True, "prompt_names": [], "dtype": "float32", "device": "cpu", "kernels": "",
+    "matryoshka": None, "instructions": True, "prompt_names": [], "default_prompt_name": None, "batch_tokens": 1024,
+    "max_request_tokens": 300_000, "dtype": "float32", "device": "cpu", "kernels": "",
 }  # fmt: skip
 PICTURES = {"/a.png": b"\x89PNG a" * 99, "/b.jpg": bytes(70_000), "/c": b"GIF89a c"}
 
@@ -443,22 +448,26 @@ def test_encode_with_images(imaging: Served, site: str) -> None:
         (
             "either",
             {"text": "a", "image": "SITE/c"},
-            "Model 'either' embeds a text or an image, not both together: inp",
+            "Model 'either' embeds a text or an image, not both together (inp",
         ),
-        ("either", {"image": ["SITE/c"] * 2}, "Model 'either' embeds one image at a time: input at index 1 has 2"),
+        ("either", {"image": ["SITE/c"] * 2}, "Model 'either' embeds one image at a time (input at index 1)"),
         ("fused", {"image": "SITE/none"}, "Input at index 1: the image could not be fetched: its host answered with s"),
         ("fused", {"image": "http://127.0.0.1:1/"}, "Input at index 1: the image could not be fetched: its host is un"),
         ("fused", {"image": "http://169.254.169.254/latest/meta-data/"}, "Input at index 1: the image could not be f"),
         ("fused", {"image": "/etc/passwd"}, "Input at index 1: image must be base64, a data: URI in base64 or an http"),
         ("fused", {"image": "file:///etc/passwd"}, "Input at index 1: image must be base64, a data: URI in base64 or"),
-        ("fused", {"text": "a", "instruction": "i"}, "Input at index 1: instruction per item is not supported: send"),
+        (
+            "fused",
+            {"text": "a", "prompt_name": "p"},
+            "Input at index 1: Model 'fused' has no prompt_name 'p'; it has",
+        ),
     ],
 )
 def test_refused_images(imaging: Served, site: str, model: str, item: Any, message: str) -> None:
     item = json.loads(json.dumps(item).replace("SITE", f"http://{site}"))
     response = imaging.post({"model": model, "input": ["a", item]})
     error = error_of(response)
-    assert (response.status_code, error["param"]) == (400, "input")
+    assert (response.status_code, error["param"]) == (400, "prompt_name" if "prompt_name" in item else "input")
     assert error["message"].startswith(message)
     assert site not in error["message"]
 
@@ -542,15 +551,24 @@ def test_openapi_describes_the_routes(served: Served) -> None:
     posted = page["paths"]["/v1/embeddings"]["post"]
     given = posted["requestBody"]["content"]["application/json"]["schema"]["properties"]["input"]
     objects = [form for form in given["anyOf"] if form["type"] == "object"]
-    assert [sorted(form["properties"]) for form in objects] == [["image", "image_url", "instruction", "text"]]
+    prompt = {"instruction", "prompt_name", "input_type"}
+    assert [set(form["properties"]) for form in objects] == [
+        {"text", "image", "image_url"} | prompt,
+        {"input"} | prompt,
+    ]
     assert "422" not in json.dumps(page)
+    for path, methods in page["paths"].items():
+        for method, told in methods.items():
+            assert told["summary"], (path, method)
+            assert told["description"], (path, method)
+            assert "headers" in told["responses"]["200"], (path, method)
 
 
 def test_keys(locked: Served) -> None:
     refused = locked.post({"model": "tiny", "input": "a"})
     assert (refused.status_code, error_of(refused)["code"]) == (401, "invalid_api_key")
     assert {locked.get(path).status_code for path in ("/health", "/health_generate", "/ready", "/ping")} == {200}
-    assert {locked.get(path).status_code for path in ("/v1/models", "/metrics", "/openapi.json")} == {401}
+    assert {locked.get(path).status_code for path in ("/v1/models", "/metrics", "/get_server_info")} == {401}
     with (
         openai.OpenAI(base_url=f"{locked.url}/v1", api_key="wrong") as client,
         pytest.raises(openai.AuthenticationError),
@@ -569,6 +587,217 @@ def test_limits_are_the_operators(locked: Served) -> None:
     for data in (body, iter([body[:1500], body[1500:]])):  # with a Content-Length, and in chunks without
         large = requests.post(url, data=data, headers=headers, timeout=30)
         assert (large.status_code, error_of(large)["code"]) == (413, "body_too_large")
+
+
+def test_several_sizes_in_one_pass(served: Served) -> None:
+    """Each is what asking for it alone gives."""
+    texts = ["hello world", "the cat"]
+    body = {"model": "tiny", "input": texts, "dimensions": [40, 60, 20]}
+    several = [item["embedding"] for item in served.post(body).json()["data"]]
+    for i, size in enumerate(body["dimensions"]):
+        alone = vectors_of(served.post({**body, "dimensions": size}))
+        assert np.allclose([vectors[i] for vectors in several], alone, atol=1e-6)
+    assert served.post({**body, "dimensions": [20, 30]}).status_code == 400
+
+
+def test_small_integers(served: Served) -> None:
+    """binary as sentence-transformers packs it; the others back to floats by the scale they come with."""
+    body = {"model": "minilm", "input": ["hello world", "你好 😀"]}
+    floats = vectors_of(served.post(body))
+    for precision in ("binary", "ubinary"):
+        packed = served.post({**body, "output_dtype": precision, "encoding_format": "base64"}).json()["data"]
+        expected = quantize_embeddings(floats, precision=precision)
+        assert [item["embedding"] for item in packed] == expected.tolist()
+    for precision, zero in (("int8", 0), ("uint8", 128)):
+        items = served.post({**body, "output_dtype": precision}).json()["data"]
+        for item, vector in zip(items, floats, strict=True):
+            back = (np.array(item["embedding"]) - zero) * item["scale"]
+            assert np.abs(back - vector).max() <= item["scale"] / 2 + 1e-7
+            assert np.abs(item["embedding"]).max() - zero in (127, 126)  # the whole range is used
+
+
+def test_a_report_isolates_what_is_bad(served: Served) -> None:
+    """Faults that the gateway finds, and one that only the model can."""
+    inputs = ["hello", " ", {"text": 7}, "world " * 400, "the cat", {"image": "x"}]
+    body = {"model": "minilm", "input": inputs, "truncate": "none", "on_error": "report", "return_receipt": True}
+    response = served.post(body)
+    data = response.json()["data"]
+    assert [item["object"] for item in data] == ["embedding", "error", "error", "error", "embedding", "error"]
+    assert [item["index"] for item in data] == list(range(6))
+    for i in (1, 2, 3, 5):
+        assert f"index {i}" in data[i]["error"]["message"]
+        assert data[i]["error"]["param"] == "input"
+    good = served.post({"model": "minilm", "input": ["hello", "the cat"]})
+    assert np.allclose([data[0]["embedding"], data[4]["embedding"]], vectors_of(good), atol=1e-6)
+    assert response.json()["usage"] == good.json()["usage"]
+    assert data[0]["receipt"] == {"tokens": 3, "dropped_tokens": 0, "prompt": None}
+    assert served.post({**body, "on_error": "fail"}).status_code == 400
+    foreign = served.post({"model": "minilm", "input": [[101, 102], [10**6]], "on_error": "report"}).json()["data"]
+    assert [item["object"] for item in foreign] == ["embedding", "error"]
+    assert "check_embedding_ctx_length" in foreign[1]["error"]["message"]
+    assert served.post({"model": "minilm", "input": [" "], "on_error": "report"}).json()["usage"]["total_tokens"] == 0
+
+
+def test_a_prompt_for_each_input(served: Served) -> None:
+    """An instruction travels with its own text: as if each had been sent alone."""
+    texts = ["the cat", {"text": "the cat", "instruction": "a dog: "}, {"text": "the cat", "instruction": "hello "}]
+    together = vectors_of(served.post({"model": "tiny", "input": texts}))
+    for vector, text in zip(together, texts, strict=True):
+        assert np.allclose(vector, vectors_of(served.post({"model": "tiny", "input": [text]}))[0], atol=1e-6)
+    assert not np.allclose(together[1], together[2], atol=1e-3)
+    shared = vectors_of(served.post({"model": "tiny", "input": ["the cat"], "instruction": "a dog: "}))
+    assert np.allclose(shared[0], together[1], atol=1e-6)
+
+
+def test_many_inputs_travel_in_several_calls_and_come_back_in_order(served: Served) -> None:
+    """More tokens than a forward pass: lengths mixed, and one fault named by the number the caller knows."""
+    texts = [f"{'word ' * (i * 37 % 90)}number {i}" for i in range(200)]
+    many = vectors_of(served.post({"model": "minilm", "input": texts}))
+    some = [0, 7, 63, 64, 130, 199]
+    assert np.allclose(
+        many[some], vectors_of(served.post({"model": "minilm", "input": [texts[i] for i in some]})), atol=1e-6
+    )
+    texts[150] = "word " * 300
+    refused = served.post({"model": "minilm", "input": texts, "truncate": "none"})
+    assert "(input at index 150)" in error_of(refused)["message"]
+
+
+def test_how_long_it_may_take(served: Served) -> None:
+    body = {"model": "minilm", "input": ["word " * 250] * 64}
+    url = f"{served.url}/v1/embeddings"
+    late = requests.post(url, json=body, headers={"x-request-timeout": "0.05"}, timeout=30)
+    assert (late.status_code, error_of(late)["message"]) == (504, "No answer within 0.05 s")
+    for bad in ("0", "-1", "soon", "nan", "inf"):
+        refused = requests.post(
+            f"{served.url}/v1/embeddings", json=body, headers={"x-request-timeout": bad}, timeout=30
+        )
+        assert (refused.status_code, error_of(refused)["param"]) == (400, "x-request-timeout")
+    assert served.post({**body, "input": "hello"}).headers["server-timing"].startswith("parse;dur=")
+
+
+def test_ranking(served: Served) -> None:
+    """Cosines of sentence-transformers' own vectors, best first."""
+    query, documents = "What is red?", ["The sea is blue.", "A ripe cherry is red.", "Red wine", "Snow"]
+    model = SentenceTransformer(str(MINILM), device="cpu")
+    scores = model.similarity(model.encode([query]), model.encode(documents))[0].numpy()
+    body = {"model": "minilm", "query": query, "documents": documents, "return_documents": True, "top_n": 3}
+    answer = served.post(body, "/v1/rerank").json()
+    order = np.argsort(-scores)[:3]
+    assert [result["index"] for result in answer["results"]] == order.tolist()
+    assert np.allclose([result["relevance_score"] for result in answer["results"]], scores[order], atol=1e-5)
+    assert [result["document"]["text"] for result in answer["results"]] == [documents[i] for i in order]
+    pairs = served.post({"model": "minilm", "text_1": query, "text_2": documents}, "/v1/score").json()
+    assert np.allclose([item["score"] for item in pairs["data"]], scores, atol=1e-5)
+    each = served.post({"model": "minilm", "text_1": documents, "text_2": documents[::-1]}, "/score").json()["data"]
+    both = model.encode(documents)
+    assert np.allclose([item["score"] for item in each], (both * both[::-1]).sum(axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("rerank", {"query": "a"}, "documents"),
+        ("rerank", {"query": "a", "documents": []}, "documents"),
+        ("rerank", {"query": "a", "documents": ["b", " "]}, "documents"),
+        ("rerank", {"query": " ", "documents": ["b"]}, "query"),
+        ("rerank", {"query": ["a"], "documents": ["b"]}, "query"),
+        ("rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n"),
+        ("rerank", {"query": "a", "documents": ["b"], "on_error": "report"}, "on_error"),
+        ("rerank", {"query": "a", "documents": ["b"], "instruction": "i"}, "instruction"),
+        ("score", {"text_1": ["a", "b"], "text_2": ["a"]}, "text_1"),
+        ("score", {"text_1": "a", "text_2": [1]}, "text_2"),
+        ("score", {"text_1": "a", "text_2": "b", "dimensions": [3]}, "dimensions"),
+    ],
+)
+def test_what_cannot_be_ranked(served: Served, path: str, body: dict[str, Any], param: str) -> None:
+    response = served.post({"model": "minilm", **body}, f"/v1/{path}")
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+
+
+def test_tokens_as_the_model_sees_them(served: Served) -> None:
+    one = served.post({"model": "minilm", "prompt": "hello world"}, "/tokenize").json()
+    assert one == {"tokens": [101, 7592, 2088, 102], "count": 4, "max_model_len": 256, "model": "minilm"}
+    texts = ["hello", "word " * 400]
+    many = served.post({"model": "minilm", "input": texts}, "/tokenize").json()
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    assert many["tokens"] == [tokenizer(text)["input_ids"] for text in texts]
+    assert many["count"] == [3, 402]
+    told = {"model": "tiny", "prompt": "the cat", "instruction": "a dog: "}
+    ids = served.post(told, "/tokenize").json()["tokens"]
+    by_ids, by_text = ({"model": "tiny", "input": ids}, {"model": "tiny", "input": "the cat", "instruction": "a dog: "})
+    assert np.allclose(vectors_of(served.post(by_ids)), vectors_of(served.post(by_text)), atol=1e-6)
+
+
+def test_server_info_tells_limits_and_no_secrets(locked: Served) -> None:
+    reply = requests.get(f"{locked.url}/get_server_info", headers={"Authorization": "Bearer k3y"}, timeout=30)
+    told = reply.json()
+    assert (told["max_inputs"], told["max_body_bytes"], told["request_timeout"]) == (3, 2000, 5)
+    assert {model["name"] for model in told["models"]} == {"minilm", "bge_tiny"}
+    assert not any(secret in reply.text for secret in ("k3y", "127.0.0.1", str(MINILM)))
+
+
+def test_foreign_ids_of_a_declared_encoding_need_its_tables(served: Served) -> None:
+    response = served.post({"model": "minilm", "input": [[9906, 1917]], "token_encoding": "cl100k_base"})
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, "token_encoding")
+    assert "check_embedding_ctx_length=False" in error["message"]
+
+
+def test_a_full_line_tells_when_to_come_back(triton: Triton) -> None:
+    """By tokens: what waits is counted before it is sent, and what is refused knows when to come back."""
+    gateway = Served(triton_grpc=triton.grpc, max_waiting_tokens=3_000)
+    try:
+        body = {"model": "minilm", "input": ["word " * 200] * 40}
+        with ThreadPoolExecutor(6) as pool:
+            replies = list(pool.map(lambda _: gateway.post(body), range(6)))
+        assert {reply.status_code for reply in replies} == {200, 429}
+        refused = next(reply for reply in replies if reply.status_code == 429)
+        assert error_of(refused)["code"] == "queue_full"
+        assert 1 <= int(refused.headers["retry-after"]) < 60
+        expected = vectors_of(gateway.post({**body, "input": body["input"][:1]}))[0]
+        for reply in replies:
+            if reply.status_code == 200:
+                assert np.allclose(vectors_of(reply), expected, atol=1e-6)
+    finally:
+        gateway.stop()
+
+
+def test_a_bulk_load_lets_others_pass(served: Served) -> None:
+    """The second lane: a query that comes after 400 texts is answered long before them."""
+    bulk = {"model": "minilm", "input": ["word " * 120] * 400, "priority": "batch"}
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        loading = pool.submit(served.post, bulk)
+        time.sleep(0.3)
+        waits = []
+        while not loading.done():
+            asked = time.monotonic()
+            assert served.post({"model": "minilm", "input": "hello"}).status_code == 200
+            waits.append(time.monotonic() - asked)
+        whole = time.monotonic() - began
+    assert loading.result().status_code == 200
+    assert len(waits) >= 3
+    assert sorted(waits)[len(waits) // 2] < whole / 4
+
+
+def test_a_caller_who_leaves_takes_what_waits_along(triton: Triton) -> None:
+    """300 texts, and nobody there any more: the next caller does not wait for them."""
+    gateway = Served(triton_grpc=triton.grpc)
+    try:
+        body = json.dumps({"model": "minilm", "input": ["word " * 120] * 300}).encode()
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+            connection.sendall(head + body)
+            time.sleep(0.3)
+        assert gateway.post({"model": "minilm", "input": "hello"}).status_code == 200
+        left = time.monotonic() - began
+        began = time.monotonic()
+        assert gateway.post({"model": "minilm", "input": ["word " * 120] * 300}).status_code == 200
+        assert left < (time.monotonic() - began) / 2
+        assert 'status="499"' in gateway.get("/metrics").text
+    finally:
+        gateway.stop()
 
 
 def test_a_client_that_hangs_up_leaves_the_others_alone(served: Served) -> None:

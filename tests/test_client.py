@@ -1,6 +1,7 @@
 """One request, one inference: shielded calls against a scripted gRPC server, tensors against the real one."""
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -12,9 +13,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor
 
 from conftest import Triton, free_port
-from triton_embed.gateway import client as client_module
-from triton_embed.gateway.client import TritonClient, even_parts
+from triton_embed.gateway.client import TritonClient
 from triton_embed.gateway.errors import ApiError
+from triton_embed.gateway.forms import Form
+from triton_embed.gateway.items import Faults, Prompt
 from triton_embed.gateway.model import ModelInfo
 from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 
@@ -29,9 +31,14 @@ def ids(*rows: list[int], **fields: Any) -> EmbeddingRequest:
     return EmbeddingRequest(model=None, texts=[], ids=list(rows), single=False, param="input", **fields)
 
 
+def embed(client: TritonClient, model: str, request: EmbeddingRequest, images: Any = None, **how: Any) -> Any:
+    """A whole request in one call."""
+    return client.embed(model, request, range(request.count), images, **how)
+
+
 def with_client(target: str, use: Callable[[TritonClient], Awaitable[T]], **options: Any) -> T:
     async def run() -> T:
-        client = TritonClient(target, **{"timeout": 10.0, **options})
+        client = TritonClient(target, **options)
         try:
             return await use(client)
         finally:
@@ -47,19 +54,27 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         self.seconds = 0.0
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.outputs = ("EMBEDDING", "TOKENS", "DROPPED")
-        self.answered = 0
+        self.most = 10**9  # at once; others find the queue full
+        self.running = self.refused = self.answered = 0
         self.cancelled = 0
         self.metadata: dict[str, str] = {}
         self.asked: list[Any] = []
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        if self.running >= self.most:
+            self.refused += 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+        self.running += 1
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+        finally:
+            self.running -= 1
         self.answered += 1
         self.asked.append(request)
+        self.metadata = dict(context.invocation_metadata())
         if self.failure is not None:
             await context.abort(*self.failure)
         rows = request.inputs[0].shape[0]
@@ -81,7 +96,7 @@ def with_scripted(use: Callable[[TritonClient, Scripted], Awaitable[T]], **optio
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(script, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        client = TritonClient(f"127.0.0.1:{port}", **{"timeout": 10.0, **options})
+        client = TritonClient(f"127.0.0.1:{port}", **options)
         try:
             return await use(client, script)
         finally:
@@ -94,21 +109,50 @@ def with_scripted(use: Callable[[TritonClient, Scripted], Awaitable[T]], **optio
 def test_a_deadline_ends_the_wait_and_not_the_call() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.seconds = 0.4
+        ended: list[float] = []
         began = time.monotonic()
-        with pytest.raises(ApiError) as caught:
-            await client.embed("m", texts("a"))
-        assert (caught.value.status, caught.value.message) == (504, "No answer within 0.1 s")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await embed(client, "m", texts("a"), ended=lambda: ended.append(time.monotonic()))
         assert time.monotonic() - began < 0.3
+        assert not ended
         await asyncio.sleep(0.5)
         assert (script.answered, script.cancelled) == (1, 0)
+        assert len(ended) == 1
 
-    with_scripted(use, timeout=0.1)
+    with_scripted(use)
+
+
+def test_a_call_that_fails_has_ended_too() -> None:
+    async def use(client: TritonClient, script: Scripted) -> None:
+        script.failure = (grpc.StatusCode.INTERNAL, "")
+        ended: list[bool] = []
+        with pytest.raises(ApiError):
+            await embed(client, "m", texts("a"), ended=lambda: ended.append(True))
+        await asyncio.sleep(0)
+        assert ended == [True]
+
+    with_scripted(use)
+
+
+def test_what_travels_beside_the_inputs() -> None:
+    async def use(client: TritonClient, script: Scripted) -> None:
+        request = texts("a", "b", "c", prompts=[Prompt("x"), Prompt(), Prompt(prompt_name="q")], truncate="none")
+        await client.embed("m", request, [2, 0], seconds=1.5, metadata=(("traceparent", "00-1-2-3"),))
+        asked = script.asked[0]
+        assert received(asked) == {"TEXT": [[b"c"], [b"a"]]}
+        assert json.loads(asked.parameters["prompts"].string_param) == [{"prompt_name": "q"}, {"instruction": "x"}]
+        assert asked.parameters["truncate"].string_param == "none"
+        assert asked.parameters["timeout_ms"].int64_param == 1500
+        assert script.metadata["traceparent"] == "00-1-2-3"
+
+    with_scripted(use)
 
 
 def test_a_caller_that_leaves_does_not_cancel_the_call() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.seconds = 0.2
-        callers = [asyncio.create_task(client.embed("m", texts("a"))) for _ in range(5)]
+        callers = [asyncio.create_task(embed(client, "m", texts("a"))) for _ in range(5)]
         await asyncio.sleep(0.1)
         for caller in callers:
             caller.cancel()
@@ -123,7 +167,7 @@ def test_a_caller_that_leaves_does_not_cancel_the_call() -> None:
 def test_closing_waits_for_running_calls() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.seconds = 0.2
-        caller = asyncio.create_task(client.embed("m", texts("a")))
+        caller = asyncio.create_task(embed(client, "m", texts("a")))
         await asyncio.sleep(0.05)
         await client.close()
         assert len((await caller).tokens) == 1
@@ -151,6 +195,7 @@ def test_closing_waits_for_running_calls() -> None:
         ("UNAVAILABLE", "something /secret", 503, "The inference server cannot be reached"),
         ("NOT_FOUND", "Request for unknown model: 'm' is not found", 503, "Model 'm' is not loaded"),
         ("INTERNAL", "Failed to process\n\nAt:\n  /secret/model.py(24)", 500, "Model 'm' failed to answer"),
+        ("CANCELLED", "/secret", 504, "Model 'm' did not come to this request in time"),
         ("UNKNOWN", "/secret", 500, "Model 'm' failed to answer"),
         ("RESOURCE_EXHAUSTED", "/secret", 500, "Model 'm' failed to answer"),
     ],
@@ -159,18 +204,18 @@ def test_what_becomes_of_tritons_errors(status: str, details: str, expected: int
     async def use(client: TritonClient, script: Scripted) -> ApiError:
         script.failure = (grpc.StatusCode[status], details)
         with pytest.raises(ApiError) as caught:
-            await client.embed("m", texts("a"))
+            await embed(client, "m", texts("a"))
         return caught.value
 
     error = with_scripted(use)
     assert (error.status, error.message) == (expected, message)
-    assert (error.headers or {}).get("Retry-After") == ("1" if expected == 429 else None)
+    assert error.headers is None
 
 
 def test_an_answer_without_its_outputs_is_an_error() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.outputs = ("EMBEDDING", "TOKENS")
-        await client.embed("m", texts("a"))
+        await embed(client, "m", texts("a"))
 
     with pytest.raises(ApiError, match="answered without DROPPED"):
         with_scripted(use)
@@ -193,7 +238,7 @@ def test_a_refused_connection_fails_at_once() -> None:
         for _ in range(3):
             began = time.monotonic()
             with pytest.raises(ApiError) as caught:
-                await client.embed("m", texts("a"))
+                await embed(client, "m", texts("a"))
             assert (caught.value.status, caught.value.code) == (503, None)
             assert time.monotonic() - began < 0.5
 
@@ -203,7 +248,7 @@ def test_a_refused_connection_fails_at_once() -> None:
 def test_a_triton_that_comes_up_is_noticed_within_a_second() -> None:
     async def run() -> float:
         port = free_port()
-        client = TritonClient(f"127.0.0.1:{port}", timeout=10)
+        client = TritonClient(f"127.0.0.1:{port}")
         for _ in range(20):  # long enough for gRPC's pauses between attempts to grow
             with pytest.raises(ApiError):
                 await client.live()
@@ -215,7 +260,7 @@ def test_a_triton_that_comes_up_is_noticed_within_a_second() -> None:
         began = time.monotonic()
         while True:
             try:
-                await client.embed("m", texts("a"))
+                await embed(client, "m", texts("a"))
                 break
             except ApiError:
                 await asyncio.sleep(0.02)
@@ -226,25 +271,6 @@ def test_a_triton_that_comes_up_is_noticed_within_a_second() -> None:
         return took
 
     assert asyncio.run(run()) < 1
-
-
-@pytest.mark.parametrize(
-    ("lengths", "expected"),
-    [
-        ([3], [[3]]),
-        ([3, 3], [[3, 3]]),
-        ([3, 3, 3, 3], [[3, 3, 3], [3]]),
-        ([20], [[20]]),  # one row is never cut
-        ([1, 20, 1], [[1], [20], [1]]),
-        ([1] * 9 + [2], [[1] * 9, [2]]),
-    ],
-)
-def test_even_parts(monkeypatch: pytest.MonkeyPatch, lengths: list[int], expected: list[list[int]]) -> None:
-    monkeypatch.setattr(client_module, "PADDED_IDS", 10)
-    rows = [[i] * length for i, length in enumerate(lengths)]
-    parts = list(even_parts(rows))
-    assert [[len(row) for row in part] for part in parts] == expected
-    assert [row for part in parts for row in part] == rows
 
 
 def received(request: Any) -> dict[str, list[list[bytes]]]:
@@ -272,7 +298,7 @@ def received(request: Any) -> dict[str, list[list[bytes]]]:
 )
 def test_texts_and_images_as_tensors(given: list[str], images: Any, expected: dict[str, Any]) -> None:
     async def use(client: TritonClient, script: Scripted) -> Any:
-        assert len((await client.embed("m", texts(*given), images)).tokens) == len(given)
+        assert len((await embed(client, "m", texts(*given), images)).tokens) == len(given)
         return script.asked[0]
 
     assert received(with_scripted(use)) == expected
@@ -280,7 +306,7 @@ def test_texts_and_images_as_tensors(given: list[str], images: Any, expected: di
 
 def test_ids_travel_alone_even_to_a_model_of_images() -> None:
     async def use(client: TritonClient, script: Scripted) -> list[str]:
-        await client.embed("m", ids([1, 2]), [])
+        await embed(client, "m", ids([1, 2]), [])
         return [tensor.name for tensor in script.asked[0].inputs]
 
     assert with_scripted(use) == ["INPUT_IDS"]
@@ -288,7 +314,7 @@ def test_ids_travel_alone_even_to_a_model_of_images() -> None:
 
 def test_texts_and_their_tokens(triton: Triton) -> None:
     async def use(client: TritonClient) -> Embeddings:
-        return await client.embed("minilm", texts("hello world", "你好 😀", "word " * 400))
+        return await embed(client, "minilm", texts("hello world", "你好 😀", "word " * 400))
 
     reply = with_client(triton.grpc, use)
     assert reply.vectors.shape == (3, 384)
@@ -300,38 +326,45 @@ def test_texts_and_their_tokens(triton: Triton) -> None:
 
 def test_ids_are_the_same_text(triton: Triton) -> None:
     async def use(client: TritonClient) -> tuple[Embeddings, Embeddings]:
-        by_text = await client.embed("minilm", texts("hello world", "hello"))
-        return by_text, await client.embed("minilm", ids([101, 7592, 2088, 102], [101, 7592, 102]))
+        by_text = await embed(client, "minilm", texts("hello world", "hello"))
+        return by_text, await embed(client, "minilm", ids([101, 7592, 2088, 102], [101, 7592, 102]))
 
     by_text, by_ids = with_client(triton.grpc, use)
     assert by_ids.tokens.tolist() == [4, 3]
     assert np.allclose(by_text.vectors, by_ids.vectors, atol=2e-5)
 
 
-def test_uneven_ids_travel_in_parts_and_come_back_in_order(triton: Triton, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [[5] * 3, [6] * 40, [7], [8] * 2, [9] * 50, [10]]
-
-    async def use(client: TritonClient) -> tuple[Embeddings, Embeddings]:
-        whole = await client.embed("bge_tiny", ids(*rows))
-        monkeypatch.setattr(client_module, "PADDED_IDS", 60)
-        assert len(list(even_parts(rows))) > 2
-        return whole, await client.embed("bge_tiny", ids(*rows))
-
-    whole, parts = with_client(triton.grpc, use)
-    assert parts.tokens.tolist() == [len(row) for row in rows]
-    assert np.allclose(whole.vectors, parts.vectors, atol=2e-5)
-
-
 def test_parameters_reach_the_model(triton: Triton) -> None:
     async def use(client: TritonClient) -> None:
-        assert (await client.embed("bge_tiny", texts("hello", dimensions=20))).vectors.shape == (1, 20)
-        plain = await client.embed("bge_tiny", texts("hello"))
-        told = await client.embed("bge_tiny", texts("hello", instruction="the cat"))
+        assert (await embed(client, "bge_tiny", texts("hello", form=Form(sizes=(20,))))).vectors.shape == (1, 20)
+        plain = await embed(client, "bge_tiny", texts("hello"))
+        told = await embed(client, "bge_tiny", texts("hello", prompt=Prompt("the cat")))
         assert not np.allclose(plain.vectors, told.vectors, atol=1e-2)
         with pytest.raises(ApiError, match="longer than the model's context length"):
-            await client.embed("bge_tiny", texts("cat " * 300, truncate="none"))
+            await embed(client, "bge_tiny", texts("cat " * 300, truncate="none"))
 
     with_client(triton.grpc, use)
+
+
+def test_faults_are_reported_row_by_row(triton: Triton) -> None:
+    async def use(client: TritonClient) -> tuple[Embeddings, Embeddings]:
+        alone = await embed(client, "bge_tiny", texts("hello"))
+        request = texts("cat " * 300, "hello", "", truncate="none", faults=Faults(report=True))
+        return alone, await embed(client, "bge_tiny", request)
+
+    alone, reported = with_client(triton.grpc, use)
+    assert np.allclose(reported.vectors[1], alone.vectors[0], atol=2e-5)
+    assert not reported.vectors[[0, 2]].any()
+    assert reported.tokens.tolist() == [0, *alone.tokens.tolist(), 0]
+    assert "(input at index 0)" in reported.errors[0]
+    assert reported.errors[1:] == ["", "Input at index 2 cannot be empty or whitespace only"]
+
+
+def test_ids_of_texts(triton: Triton) -> None:
+    async def use(client: TritonClient) -> list[list[int]]:
+        return await client.tokenize("minilm", texts("hello world", "hello"), takes_images=False)
+
+    assert with_client(triton.grpc, use) == [[101, 7592, 2088, 102], [101, 7592, 102]]
 
 
 def test_what_triton_says_of_a_model(triton: Triton) -> None:
@@ -345,6 +378,6 @@ def test_what_triton_says_of_a_model(triton: Triton) -> None:
             await client.info("bge")
         assert caught.value.code == "model_not_ready"
         with pytest.raises(ApiError, match="Model 'nope' is not loaded"):
-            await client.embed("nope", texts("a"))
+            await embed(client, "nope", texts("a"))
 
     with_client(triton.grpc, use)

@@ -275,6 +275,22 @@ def test_prompts_of_sentence_transformers(checkpoint: Path) -> None:
     assert read(checkpoint).prompts == {"query": "Represent: "}
 
 
+@pytest.mark.parametrize(
+    ("prompts", "stated", "default"),
+    [
+        ({"query": "q: "}, "query", "query"),
+        ({"query": "q: ", "odd": "o: "}, "odd", "odd"),
+        ({"query": "q: "}, None, None),
+        # sentence-transformers gives every model these two, empty: test_reader.py asks it.
+        ({"query": "q: "}, "document", None),
+        ({}, "query", None),
+    ],
+)
+def test_the_default_prompt(prompts: dict[str, str], stated: str | None, default: str | None, checkpoint: Path) -> None:
+    change(checkpoint / "config_sentence_transformers.json", prompts=prompts, default_prompt_name=stated)
+    assert read(checkpoint).default_prompt == default
+
+
 # ours -> the end of sentence-transformers' older switch
 LEGACY = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken"}
 
@@ -473,6 +489,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["prompts", "3", "strings"],
     ),
+    "a default prompt that is none": (
+        PROMPTS,
+        {"prompts": {"query": "q: "}, "default_prompt_name": "passage"},
+        {},
+        ["default_prompt_name", "passage", "which has query"],
+    ),
+    "a default prompt that is a number": (PROMPTS, {"default_prompt_name": 3}, {}, ["default_prompt_name", "3", "str"]),
     "a prompt that is null": (PROMPTS, {"prompts": {"query": None}}, {}, ["prompts", "None", "strings"]),
     "matryoshka sizes that are one": (CONFIG, {"matryoshka_dimensions": 20}, {}, ["matryoshka_dimensions", "20"]),
     "matryoshka sizes of text": (CONFIG, {"matryoshka_dimensions": ["20"]}, {}, ["matryoshka_dimensions", "20"]),

@@ -191,7 +191,9 @@ def test_an_id_is_downloaded_then_served_under_it(hub: Hub, tmp_path: Path, monk
     assert not {"pytorch_model.bin", "modeling.py"} & fetched
 
 
-def test_a_full_queue_is_429_and_loses_nobody_else(tmp_path: Path) -> None:
+def test_a_full_queue_is_429_and_loses_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue of two calls at Triton, which one request of several fills by itself, and a short line before it."""
+    monkeypatch.setenv("TRITON_EMBED_MAX_WAITING_TOKENS", "40000")
     models = tmp_path / "models"
     shutil.copytree(ROOT / "model_repository" / "minilm", models / "minilm", ignore=shutil.ignore_patterns("__pyc*"))
     config = models / "minilm" / "config.pbtxt"

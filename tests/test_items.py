@@ -5,16 +5,17 @@ from typing import Any
 import pytest
 
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.items import Item, read_items, shared_instruction
+from triton_embed.gateway.items import Faults, Item, Prompt, read_items, read_prompt
 
 
 def refusal(*given: Any) -> str:
     with pytest.raises(ApiError) as caught:
-        read_items(given, "input")
+        read_items(given, "input", Faults())
     assert (caught.value.status, caught.value.param) == (400, "input")
     return caught.value.message
 
 
+KNOWN = "known are text, image, image_url, instruction, prompt_name, input_type"
 TEXT_PART = {"type": "text", "text": "a"}
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "x"}}
 
@@ -36,7 +37,10 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "x"}}
         ({"image_url": {"url": "x", "detail": "high"}}, Item("", ("x",))),
         ({"image_url": "y", "image": "x"}, Item("", ("x", "y"))),
         ({"text": "a", "image": "x"}, Item("a", ("x",))),
-        ({"text": "a", "instruction": "i"}, Item("a", (), "i")),
+        ({"text": "a", "instruction": "i"}, Item("a", (), Prompt("i"))),
+        ({"text": "a", "prompt_name": "q"}, Item("a", (), Prompt(None, "q"))),
+        ({"text": "a", "input_type": "Passage"}, Item("a", (), Prompt(None, None, "document"))),
+        ({"text": "a", "instruction": "", "input_type": None}, Item("a")),
         ({"image": "x", "instruction": None}, Item("", ("x",))),
         ([TEXT_PART], Item("a")),
         ([IMAGE_PART], Item("", ("x",))),
@@ -46,7 +50,7 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "x"}}
     ],
 )
 def test_forms(given: Any, item: Item) -> None:
-    assert read_items(["before", given], "input") == [Item("before"), item]
+    assert read_items(["before", given], "input", Faults()) == [Item("before"), item]
 
 
 @pytest.mark.parametrize(
@@ -74,8 +78,10 @@ def test_forms(given: Any, item: Item) -> None:
         ({"image": ""}, ": image cannot be empty"),
         ({"text": "a", "image": " "}, ": image cannot be empty"),
         ({"text": "a", "instruction": 7}, ": instruction must be a string, got an integer"),
-        ({"text": "a", "video": "x"}, " has an unknown key 'video'; known are text, image, image_url, instruction"),
-        ({"text": "a", "": 1}, " has an unknown key ''; known are text, image, image_url, instruction"),
+        ({"text": "a", "video": "x"}, f" has an unknown key 'video'; {KNOWN}"),
+        ({"text": "a", "": 1}, f" has an unknown key ''; {KNOWN}"),
+        ({"text": "a", "instruction": "i", "prompt_name": "q"}, ": Send either instruction or prompt_name"),
+        ({"text": "a", "input_type": "both"}, ": input_type must be 'query' or 'document', got 'both'"),
         (TEXT_PART, " is a content part: put the parts of one input in a list of their own"),
         ([TEXT_PART, "a"], ", content part 1 must be an object with a type"),
         ([TEXT_PART, {"text": "a"}], ", content part 1 must be an object with a type"),
@@ -98,31 +104,54 @@ def test_a_refusal_does_not_echo_a_whole_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "outer", "shared"),
+    ("fields", "prompt"),
     [
-        ([None, None], None, None),
-        ([None, None], "i", "i"),
-        (["i", None], "i", "i"),
-        (["i", "i"], None, "i"),
-        (["i"], None, "i"),
+        ({}, Prompt()),
+        ({"instruction": "", "prompt_name": None, "input_type": ""}, Prompt()),
+        ({"prompt_name": ""}, Prompt(None, "")),
+        ({"instruction": "i", "prompt_name": ""}, Prompt("i")),
+        ({"instruction": "i", "input_type": "query"}, Prompt("i", None, "query")),
+        ({"prompt_name": "q", "input_type": "document"}, Prompt(None, "q", "document")),
+        *(({"input_type": word}, Prompt(None, None, "query")) for word in ("query", "QUERY", "search_query")),
+        *(({"input_type": word}, Prompt(None, None, "document")) for word in ("document", "passage")),
+        ({"input_type": "search_document"}, Prompt(None, None, "document")),
     ],
 )
-def test_one_instruction(given: list[str | None], outer: str | None, shared: str | None) -> None:
-    assert shared_instruction([Item("a", (), one) for one in given], outer, "input") == shared
+def test_how_a_request_is_prompted(fields: dict[str, Any], prompt: Prompt) -> None:
+    assert read_prompt(fields) == prompt
 
 
 @pytest.mark.parametrize(
-    ("given", "outer", "index"),
+    ("fields", "message", "param"),
     [
-        (["i", "j"], None, 1),
-        (["i", None], None, 1),
-        ([None, None, "i"], None, 2),
-        ([None, "j"], "i", 1),
-        (["j", "j"], "i", 0),
+        ({"instruction": "i", "prompt_name": "q"}, "Send either instruction or prompt_name", "prompt_name"),
+        ({"instruction": 1}, "instruction must be a string, got an integer", "instruction"),
+        ({"input_type": "x" * 500}, f"input_type must be 'query' or 'document', got '{'x' * 100}'", "input_type"),
+        ({"instruction": "Find\0 it"}, "instruction must not hold a NUL character", "instruction"),
+        (
+            {"instruction": "i", "input_type": "passage"},
+            "instruction is for queries, and input_type says 'document'",
+            "instruction",
+        ),
     ],
 )
-def test_more_than_one_instruction(given: list[str | None], outer: str | None, index: int) -> None:
+def test_contradictions(fields: dict[str, Any], message: str, param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        shared_instruction([Item("a", (), one) for one in given], outer, "input")
-    expected = f"Input at index {index}: instruction per item is not supported: send it for the whole request"
-    assert (caught.value.status, caught.value.message) == (400, expected)
+        read_prompt(fields)
+    assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, param)
+
+
+def test_a_report_names_every_fault_and_keeps_the_others_in_their_places() -> None:
+    faults = Faults(report=True)
+    assert read_items(["a", 7, {"text": "b"}, " "], "input", faults) == [Item("a"), Item(""), Item("b"), Item("")]
+    assert {i: error.message.split(" ", 4)[-1] for i, error in faults.found.items()} == {
+        1: "must be a string, an object or a list of content parts, got an integer",
+        3: "cannot be empty or whitespace only",
+    }
+
+
+def test_the_first_fault_of_an_input_counts() -> None:
+    faults = Faults(report=True)
+    for message in ("first", "second"):
+        faults.add(0, ApiError(400, message))
+    assert faults.found[0].message == "first"

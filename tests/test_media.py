@@ -11,7 +11,7 @@ from test_fetch import TRUSTS_NOBODY, Answer, reply, run, serving
 
 from triton_embed.gateway import fetch as fetch_module
 from triton_embed.gateway import media as media_module
-from triton_embed.gateway.errors import ApiError
+from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.gateway.fetch import NOT_PUBLIC, Fetcher
 from triton_embed.gateway.media import Media
 
@@ -19,12 +19,16 @@ PIXEL = base64.b64decode("R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==")
 BASE64 = base64.b64encode(PIXEL).decode()
 
 
+def refuse(index: int, message: str) -> None:
+    raise invalid(message, "input")
+
+
 async def loaded(
     images: Sequence[Sequence[str]], *allowed: str, urls: bool = True, max_bytes: int = 2**25, timeout: float = 10
 ) -> list[list[bytes]] | ApiError:
     media = Media(Fetcher(allowed, TRUSTS_NOBODY) if urls else None, max_bytes=max_bytes, timeout=timeout)
     try:
-        return await media.load(images, "input")
+        return await media.load(images, "input", refuse)
     except ApiError as error:
         return error
     finally:
@@ -181,10 +185,10 @@ def test_one_request_leaves_slots_to_others(monkeypatch: pytest.MonkeyPatch) -> 
     async def use() -> None:
         async with serving({f"/{i}": answer for i in range(40)}) as site:
             media = Media(Fetcher([site.host], TRUSTS_NOBODY), max_bytes=2**25, timeout=10)
-            many = asyncio.create_task(media.load([[f"{site.url}/{i}"] for i in range(40)], "input"))
+            many = asyncio.create_task(media.load([[f"{site.url}/{i}"] for i in range(40)], "input", refuse))
             while not site.open:
                 await asyncio.sleep(0.001)
-            assert await media.load([[f"{site.url}/0"]], "input") == [[b"image"]]
+            assert await media.load([[f"{site.url}/0"]], "input", refuse) == [[b"image"]]
             assert len(site.asked) < 20
             assert site.most_open <= 3
             assert not many.done()
@@ -208,3 +212,20 @@ def test_all_fetches_of_a_request_have_one_deadline() -> None:
     found = run(use)
     assert isinstance(found, ApiError)
     assert (found.status, found.message) == (504, "The images could not be fetched within 0.2 s")
+
+
+def test_faults_may_be_noted_and_the_others_loaded() -> None:
+    noted: dict[int, str] = {}
+
+    async def use() -> list[list[bytes]]:
+        async with serving({"/a": reply(b"image"), "/gone": reply(b"", "404 Not Found")}) as site:
+            a, gone = f"{site.url}/a", f"{site.url}/gone"
+            media = Media(Fetcher([site.host], TRUSTS_NOBODY), max_bytes=2**25, timeout=10)
+            images = [[a], [gone], ["./a.png"], [BASE64, a], [gone, a], []]
+            found = await media.load(images, "input", noted.__setitem__)
+            await media.close()
+            return found
+
+    assert run(use) == [[b"image"], [], [], [PIXEL, b"image"], [], []]
+    assert sorted(noted) == [1, 2, 4]
+    assert noted[4] == "Input at index 4: the image could not be fetched: its host answered with status 404"

@@ -1,9 +1,23 @@
 """The numbers Prometheus reads."""
 
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from triton_embed.gateway.metrics import Metrics
+from conftest import Triton, free_port
+from triton_embed.gateway.metrics import TRITON_SECONDS, Metrics
 from triton_embed.gateway.model import ModelInfo
 
 
@@ -45,6 +59,7 @@ def test_a_stage_is_timed_even_when_it_fails() -> None:
 
 def test_what_each_model_runs_on_is_told() -> None:
     info = {"checkpoint": None, "dimensions": 3, "max_model_len": 7, "vocab_size": 9, "pooling": "cls"}
+    info |= {"default_prompt_name": None, "batch_tokens": 9, "max_request_tokens": 9}
     info |= {"modalities": ["text"], "matryoshka": None, "instructions": False, "prompt_names": []}
     slow = ModelInfo(**info, name="slow", family="bert", dtype="float32", device="cuda:0", kernels="torch")
     fast = ModelInfo(**info, name="fast", family="bert", dtype="bfloat16", device="cuda:0", kernels="triton")
@@ -62,3 +77,142 @@ def test_two_gateways_do_not_mix() -> None:
     one, other = Metrics(), Metrics()
     one.answered("/health", 200)
     assert ("triton_embed_requests_total", "/health 200") not in samples(other)
+
+
+@contextmanager
+def serving(body: bytes, kind: str = "text/plain; charset=utf-8", delay: float = 0, status: int = 200) -> Iterator[str]:
+    """host:port of something that stands where Triton's metrics should be."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            done.wait(delay)
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    done = threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign] - it hangs up on a late answer
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        done.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def scraped(triton: str) -> dict[str, float]:
+    """Family -> its first sample's value. Prometheus' own parser reads it, and no family comes twice."""
+    metrics = Metrics(triton=triton)
+    metrics.answered("/health", 200)
+    text = asyncio.run(metrics.scrape()).decode()
+    assert text.endswith("\n")
+    families = list(text_string_to_metric_families(text))
+    assert max(Counter(family.name for family in families).values()) == 1
+    assert max(Counter(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)).values()) == 1
+    return {family.name: family.samples[0].value for family in families if family.samples}
+
+
+def test_the_real_tritons_metrics_follow_ours(triton: Triton) -> None:
+    found = scraped(f"127.0.0.1:{triton._ports[2]}")
+    assert found["triton_embed_requests"] == 1
+    assert found["triton_embed_triton_metrics_up"] == 1
+    assert "nv_inference_request_success" in found
+    assert "nv_cpu_utilization" in found
+
+
+def test_without_an_endpoint_nothing_is_said_of_triton() -> None:
+    assert not any(name.startswith("nv_") or "triton_metrics" in name for name in scraped(""))
+
+
+def test_a_triton_that_is_gone_leaves_ours() -> None:
+    found = scraped(f"127.0.0.1:{free_port()}")
+    assert (found["triton_embed_requests"], found["triton_embed_triton_metrics_up"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"body": b"nv_x 1\n", "status": 500},
+        {"body": b"<html>", "kind": "application/json"},
+        {"body": b"\xff\xfe"},
+        {"body": b"nv_x 1\n", "delay": 30},
+    ],
+    ids=["failing", "something else", "no text", "slow"],
+)
+def test_what_is_no_triton_is_left_out_in_time(odd: dict[str, object]) -> None:
+    began = time.monotonic()
+    with serving(**odd) as address:  # type: ignore[arg-type]
+        metrics = Metrics(triton=address)
+
+        async def scrape() -> tuple[bytes, float]:
+            return await metrics.scrape(), time.monotonic() - began
+
+        text, took = asyncio.run(scrape())
+        assert b"triton_embed_triton_metrics_up 0.0" in text
+        assert b"nv_x" not in text
+        assert took < TRITON_SECONDS + 1
+
+
+def test_a_family_that_both_have_is_ours_alone() -> None:
+    theirs = """# HELP nv_a first
+# TYPE nv_a counter
+nv_a{model="m"} 1
+# HELP triton_embed_inputs_total another's
+# TYPE triton_embed_inputs_total counter
+triton_embed_inputs_total{model="m"} 9
+
+# HELP nv_b
+# TYPE nv_b gauge
+nv_b 3
+# HELP nv_a again
+# TYPE nv_a counter
+nv_a{model="m"} 5"""
+    with serving(theirs.encode()) as address:
+        found = scraped(address)
+    assert (found["nv_a"], found["nv_b"]) == (1, 3)
+    assert "triton_embed_inputs" not in found or found["triton_embed_inputs"] != 9
+
+
+WORKER = """
+import sys
+from triton_embed.gateway.metrics import Metrics
+metrics = Metrics(shared=True)
+metrics.answered("/health", 200)
+metrics.embedded("minilm", 2, 30, 1)
+metrics.in_flight.inc()
+with metrics.stage("parse"):
+    pass
+sys.stdout.write(metrics.render().decode())
+sys.stdout.flush()
+sys.stdin.read()
+sys.stdout.write(metrics.render().decode())
+"""
+
+
+def test_any_of_several_processes_tells_the_sum(tmp_path: Path) -> None:
+    (tmp_path / "counter_1.db").touch()  # of one that is only just starting
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", WORKER], env=env, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    for one in both:
+        for line in one.stdout:  # its first page is out, so it has counted
+            if line.startswith("triton_embed_stage_seconds_count"):
+                break
+    for one in both:
+        found: dict[tuple[str, str], float] = {}
+        pages = one.communicate(timeout=60)[0]
+        for family in text_string_to_metric_families(pages[pages.index("# HELP") :]):
+            found |= {(s.name, " ".join(s.labels.values())): s.value for s in family.samples}
+        assert found["triton_embed_requests_total", "/health 200"] == 2
+        assert found["triton_embed_tokens_total", "minilm"] == 60
+        assert found["triton_embed_stage_seconds_count", "parse"] == 2
+        assert found["triton_embed_requests_in_flight", ""] == 2
+        assert one.returncode == 0

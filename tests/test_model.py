@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.model import ModelInfo, check
+from triton_embed.gateway.forms import Form
+from triton_embed.gateway.items import Faults, Prompt
+from triton_embed.gateway.model import ModelInfo, fit
 from triton_embed.gateway.schemas import EmbeddingRequest
 
 INFO = ModelInfo(
@@ -21,10 +23,19 @@ INFO = ModelInfo(
     matryoshka=[20, 40],
     instructions=True,
     prompt_names=["query"],
+    default_prompt_name=None,
+    batch_tokens=1024,
+    max_request_tokens=300_000,
     dtype="float32",
     device="cpu",
     kernels="torch",
 )
+
+
+def sizes(*given: int | None) -> Form:
+    return Form(sizes=tuple(size for size in given if size is not None))
+
+
 TEXT = EmbeddingRequest(model="m", texts=["a"], ids=[], single=True, param="input")
 IDS = replace(TEXT, texts=[], ids=[[1, 99], [0]])
 
@@ -41,7 +52,7 @@ NOT_LISTED = (
     [(None, 60), (None, None), (False, 60), ([20, 40], 60), ([20, 40], 20), ([20, 40], 40), (True, 1), (True, 60)],
 )
 def test_dimensions_that_fit(matryoshka: Any, dimensions: int | None) -> None:
-    check(replace(TEXT, dimensions=dimensions), INFO.model_copy(update={"matryoshka": matryoshka}))
+    fit(replace(TEXT, form=sizes(dimensions)), INFO.model_copy(update={"matryoshka": matryoshka}))
 
 
 @pytest.mark.parametrize(
@@ -58,20 +69,20 @@ def test_dimensions_that_fit(matryoshka: Any, dimensions: int | None) -> None:
 )
 def test_dimensions_that_do_not(matryoshka: Any, dimensions: int, message: str) -> None:
     with pytest.raises(ApiError) as caught:
-        check(replace(TEXT, dimensions=dimensions), INFO.model_copy(update={"matryoshka": matryoshka}))
+        fit(replace(TEXT, form=sizes(dimensions)), INFO.model_copy(update={"matryoshka": matryoshka}))
     assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, "dimensions")
 
 
 def test_ids_within_the_vocabulary_and_of_the_right_length_fit() -> None:
-    check(IDS, INFO)
-    check(replace(IDS, ids=[[1] * 8], truncate="none"), INFO)
-    check(replace(IDS, ids=[[1] * 9], truncate="end"), INFO)
+    fit(IDS, INFO)
+    fit(replace(IDS, ids=[[1] * 8], truncate="none"), INFO)
+    fit(replace(IDS, ids=[[1] * 9], truncate="end"), INFO)
 
 
 @pytest.mark.parametrize("foreign", [-1, 100, 2**40])
 def test_a_foreign_id_is_named_with_its_index(foreign: int) -> None:
     with pytest.raises(ApiError) as caught:
-        check(replace(IDS, ids=[[1], [2, foreign]]), INFO)
+        fit(replace(IDS, ids=[[1], [2, foreign]]), INFO)
     assert (caught.value.status, caught.value.param) == (400, "input")
     assert f"Input at index 1 has token id {foreign}, " in caught.value.message
     assert "(0 to 99)" in caught.value.message
@@ -80,21 +91,28 @@ def test_a_foreign_id_is_named_with_its_index(foreign: int) -> None:
 
 def test_ids_too_long_when_nothing_may_be_cut() -> None:
     with pytest.raises(ApiError, match=r"The input \(9 tokens\) is longer than .* \(8 tokens\)\. \(input at index 1\)"):
-        check(replace(IDS, ids=[[1], [1] * 9], truncate="none"), INFO)
+        fit(replace(IDS, ids=[[1], [1] * 9], truncate="none"), INFO)
 
 
 @pytest.mark.parametrize(
     ("request_", "instructions", "message", "param"),
     [
-        (replace(TEXT, instruction="x"), False, "Model 'm' takes no instruction", "instruction"),
-        (replace(TEXT, instruction="x", prompt_name="query"), True, "either instruction or prompt_name", "prompt_name"),
-        (replace(IDS, instruction="x"), True, "instruction needs text", "instruction"),
-        (replace(IDS, prompt_name="query"), True, "prompt_name needs text", "prompt_name"),
+        (replace(TEXT, prompt=Prompt("x")), False, "Model 'm' takes no instruction", "instruction"),
+        (replace(IDS, prompt=Prompt("x")), True, "instruction needs text", "instruction"),
+        (replace(IDS, prompt=Prompt(None, "query")), True, "prompt_name needs text", "prompt_name"),
+        (replace(IDS, prompt=Prompt(None, None, "query")), True, "prompt_name needs text", "prompt_name"),
+        (replace(TEXT, prompt=Prompt(None, "q")), True, "has no prompt_name 'q'; it has: query", "prompt_name"),
+        (
+            replace(TEXT, texts=["a", "b"], prompts=[Prompt(), Prompt("x")]),
+            False,
+            "Input at index 1: Model 'm' takes no instruction",
+            "instruction",
+        ),
     ],
 )
 def test_instructions_that_do_not_fit(request_: EmbeddingRequest, instructions: bool, message: str, param: str) -> None:
     with pytest.raises(ApiError, match=message) as caught:
-        check(request_, INFO.model_copy(update={"instructions": instructions}))
+        fit(request_, INFO.model_copy(update={"instructions": instructions}))
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
@@ -109,24 +127,74 @@ GME = ["text", "image", "text+image"]
     ("request_", "modalities"), [(ITEMS, CLIP), (ITEMS, GME), (BOTH, GME), (SEVERAL, GME), (TEXT, CLIP), (IDS, GME)]
 )
 def test_images_that_fit(request_: EmbeddingRequest, modalities: list[str]) -> None:
-    check(request_, INFO.model_copy(update={"modalities": modalities}))
+    fit(request_, INFO.model_copy(update={"modalities": modalities}))
 
 
 @pytest.mark.parametrize(
     ("request_", "modalities", "message"),
     [
-        (ITEMS, ["text"], "Model 'm' takes no images: input at index 1 has one"),
-        (BOTH, ["text"], "Model 'm' takes no images: input at index 1 has one"),
-        (BOTH, CLIP, "Model 'm' embeds a text or an image, not both together: input at index 1 has both"),
-        (SEVERAL, CLIP, "Model 'm' embeds one image at a time: input at index 1 has 2"),
+        (ITEMS, ["text"], "Model 'm' takes no images (input at index 1)"),
+        (BOTH, ["text"], "Model 'm' takes no images (input at index 1)"),
+        (BOTH, CLIP, "Model 'm' embeds a text or an image, not both together (input at index 1)"),
+        (SEVERAL, CLIP, "Model 'm' embeds one image at a time (input at index 1)"),
     ],
 )
 def test_images_that_do_not_fit(request_: EmbeddingRequest, modalities: list[str], message: str) -> None:
     with pytest.raises(ApiError) as caught:
-        check(replace(request_, param="image_data"), INFO.model_copy(update={"modalities": modalities}))
+        fit(replace(request_, param="image_data"), INFO.model_copy(update={"modalities": modalities}))
     assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, "image_data")
 
 
 def test_an_instruction_or_a_prompt_name_alone_fits() -> None:
-    check(replace(TEXT, instruction="x"), INFO)
-    check(replace(TEXT, prompt_name="query"), INFO)
+    assert fit(replace(TEXT, prompt=Prompt("x")), INFO).prompt == Prompt("x")
+    assert fit(replace(TEXT, prompt=Prompt(None, "query")), INFO).prompt == Prompt(None, "query")
+    assert fit(replace(IDS, prompt=Prompt(None, None, "document")), INFO).prompt == Prompt()
+
+
+@pytest.mark.parametrize(
+    ("side", "names", "default", "instructions", "prompt"),
+    [
+        ("query", ["query"], None, True, Prompt(None, "query")),
+        ("document", ["query"], None, True, Prompt()),
+        ("document", ["query", "document"], "query", True, Prompt(None, "document")),
+        ("document", ["query", "passage"], None, False, Prompt(None, "passage")),
+        ("document", ["query"], "query", True, Prompt(None, "")),  # its default prompt is none for documents
+        ("query", [], None, False, Prompt()),  # trained without any
+    ],
+)
+def test_a_side_of_a_search_becomes_the_models_own_prompt(
+    side: str, names: list[str], default: str | None, instructions: bool, prompt: Prompt
+) -> None:
+    stated = {"prompt_names": names, "default_prompt_name": default, "instructions": instructions}
+    model = INFO.model_copy(update=stated)
+    assert fit(replace(TEXT, prompt=Prompt(None, None, side)), model).prompt == prompt
+    each = fit(
+        replace(TEXT, texts=["a", "b"], prompts=[Prompt(None, None, side), Prompt("x")][: 1 + instructions]), model
+    )
+    assert each.prompts[0] == prompt
+
+
+def test_no_prompt_at_all() -> None:
+    none = replace(TEXT, prompt=Prompt(None, ""))
+    assert fit(none, INFO).prompt == Prompt()
+    assert fit(none, INFO.model_copy(update={"default_prompt_name": "query"})).prompt == Prompt(None, "")
+
+
+def test_a_side_is_never_guessed() -> None:
+    model = INFO.model_copy(update={"prompt_names": []})
+    with pytest.raises(ApiError, match="has no prompt of its own for queries: send an instruction") as caught:
+        fit(replace(TEXT, prompt=Prompt(None, None, "query")), model)
+    assert caught.value.param == "input_type"
+
+
+def test_faults_are_reported_and_nothing_of_them_goes_on() -> None:
+    ids = replace(IDS, ids=[[1], [100], [1] * 9], truncate="none", faults=Faults(report=True))
+    assert fit(ids, INFO).ids == [[1], [], []]
+    assert sorted(ids.faults.found) == [1, 2]
+    items = replace(BOTH, texts=["a", "b"], images=[(), ("x",)], faults=Faults(report=True))
+    fit(items, INFO)
+    assert (items.texts, items.images, list(items.faults.found)) == (["a", ""], [(), ()], [1])
+
+
+def test_ids_that_will_be_divided_are_not_too_long() -> None:
+    fit(replace(IDS, ids=[[1] * 9], truncate="none", long_text="mean"), INFO)

@@ -273,7 +273,7 @@ def test_a_models_directory_is_its_name_whatever_it_says() -> None:
 
 def real(target: str, use: Callable[[Registry], Awaitable[T]]) -> T:
     async def run() -> T:
-        client = TritonClient(target, timeout=10)
+        client = TritonClient(target)
         registry = Registry(client, interval=0.2)
         try:
             await registry.start()

@@ -17,9 +17,10 @@ from triton_embed.python_backend.errors import BadRequest
 from triton_embed.python_backend.request import (
     Item,
     check_dimensions,
-    decode_text,
+    count_rows,
     parse_parameters,
-    read_items,
+    parse_prompts,
+    read_item,
     unpad_ids,
 )
 from triton_embed.python_backend.spec import EncoderSpec
@@ -30,12 +31,20 @@ KNOWN = {
     "instruction": st.text(),
     "prompt_name": st.text(),
     "truncate": st.sampled_from(["end", "start", "none"]),
+    "long_text": st.sampled_from(["truncate", "mean"]),
+    "on_error": st.sampled_from(["fail", "report"]),
+    "timeout_ms": st.integers(min_value=1),
+    "prompts": st.text(),
 }
 
 
 @settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional=KNOWN))
 def test_parameters_are_read_as_json_says_them(parameters: dict[str, Any]) -> None:
+    if "prompts" in parameters and parameters.keys() & {"instruction", "prompt_name"}:
+        with pytest.raises(BadRequest, match="Send either prompts or one instruction or prompt_name for all rows"):
+            parse_parameters(json.dumps(parameters))
+        return
     assert parse_parameters(json.dumps(parameters)) == parameters
 
 
@@ -64,6 +73,13 @@ def test_any_other_parameter_is_refused_by_name(key: str, value: object) -> None
         ({"truncate": False}, "Parameter 'truncate' must be a string, got False"),
         ({"truncate": "END"}, "truncate must be end, start or none, got 'END'"),
         ({"truncate": ""}, "truncate must be end, start or none, got ''"),
+        ({"long_text": "split"}, "long_text must be truncate or mean, got 'split'"),
+        ({"long_text": True}, "Parameter 'long_text' must be a string, got True"),
+        ({"on_error": "ignore"}, "on_error must be fail or report, got 'ignore'"),
+        ({"timeout_ms": "50"}, "Parameter 'timeout_ms' must be a whole number, got '50'"),
+        ({"timeout_ms": 0}, "timeout_ms must be greater than 0, got 0"),
+        ({"timeout_ms": -7}, "timeout_ms must be greater than 0, got -7"),
+        ({"prompts": [{}]}, "Parameter 'prompts' must be a string, got [{}]"),
     ],
     ids=str,
 )
@@ -116,21 +132,67 @@ def test_dimensions(trained: bool | tuple[int, ...] | None, dimensions: int | No
     assert str(refused.value) == sentence
 
 
-def row(*values: bytes) -> np.ndarray:
-    return np.array(values, dtype=np.object_)
+PROMPT = (
+    st.none()
+    | st.just({})
+    | st.fixed_dictionaries({"instruction": st.text()})
+    | st.fixed_dictionaries({"prompt_name": st.text()})
+)
+
+
+@settings(deadline=None)
+@given(st.lists(PROMPT, max_size=6))
+def test_each_row_may_have_a_prompt_of_its_own(prompts: list[dict[str, str] | None]) -> None:
+    assert parse_prompts(json.dumps(prompts), len(prompts)) == [prompt or {} for prompt in prompts]
+
+
+ENTRY = "An entry of prompts must hold an instruction or a prompt_name (input at index 1)"
+LIST = "prompts must be a list with an entry for each of the 2 rows, got "
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "prompts is not valid JSON"),
+        ("[{},", "prompts is not valid JSON"),
+        ("[" * 100_000, "prompts is not valid JSON"),
+        ("{}", f"{LIST}no list"),
+        ("null", f"{LIST}no list"),
+        ("[]", f"{LIST}0 entries"),
+        ("[{}]", f"{LIST}1 entries"),
+        ("[{}, {}, {}]", f"{LIST}3 entries"),
+        ('[{}, "query"]', ENTRY),
+        ("[{}, []]", ENTRY),
+        ("[null, false]", ENTRY),
+        ('[{}, {"instruct": "x"}]', ENTRY),
+        ('[{}, {"instruction": "x", "prompt_name": "y"}]', ENTRY),
+        ('[{}, {"instruction": 3}]', "Parameter 'instruction' must be a string, got 3 (input at index 1)"),
+        ('[{}, {"prompt_name": null}]', "Parameter 'prompt_name' must be a string, got None (input at index 1)"),
+        (r'[{}, {"instruction": "\ud800"}]', "Parameter 'instruction' is not valid Unicode (input at index 1)"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_prompts_that_are_none(text: str, sentence: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse_prompts(text, 2)
+    assert str(refused.value) == sentence
+
+
+def tensor(*rows: list[bytes]) -> np.ndarray:
+    return np.array(rows, dtype=np.object_)
 
 
 @settings(deadline=None)
 @given(st.text().filter(lambda text: text.strip()))
 def test_a_text_is_its_utf_8(text: str) -> None:
-    assert decode_text(row(text.encode()), 0) == text
+    assert read_item(tensor([text.encode()]), None, 0) == Item(text)
 
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from(" \t\r\n\v\f\u00a0\u2003\u3000")))
 def test_a_text_of_nothing_but_white_space_is_none(text: str) -> None:
     """Beside an image it is left out; alone the reader refuses it."""
-    assert decode_text(row(text.encode()), 7) == ""
+    assert read_item(tensor([text.encode()]), tensor([b"x"]), 0) == Item("", (b"x",))
 
 
 @pytest.mark.parametrize(
@@ -138,31 +200,22 @@ def test_a_text_of_nothing_but_white_space_is_none(text: str) -> None:
 )
 def test_bytes_that_are_not_utf_8(data: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
-        decode_text(row(data), 2)
+        read_item(tensor([b"a"], [b"b"], [data]), None, 2)
     assert str(refused.value) == "Input at index 2 is not valid UTF-8"
-
-
-@pytest.mark.parametrize("values", [(), (b"a", b"b")])
-def test_a_row_of_text_that_is_not_one_value(values: tuple[bytes, ...]) -> None:
-    with pytest.raises(BadRequest, match=rf"TEXT must be \[rows, 1\], row 4 has {len(values)} values"):
-        decode_text(row(*values), 4)
-
-
-def tensor(*rows: list[bytes]) -> np.ndarray:
-    return np.array(rows, dtype=np.object_)
 
 
 def test_a_row_is_a_text_or_images_or_both() -> None:
     text = tensor(["caf\u00e9".encode()], [b""], [b" \n"], [b"both"])
     image = tensor([b"", b""], [b"one", b"two"], [b"", b"late"], [b"first", b""])
-    assert read_items(text, image) == [
+    assert count_rows(text, image) == 4
+    assert [read_item(text, image, i) for i in range(4)] == [
         Item("caf\u00e9"),
         Item("", (b"one", b"two")),
         Item("", (b"late",)),
         Item("both", (b"first",)),
     ]
-    assert read_items(text, None) == [Item("caf\u00e9"), Item(), Item(), Item("both")]
-    assert read_items(None, tensor([b"\0"], [b""])) == [Item("", (b"\0",)), Item()]
+    assert [read_item(text, None, i) for i in range(4)] == [Item("caf\u00e9"), Item(), Item(), Item("both")]
+    assert [read_item(None, tensor([b"\0"], [b""]), i) for i in range(2)] == [Item("", (b"\0",)), Item()]
 
 
 @pytest.mark.parametrize(
@@ -171,14 +224,14 @@ def test_a_row_is_a_text_or_images_or_both() -> None:
         (None, None, "Send either TEXT or INPUT_IDS"),
         (tensor([b"a"], [b"b"]), tensor([b"x"]), "TEXT has 2 rows, IMAGE has 1"),
         (tensor([b"a"]), tensor([b"x"], [b"y"], [b"z"]), "TEXT has 1 rows, IMAGE has 3"),
-        (tensor([b"a"], [b"\xff"]), tensor([b"x"], [b"y"]), "Input at index 1 is not valid UTF-8"),
-        (tensor([b"a", b"b"]), None, "TEXT must be [rows, 1], row 0 has 2 values"),
+        (tensor([b"a", b"b"]), None, "TEXT must be [rows, 1], got [1, 2]"),
+        (np.empty((3, 0), dtype=np.object_), None, "TEXT must be [rows, 1], got [3, 0]"),
     ],
-    ids=["neither", "too few images", "too many images", "no text", "too wide"],
+    ids=["neither", "too few images", "too many images", "too wide", "too narrow"],
 )
 def test_rows_that_do_not_fit_together(text: np.ndarray | None, image: np.ndarray | None, sentence: str) -> None:
     with pytest.raises(BadRequest) as refused:
-        read_items(text, image)
+        count_rows(text, image)
     assert str(refused.value) == sentence
 
 

@@ -4,7 +4,9 @@
 A picture costs tokens and has no ids.
 """
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from random import Random
@@ -17,7 +19,7 @@ import pytest
 from triton_embed.python_backend import scheduler
 from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.row import NO_IDS, Row
-from triton_embed.python_backend.scheduler import Compute, Job, Scheduler
+from triton_embed.python_backend.scheduler import Compute, Job, Scheduler, Watch
 
 BUDGET = 10
 POISON = 666
@@ -47,6 +49,10 @@ class Caller:
         self.outcomes.append(reason)
         self._told.set()
 
+    def dropped(self, reason: str) -> None:
+        self.outcomes.append(f"dropped: {reason}")
+        self._told.set()
+
     def outcome(self) -> Vectors | str:
         """The one outcome. Call it after `close` as well, to be sure that no second one came."""
         assert self._told.wait(PATIENCE), "never answered"
@@ -64,9 +70,9 @@ def picture(first: int, cost: int, *ids: int) -> Row:
     return Row(np.array(ids, dtype=np.int32) if ids else NO_IDS, (colour,), cost - len(ids))
 
 
-def job(caller: Caller, *lengths: int, first: int = 0, dims: int = 3) -> Job:
+def job(caller: Caller, *lengths: int, first: int = 0, dims: int = 3, deadline: float = math.inf) -> Job:
     """Rows of these lengths, whose first ids count up from `first`."""
-    return Job([row(first + i, length) for i, length in enumerate(lengths)], dims, caller)
+    return Job([row(first + i, length) for i, length in enumerate(lengths)], dims, caller, deadline)
 
 
 def first_of(one: Row) -> int:
@@ -122,9 +128,9 @@ class DaemonExecutor(Executor):
 class Running:
     """A scheduler and its delivery thread; `close` as `finalize` does it."""
 
-    def __init__(self, compute: Compute) -> None:
+    def __init__(self, compute: Compute, watch: Watch | None = None) -> None:
         self.delivery = Delivery()
-        self.scheduler = Scheduler(compute, BUDGET, self.delivery, DaemonExecutor())
+        self.scheduler = Scheduler(compute, BUDGET, self.delivery, DaemonExecutor(), watch)
         self.submit = self.scheduler.submit
 
     def close(self) -> None:
@@ -425,9 +431,73 @@ def test_a_cancelled_job_is_answered_but_never_computed(engine: Engine, running:
     running.submit(job(gone, *[3] * 3, first=500))
     running.submit(job(good, 2, first=1))
     engine.gate.set()
-    assert gone.outcome() == "The request was cancelled"
+    assert gone.outcome() == "dropped: The request was cancelled"
     assert isinstance(good.outcome(), np.ndarray)
     assert engine.firsts() == [10_000, 1]
+
+
+def test_a_job_whose_deadline_passes_before_it_begins_is_never_computed(engine: Engine, running: Running) -> None:
+    hold(engine, running)
+    late, early, good = Caller(), Caller(), Caller()
+    now = time.monotonic()
+    running.submit(job(late, *[3] * 3, first=500, deadline=now + 0.01))
+    running.submit(job(early, 2, first=1, deadline=now + PATIENCE))
+    running.submit(job(good, 2, first=2))
+    while time.monotonic() < now + 0.02:
+        time.sleep(0.01)
+    engine.gate.set()
+    assert late.outcome() == "dropped: The request's deadline passed before its computation began"
+    assert isinstance(early.outcome(), np.ndarray)
+    assert isinstance(good.outcome(), np.ndarray)
+    assert engine.firsts() == [10_000, 1, 2]
+    assert late.asked == 0
+    finish(submitting(running, [job(Caller(), BUDGET) for _ in range(3)], threads=1))  # its tokens were given back
+
+
+def test_a_job_that_has_begun_is_finished_whatever_its_deadline(engine: Engine, running: Running) -> None:
+    caller, deadline = Caller(), time.monotonic() + 0.2
+    engine.gate.clear()
+    running.submit(job(caller, *[BUDGET] * 3, deadline=deadline))
+    assert engine.entered.wait(0.2)
+    while time.monotonic() <= deadline:
+        time.sleep(0.01)
+    engine.gate.set()
+    assert isinstance(caller.outcome(), np.ndarray)
+
+
+def test_every_forward_pass_is_told_and_every_wait_once(engine: Engine) -> None:
+    told: list[tuple[list[float], float, int]] = []
+    threads: set[str] = set()
+
+    def watch(waits: Sequence[float], seconds: float, tokens: int) -> None:
+        threads.add(threading.current_thread().name)
+        told.append((list(waits), seconds, tokens))
+
+    running = Running(engine.compute, watch)
+    hold(engine, running)
+    callers = [Caller() for _ in range(3)]
+    for caller, lengths in zip(callers, ([4], [4], [3, 8]), strict=True):
+        running.submit(job(caller, *lengths))
+    time.sleep(0.05)
+    engine.gate.set()
+    for caller in callers:
+        caller.outcome()
+    running.close()
+    assert threads == {"delivery"}
+    assert [(len(waits), tokens) for waits, _, tokens in told] == [(1, 1), (2, 8), (1, 3), (0, 8)]
+    assert told[0][0][0] < 0.05 <= min(told[1][0])
+    assert told[0][1] >= 0.05
+
+
+def test_a_watch_that_fails_harms_nobody(engine: Engine) -> None:
+    def watch(waits: Sequence[float], seconds: float, tokens: int) -> None:
+        raise RuntimeError("no such metric")
+
+    running, callers = Running(engine.compute, watch), [Caller() for _ in range(3)]
+    for caller in callers:
+        running.submit(job(caller, 2))
+    assert all(isinstance(caller.outcome(), np.ndarray) for caller in callers)
+    running.close()
 
 
 def test_a_job_is_asked_once_and_not_again_half_way(engine: Engine, running: Running) -> None:

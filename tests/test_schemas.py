@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_embed.gateway import schemas
-from triton_embed.gateway.errors import ApiError
+from triton_embed.gateway.errors import ApiError, invalid
+from triton_embed.gateway.forms import Form
+from triton_embed.gateway.items import Prompt
 from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 from triton_embed.gateway.settings import Settings
 
+SIZES = "dimensions must be an integer, or a list of 1 to 16 of them"
 SETTINGS = Settings(max_inputs=4, max_request_tokens=10)
 
 
@@ -59,7 +63,7 @@ def refusal(body: Any, parser: Any = schemas.parse_embeddings) -> ApiError:
 def test_input_forms(given_input: Any, texts: list[str], ids: list[list[int]], single: bool) -> None:
     request = parse({"input": given_input})
     assert (request.texts, request.ids, request.single) == (texts, ids, single)
-    assert request.parameters() == {}
+    assert request.parameters(range(request.count)) == {}
 
 
 TEXT_PART = {"type": "text", "text": "a"}
@@ -89,15 +93,18 @@ def test_item_forms(given_input: Any, texts: list[str], images: list[tuple[str, 
     assert (request.texts, list(request.images), request.ids, request.single) == (texts, images, [], single)
 
 
-def test_instructions_of_items() -> None:
-    items = [{"text": "a", "instruction": "i"}, {"image": "x", "instruction": "i"}]
-    assert parse({"input": items}).instruction == "i"
-    assert parse({"input": {"text": "a", "instruction": "i"}}).instruction == "i"
-    assert parse({"input": {"input": [{"text": "a"}], "instruction": "i"}}).instruction == "i"
-    assert parse({"input": ["a", {"text": "b", "instruction": "i"}], "instruction": "i"}).instruction == "i"
-    expected = "Input at index 1: instruction per item is not supported: send it for the whole request"
-    assert refusal({"input": ["a", {"text": "b", "instruction": "i"}]}).message == expected
-    assert refusal({"input": ["a", {"text": "b", "instruction": "i"}], "instruction": "j"}).message == expected
+def test_prompts_of_items() -> None:
+    i, q, none = Prompt("i"), Prompt(None, "q"), Prompt()
+    for items, outer, expected in [
+        ([{"text": "a", "instruction": "i"}, {"image": "x"}], {}, [i, none]),
+        ([{"text": "a", "instruction": "i"}, "b"], {"prompt_name": "q"}, [i, q]),
+        ({"text": "a", "prompt_name": "q"}, {"instruction": "i"}, [q]),
+        ({"input": [{"text": "a", "prompt_name": "q"}, "b"], "instruction": "i"}, {}, [q, i]),
+        (["a", {"text": "b"}], {"instruction": "i"}, []),
+    ]:
+        request = parse({"input": items, **outer})
+        assert request.prompts == expected
+        assert [request.prompt_of(n) for n in range(request.count)] == expected or not expected
 
 
 def test_a_request_may_be_as_large_as_its_limits() -> None:
@@ -110,20 +117,35 @@ def test_a_request_may_be_as_large_as_its_limits() -> None:
 def test_the_dict_form_is_input_plus_instruction() -> None:
     inner = parse({"model": "m", "input": {"input": "a", "instruction": "find"}})
     assert inner == parse({"model": "m", "input": "a", "instruction": "find"})
-    assert inner.instruction == "find"
+    assert inner.prompt == Prompt("find")
 
 
 def test_the_inner_instruction_is_the_nearer_one() -> None:
     body = {"input": {"input": "a", "instruction": "inner"}, "instruction": "outer", "prompt_name": "query"}
-    assert parse(body).parameters() == {"instruction": "inner", "prompt_name": "query"}
+    assert parse(body).parameters([0]) == {"instruction": "inner"}
+    assert parse({"input": {"input": "a"}, "prompt_name": "query"}).parameters([0]) == {"prompt_name": "query"}
 
 
 def test_fields_travel_only_when_given() -> None:
-    body = {"input": "a", "dimensions": 3, "instruction": "i", "prompt_name": "q", "truncate": "start"}
-    expected = {"dimensions": 3, "instruction": "i", "prompt_name": "q", "truncate": "start"}
-    assert parse(body).parameters() == expected
-    absent = {"dimensions": None, "instruction": "", "prompt_name": None, "truncate": None, "user": 7, "new": []}
-    assert parse({"input": "a", **absent}).parameters() == {}
+    expected = {"dimensions": 3, "instruction": "i", "truncate": "start", "long_text": "mean", "on_error": "report"}
+    assert parse({"input": "a", **expected}).parameters([0]) == expected
+    names = ["dimensions", "instruction", "prompt_name", "input_type", "truncate", "long_text", "on_error", "priority"]
+    more = ["output_dtype", "return_receipt", "token_encoding", "encoding_format", "model"]
+    absent = {**dict.fromkeys([*names, *more]), "instruction": "", "user": 7, "new": []}
+    assert parse({"input": "a", **absent}).parameters([0]) == {}
+    assert parse({"input": "a", "dimensions": [3, 5, 2]}).parameters([0]) == {"dimensions": 5}
+
+
+def test_how_an_answer_is_written() -> None:
+    assert parse({"input": "a"}).form == Form()
+    body = {"dimensions": [3, 5], "output_dtype": "int8", "return_receipt": True, "encoding_format": "base64"}
+    assert parse({"input": "a", **body}).form == Form(True, "int8", (3, 5), True, True)
+    assert parse({"input": "a", "dimensions": 3}).form == Form(sizes=(3,))
+    assert [parse({"input": "a", "priority": lane}).batch for lane in ("batch", "interactive", None)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +153,7 @@ def test_fields_travel_only_when_given() -> None:
     [("float", False), (None, False), (["float"], False), ("base64", True), (["base64"], True)],
 )
 def test_encoding_format(value: Any, wants: bool) -> None:
-    assert parse({"input": "a", "encoding_format": value}).base64 is wants
+    assert parse({"input": "a", "encoding_format": value}).form.base64 is wants
 
 
 @pytest.mark.parametrize(
@@ -142,6 +164,7 @@ def test_truncate(value: Any, meaning: str | None) -> None:
     assert parse({"input": "a", "truncate": value}).truncate == meaning
 
 
+WRAPPED = "known are input, instruction, prompt_name, input_type"
 BAD_INPUTS = [
     (None, "input is required"),
     ("", "Input cannot be empty"),
@@ -166,8 +189,8 @@ BAD_INPUTS = [
     ([[1], {"text": "a"}], "Input at index 1 must be a list of token ids, as the first input is, got an object"),
     ([[1], [TEXT_PART]], "Input at index 1 must be made of token ids, got an object"),
     ([1, TEXT_PART], "Input at index 0 must be made of token ids, got an object"),
-    ([True], "Input at index 0 must be a string, an object or token ids, got a boolean"),
-    ([None], "Input at index 0 must be a string, an object or token ids, got null"),
+    ([True], "Input at index 0 must be a string, an object or a list of content parts, got a boolean"),
+    ([None], "Input at index 0 must be a string, an object or a list of content parts, got null"),
     ({}, "Input at index 0 cannot be empty or whitespace only"),
     ([{"text": "a"}, {}], "Input at index 1 cannot be empty or whitespace only"),
     ([{"text": "a"}, " "], "Input at index 1 cannot be empty or whitespace only"),
@@ -177,10 +200,11 @@ BAD_INPUTS = [
     (["a", TEXT_PART], "Input at index 1 is a content part: put the parts of one input in a list of their own"),
     (
         {"input": {"input": "a"}},
-        "Input at index 0 has an unknown key 'input'; known are text, image, image_url, instruction",
+        "Input at index 0 has an unknown key 'input'; known are text, image, image_url, instruction, prompt_name, "
+        "input_type",
     ),
-    ({"input": "a", "image": "x"}, "input has an unknown key 'image'; known are input, instruction, prompt_name"),
-    ({"input": "a", "": "x"}, "input has an unknown key ''; known are input, instruction, prompt_name"),
+    ({"input": "a", "image": "x"}, f"input has an unknown key 'image'; {WRAPPED}"),
+    ({"input": "a", "": "x"}, f"input has an unknown key ''; {WRAPPED}"),
     (["a"] * 5, "At most 4 inputs fit in one request, got 5"),
     ([{"text": "a"}] * 5, "At most 4 inputs fit in one request, got 5"),
     ([{"image": ["x", "y", "z"]}] * 2, "At most 4 images fit in one request, got 6"),
@@ -204,9 +228,19 @@ def test_input_is_required() -> None:
     [
         ("model", 3, "model must be a string, got an integer"),
         ("model", ["a"], "model must be a string, got a list"),
-        ("dimensions", "3", "dimensions must be an integer, got a string"),
-        ("dimensions", 3.0, "dimensions must be an integer, got a number"),
-        ("dimensions", True, "dimensions must be an integer, got a boolean"),
+        ("dimensions", "3", f"{SIZES}, got a string"),
+        ("dimensions", 3.0, f"{SIZES}, got a number"),
+        ("dimensions", True, f"{SIZES}, got a boolean"),
+        ("dimensions", [], f"{SIZES}, got another"),
+        ("dimensions", [1] * 17, f"{SIZES}, got another"),
+        ("dimensions", [1, 2.0], f"{SIZES}, got another"),
+        ("output_dtype", "int4", "output_dtype must be one of float, int8, uint8, binary, ubinary, got 'int4'"),
+        ("on_error", "ignore", "on_error must be one of fail, report, got 'ignore'"),
+        ("on_error", ["fail"], "on_error must be one of fail, report, got '['fail']'"),
+        ("long_text", True, "long_text must be one of truncate, mean, got 'True'"),
+        ("priority", "high", "priority must be one of interactive, batch, got 'high'"),
+        ("return_receipt", 1, "return_receipt must be a boolean, got an integer"),
+        ("token_encoding", "p50k_base", "token_encoding must be one of cl100k_base, o200k_base, got 'p50k_base'"),
         ("instruction", 1, "instruction must be a string, got an integer"),
         ("prompt_name", {}, "prompt_name must be a string, got an object"),
         ("truncate", "middle", "truncate must be 'end', 'start', 'none' or a boolean, got 'middle'"),
@@ -258,6 +292,8 @@ JSON = st.recursive(
 )
 FIELDS = [
     "input", "text", "input_ids", "image_data", "model", "dimensions", "truncate", "encoding_format", "instruction",
+    "prompt_name", "input_type", "long_text", "on_error", "output_dtype", "return_receipt", "priority",
+    "token_encoding",
 ]  # fmt: skip
 
 
@@ -272,13 +308,15 @@ def test_any_json_is_a_request_or_a_400(parser: Any, body: Any) -> None:
     assert bool(request.texts) != bool(request.ids)
     assert len(request.images) in (0, len(request.texts))
     images = request.images or [()] * len(request.texts)
-    for text, its in zip(request.texts, images, strict=True):
+    for i, (text, its) in enumerate(zip(request.texts, images, strict=True)):
         assert type(text) is str
-        assert text.strip() or (its and not text)
+        assert text.strip() or (its and not text) or i in request.faults.found
         assert all(type(image) is str and image.strip() for image in its)
-    assert all(row and all(type(id_) is int for id_ in row) for row in request.ids)
+    for i, row in enumerate(request.ids):
+        assert all(type(id_) is int for id_ in row)
+        assert row or i in request.faults.found
     assert len(request.texts) + len(request.ids) <= SETTINGS.max_inputs
-    assert {type(value) for value in request.parameters().values()} <= {int, str}
+    assert {type(value) for value in request.parameters(range(request.count)).values()} <= {int, str}
 
 
 @given(body=st.binary(max_size=60))
@@ -363,9 +401,12 @@ def embeddings(rows: int = 2, size: int = 5) -> Embeddings:
     return Embeddings(vectors, np.arange(3, 3 + rows, dtype="<i4"), np.arange(rows, dtype="<i4"))
 
 
+TWO = parse({"input": ["a", "b"]})
+
+
 def test_the_float_body() -> None:
     reply = embeddings()
-    body = orjson.loads(schemas.embeddings_json(reply, "m", base64=False))
+    body = orjson.loads(schemas.embeddings_json(reply, TWO, "m"))
     assert list(body) == ["object", "data", "model", "usage"]
     assert [list(item) for item in body["data"]] == [["object", "embedding", "index"]] * 2
     assert [item["index"] for item in body["data"]] == [0, 1]
@@ -376,25 +417,73 @@ def test_the_float_body() -> None:
 
 def test_the_base64_body() -> None:
     reply = embeddings()
-    body = orjson.loads(schemas.embeddings_json(reply, "m", base64=True))
+    body = orjson.loads(schemas.embeddings_json(reply, replace(TWO, form=Form(base64=True)), "m"))
     packed = b"".join(base64.b64decode(item["embedding"]) for item in body["data"])
     assert packed == reply.vectors.astype("<f4").tobytes()
 
 
 def test_the_encode_body() -> None:
     reply = embeddings()
-    many = orjson.loads(schemas.encode_json(reply, single=False))
+    many = orjson.loads(schemas.encode_json(reply, TWO))
     assert [item["meta_info"] for item in many] == [
         {"prompt_tokens": 3, "dropped_tokens": 0},
         {"prompt_tokens": 4, "dropped_tokens": 1},
     ]
     assert np.allclose([item["embedding"] for item in many], reply.vectors, atol=0, rtol=1e-7)
     one = embeddings(rows=1)
-    assert (
-        orjson.loads(schemas.encode_json(one, single=True)) == orjson.loads(schemas.encode_json(one, single=False))[0]
-    )
+    alone = orjson.loads(schemas.encode_json(one, replace(TWO, single=True)))
+    assert alone == orjson.loads(schemas.encode_json(one, TWO))[0]
 
 
 def test_how_many_were_cut() -> None:
     assert embeddings(rows=4).truncated == 3
     assert embeddings(rows=1).truncated == 0
+
+
+def test_the_receipts_of_a_body() -> None:
+    asked = parse({"input": [{"text": "a", "instruction": "i"}, "b"], "return_receipt": True})
+    body = orjson.loads(schemas.embeddings_json(embeddings(), asked, "m"))
+    assert [item["receipt"] for item in body["data"]] == [
+        {"tokens": 3, "dropped_tokens": 0, "prompt": {"instruction": "i"}},
+        {"tokens": 4, "dropped_tokens": 1, "prompt": None},
+    ]
+
+
+def test_a_fault_stands_in_its_place() -> None:
+    asked = parse({"input": ["a", " "], "on_error": "report", "return_receipt": True})
+    body = orjson.loads(schemas.embeddings_json(embeddings(), asked, "m"))
+    fault = invalid("Input at index 1 cannot be empty or whitespace only", "input").body()
+    assert body["data"][1] == {"object": "error", "index": 1, "error": fault}
+    assert body["data"][0]["object"] == "embedding"
+    assert orjson.loads(schemas.encode_json(embeddings(), asked))[1] == {"error": fault}
+
+
+@pytest.mark.parametrize(
+    "given", [["a", " ", {"text": 7}], [[1], [], ["a"]], [[1], 7, [True]], [{"text": "a"}, {}, {"image": [1]}]]
+)
+def test_a_report_keeps_every_input_in_its_place(given: Any) -> None:
+    request = parse({"input": given, "on_error": "report"})
+    assert (request.count, sorted(request.faults.found)) == (3, [1, 2])
+    with pytest.raises(ApiError, match="Input at index 1"):
+        parse({"input": given})
+
+
+@pytest.mark.parametrize("name", ["prompt", "input", "text"])
+def test_what_is_to_be_tokenised(name: str) -> None:
+    request = schemas.parse_tokenize(as_json({name: ["a", "b"], "instruction": "i"}), SETTINGS)
+    assert (request.texts, request.prompt, request.single) == (["a", "b"], Prompt("i"), False)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "input": "a"}, "prompt"),
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": {"image": "x"}}, "prompt"),
+        ({"prompt": ["a"], "on_error": "report"}, "prompt"),
+        ({"text": "a", "add_special_tokens": False}, "add_special_tokens"),
+    ],
+)
+def test_what_is_not(body: Any, param: str) -> None:
+    assert refusal(body, schemas.parse_tokenize).param == param

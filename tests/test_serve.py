@@ -5,6 +5,7 @@ import json
 import struct
 import threading
 import time
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -143,6 +144,8 @@ def test_info_describes_the_model_without_computing(client: Client) -> None:
     assert info["pooling"] == "cls"
     assert info["matryoshka"] == [20, 40]
     assert info["instructions"] is True
+    assert (info["batch_tokens"], info["max_request_tokens"]) == (1_024, 300_000)
+    assert info["default_prompt_name"] is None
 
 
 def test_only_the_outputs_asked_for_are_sent(client: Client) -> None:
@@ -183,6 +186,15 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("no prompt", lambda c: c.text("a"), {"prompt_name": "query"}, "no prompt_name 'query'"),
     ("bad truncate", lambda c: c.text("a"), {"truncate": "middle"}, "truncate must be end, start or none"),
     ("too long", lambda c: c.text("a " * 300), {"truncate": "none"}, "(302 tokens) is longer than"),
+    ("bad long_text", lambda c: c.text("a"), {"long_text": "split"}, "long_text must be truncate or mean"),
+    ("bad on_error", lambda c: c.text("a"), {"on_error": "stop"}, "on_error must be fail or report"),
+    ("no time", lambda c: c.text("a"), {"timeout_ms": 0}, "timeout_ms must be greater than 0"),
+    ("prompts no JSON", lambda c: c.text("a"), {"prompts": "[{"}, "prompts is not valid JSON"),
+    ("prompts deep", lambda c: c.text("a"), {"prompts": "[" * 99_999}, "prompts is not valid JSON"),
+    ("too few prompts", lambda c: c.text("a", "b"), {"prompts": "[{}]"}, "each of the 2 rows, got 1 entries"),
+    ("bad prompt", lambda c: c.text("a"), {"prompts": "[3]"}, "(input at index 0)"),
+    ("prompts twice", lambda c: c.text("a"), {"prompts": "[{}]", "prompt_name": ""}, "Send either prompts or one"),
+    ("prompts of ids", lambda c: c.ids([1]), {"prompts": "[{}]"}, "need TEXT"),
     ("too many tokens", lambda c: c.ids(*[[5] * 256] * 1200), {}, "307200 tokens, more than the 300000"),
 ]
 
@@ -199,6 +211,129 @@ def test_bad_input_is_refused_by_name(client: Client, build: Any, parameters: An
 def test_text_and_ids_together_are_refused(client: Client) -> None:
     with pytest.raises(tritonclient.utils.InferenceServerException, match="Send either INPUT_IDS or TEXT and IMAGE"):
         client.infer("minilm", client.text("a"), client.ids([1]))
+
+
+def test_a_report_needs_its_output(client: Client) -> None:
+    message = refused(client, "minilm", client.text("a"), outputs=("EMBEDDING",), on_error="report")
+    assert message == 'on_error "report" needs the output ERROR to be asked for'
+
+
+def test_bad_rows_are_reported_and_the_others_embedded(client: Client, expected: np.ndarray) -> None:
+    texts = [TEXTS[0], "", TEXTS[1], b"\xff", *TEXTS[2:]]
+    answer = client.infer("bge_tiny", client.text(*texts), outputs=("EMBEDDING", "TOKENS", "ERROR"), on_error="report")
+    assert [row[0].decode() for row in answer.as_numpy("ERROR")] == [
+        "",
+        "Input at index 1 cannot be empty or whitespace only",
+        "",
+        "Input at index 3 is not valid UTF-8",
+        *[""] * 3,
+    ]
+    found = answer.as_numpy("EMBEDDING")
+    np.testing.assert_allclose(np.delete(found, (1, 3), axis=0), expected, atol=2e-5)
+    assert not found[[1, 3]].any()
+    assert (answer.as_numpy("TOKENS")[:, 0] > 0).tolist() == [True, False, True, False, True, True, True]
+
+
+def test_a_request_of_bad_rows_alone_is_answered(client: Client) -> None:
+    for inputs in (client.text("", " "), client.ids([-1], [30522])):
+        answer = client.infer("minilm", inputs, on_error="report")
+        assert all(answer.as_numpy("ERROR")[:, 0])
+        assert answer.as_numpy("EMBEDDING").shape == (2, 384)
+        assert not answer.as_numpy("EMBEDDING").any()
+        assert answer.as_numpy("TOKENS").tolist() == answer.as_numpy("DROPPED").tolist() == [[0], [0]]
+
+
+def test_nobody_is_told_of_errors_who_did_not_ask(client: Client) -> None:
+    """tritonclient that names no outputs asks for all."""
+    answer = client.infer("minilm", client.text("a"))
+    assert [answer.as_numpy(name) is None for name in ("ERROR", "IDS", "INFO", "EMBEDDING")] == [True] * 3 + [False]
+
+
+def test_ids_come_without_compute_and_uncut(client: Client, triton: Triton, bge_tiny: Any) -> None:
+    texts = ["a b " * 60, "hello", ""]
+    tokenizer, before = AutoTokenizer.from_pretrained(bge_tiny), computed(triton, "bge_tiny")
+    answer = client.infer("bge_tiny", client.text(*texts[:2]), outputs=("IDS",))
+    wanted = [tokenizer(text).input_ids for text in texts[:2]]
+    assert len(wanted[0]) > 77
+    found = answer.as_numpy("IDS")
+    assert found.dtype == np.int32
+    assert [[i for i in row if i != -1] for row in found.tolist()] == wanted
+    answer = client.infer("bge_tiny", client.text(*texts), outputs=("IDS", "ERROR"), on_error="report")
+    assert answer.as_numpy("IDS")[2].tolist() == [-1] * len(wanted[0])
+    assert [bool(row[0]) for row in answer.as_numpy("ERROR")] == [False, False, True]
+    asked = client.infer("bge_tiny", client.text("the cat"), outputs=("IDS",), instruction="find ")
+    assert asked.as_numpy("IDS").tolist() == [tokenizer("find the cat").input_ids]
+    assert refused(client, "bge_tiny", client.text(*texts), outputs=("IDS",)).startswith("Input at index 2 cannot")
+    time.sleep(0.1)
+    assert computed(triton, "bge_tiny") == before
+
+
+def test_each_row_may_have_its_own_prompt(client: Client, bge_tiny: Any) -> None:
+    prompts = [{"instruction": "find "}, None, {"prompt_name": "query"}, {"prompt_name": ""}]
+    found = client.infer("bge_tiny", client.text(*["the cat"] * 4), prompts=json.dumps(prompts)).as_numpy("EMBEDDING")
+    query = "Represent this sentence for searching relevant passages: "
+    rows = oracles.ids_of(bge_tiny, ["find the cat", "the cat", f"{query}the cat", "the cat"])
+    np.testing.assert_allclose(found, oracles.encoder_vectors(bge_tiny, rows, "cls"), atol=2e-5)
+
+
+def test_a_long_text_may_be_averaged(client: Client, bge_tiny: Any) -> None:
+    """One letter is one token: 77 take 75 of them."""
+    letters = ["abcdefghij"[i % 7] for i in range(170)]
+    rows = oracles.ids_of(bge_tiny, [" ".join(letters[i : i + 75]) for i in (0, 75, 150)])
+    mean = np.average(oracles.encoder_vectors(bge_tiny, rows, "cls"), axis=0, weights=[75, 75, 20])
+    for dims in (60, 20):
+        answer = client.infer("bge_tiny", client.text(" ".join(letters), "a"), long_text="mean", dimensions=dims)
+        wanted = mean[:dims] / np.linalg.norm(mean[:dims])
+        np.testing.assert_allclose(answer.as_numpy("EMBEDDING")[0], wanted, atol=2e-5)
+        assert answer.as_numpy("TOKENS").tolist() == [[170 + 3 * 2], [3]]
+        assert answer.as_numpy("DROPPED").tolist() == [[0], [0]]
+
+
+def test_a_request_whose_deadline_passed_is_dropped_before_it_is_computed(client: Client, triton: Triton) -> None:
+    """Behind one that takes long."""
+    asked = client.text("a")
+    assert client.infer("minilm", asked, timeout_ms=60_000).as_numpy("EMBEDDING") is not None
+    other = Client(tritonclient.grpc, triton.grpc)
+    work = other.ids(*[[5] * 200] * 25)
+    busy = threading.Thread(target=other.infer, args=("minilm", work))
+    busy.start()
+    time.sleep(0.2)
+    with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
+        client.infer("minilm", asked, timeout_ms=1)
+    busy.join(60)
+    other.client.close()
+    assert caught.value.message() == "The request's deadline passed before its computation began"
+    assert caught.value.status() in ("400", "StatusCode.CANCELLED")  # HTTP has no word for it
+
+
+def scraped(triton: Triton, name: str, model: str) -> float:
+    """A number of Triton's own /metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{triton._ports[2]}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f'{name}{{model="{model}"'))
+
+
+def computed(triton: Triton, model: str) -> float:
+    return scraped(triton, "triton_embed_forward_tokens_sum", model)
+
+
+def test_tritons_metrics_hold_the_engines_histograms(client: Client, triton: Triton) -> None:
+    kinds = ("wait_seconds", "forward_seconds", "forward_tokens")
+
+    def scrape(what: str) -> list[float]:
+        return [scraped(triton, f"triton_embed_{kind}_{what}", "minilm") for kind in kinds]
+
+    counts, sums = scrape("count"), scrape("sum")
+    began = time.perf_counter()
+    for _ in range(3):
+        client.infer("minilm", client.text("a"))
+    took = time.perf_counter() - began
+    time.sleep(0.1)
+    assert [after - before for before, after in zip(counts, scrape("count"), strict=True)] == [3, 3, 3]
+    waited, forward, tokens = (after - before for before, after in zip(sums, scrape("sum"), strict=True))
+    assert tokens == 9
+    assert 0 < waited < took
+    assert 0 < forward < took
 
 
 def test_a_family_without_a_checkpoint_says_where_it_looked_and_what_to_do(client: Client) -> None:
@@ -311,10 +446,10 @@ def camera(request: pytest.FixtureRequest, pictured: Triton) -> Iterator[Client]
     made.client.close()
 
 
-def refused(camera: Client, model: str, *inputs: Any, **parameters: Any) -> str:
+def refused(camera: Client, model: str, *inputs: Any, outputs: tuple[str, ...] = (), **parameters: Any) -> str:
     """What the server says to bad input."""
     with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
-        camera.infer(model, *inputs, **parameters)
+        camera.infer(model, *inputs, outputs=outputs, **parameters)
     assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
     message: str = caught.value.message()
     assert "Traceback" not in message
@@ -345,13 +480,13 @@ BAD_ROWS: list[tuple[str, str, Callable[[Client], list[Any]], str]] = [
         "both in one row",
         "clip",
         lambda c: [c.text("", "a cat"), c.images([GOOD], [GOOD])],
-        "Model 'clip' embeds a text or an image, not both together: input at index 1 has both",
+        "Model 'clip' embeds a text or an image, not both together (input at index 1)",
     ),
     (
         "two images in one row",
         "clip",
         lambda c: [c.images([GOOD], [GOOD, GOOD])],
-        "Model 'clip' embeds one image at a time: input at index 1 has several",
+        "Model 'clip' embeds one image at a time (input at index 1)",
     ),
     (
         "typed image token",

@@ -1,9 +1,11 @@
 """Settings come from the environment, and a bad one is named as the operator wrote it."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
-from triton_embed.gateway.settings import Settings, SettingsError, read_settings
+from triton_embed.gateway.settings import Settings, SettingsError, dump_settings, environment, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +23,11 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (settings.request_timeout, settings.refresh_interval) == (60.0, 2.0)
     assert settings.api_key.get_secret_value() == ""
     assert (settings.media_urls, settings.allowed_hosts) == (True, frozenset())
+    assert (settings.keys, settings.origins) == ((), ())
+    assert (settings.log_format, settings.workers, settings.drain_seconds) == ("text", 1, 4.0)
+    assert (settings.triton_metrics, settings.otlp_endpoint) == ("", "")
+    assert (settings.max_waiting_tokens, settings.max_request_timeout) == (1_000_000, 600.0)
+    assert settings.body_timeout == 30.0
 
 
 def test_environment_then_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +51,29 @@ def test_environment_then_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
         ("REQUEST_TIMEOUT", "0"),
         ("REQUEST_TIMEOUT", "nan"),
         ("REFRESH_INTERVAL", "inf"),
+        ("BODY_TIMEOUT", "0"),
+        ("MAX_REQUEST_TIMEOUT", "0"),
+        ("MAX_REQUEST_TIMEOUT", "inf"),
+        ("MAX_WAITING_TOKENS", "0"),
+        ("DRAIN_SECONDS", "0"),
+        ("DRAIN_SECONDS", "-1"),
+        ("WORKERS", "0"),
+        ("WORKERS", "65"),
+        ("WORKERS", "auto"),
+        ("LOG_FORMAT", "xml"),
+        ("API_KEY", ","),
+        ("API_KEY", " "),
+        ("API_KEY", "one,,two"),
+        ("API_KEY", "one,"),
+        ("CORS_ORIGINS", "page.example"),
+        ("CORS_ORIGINS", "https://page.example/"),
+        ("CORS_ORIGINS", "https://*.example"),
+        ("CORS_ORIGINS", "*,https://page.example"),
+        ("TRITON_METRICS", "localhost"),
+        ("TRITON_METRICS", "http://localhost:8002/metrics"),
+        ("OTLP_ENDPOINT", "localhost:4318"),
+        ("OTLP_ENDPOINT", "grpc://localhost:4317"),
+        ("OTLP_ENDPOINT", "http://"),
         ("TRITON_GRPC", "localhost"),
         ("TRITON_GRPC", "http://localhost:8001"),
         ("TRITON_REPOSITORY_HEADER", "secret"),
@@ -66,6 +96,38 @@ def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: s
 def test_hosts_that_may_be_private(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_EMBED_MEDIA_ALLOWED_HOSTS", "Images.Intranet, 10.1.2.3:8080,[::1]:80")
     assert read_settings().allowed_hosts == {"images.intranet", "10.1.2.3:8080", "[::1]:80"}
+
+
+def test_several_keys_and_origins() -> None:
+    settings = read_settings(api_key="one, two ,k€y", cors_origins="https://A.example, http://localhost:3000")
+    assert settings.keys == ("one", "two", "k€y")
+    assert settings.origins == ("https://a.example", "http://localhost:3000")
+    assert read_settings(cors_origins="*").origins == ("*",)
+
+
+def test_a_refused_key_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_EMBED_API_KEY", "hunter2,")
+    with pytest.raises(SettingsError) as refused:
+        read_settings()
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://localhost:4318", "https://c.example/", "http://c:1/v1/traces", ""])
+def test_collectors(endpoint: str) -> None:
+    assert read_settings(otlp_endpoint=endpoint).otlp_endpoint == endpoint
+
+
+def test_settings_travel_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a worker, whose environment may say otherwise."""
+    stated = read_settings(port=1, api_key="k€y,other", media_urls=False, drain_seconds=0.5, workers=3, max_inputs=7)
+    monkeypatch.setenv("TRITON_EMBED_PORT", "2")
+    monkeypatch.setenv("TRITON_EMBED_API_KEY", "another")
+    assert read_settings(**json.loads(dump_settings(stated))) == stated
+
+
+def test_the_environment_of_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_EMBED_PORT", "2")
+    assert environment(ADDED="x").items() >= {"TRITON_EMBED_PORT": "2", "ADDED": "x"}.items()
 
 
 def test_a_bad_override_names_itself() -> None:

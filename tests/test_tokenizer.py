@@ -316,6 +316,36 @@ def test_a_text_is_counted_without_special_tokens(text: str) -> None:
     assert OURS.count(text) == len(THEIRS(text, add_special_tokens=False)["input_ids"])
 
 
+@settings(deadline=None)
+@given(st.text(max_size=60) | st.sampled_from(TEXTS))
+def test_a_text_is_cut_in_front_of_the_tokens_that_begin_a_character(text: str) -> None:
+    pieces = OURS.pieces(text)
+    assert "".join(pieces) == text
+    offsets = THEIRS(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    starts = np.cumsum([0, *map(len, pieces[:-1])]).tolist()
+    assert all(pieces) or not text
+    assert set(starts) - {0} <= {start for start, _ in offsets}
+    inside = {place for start, end in offsets for place in range(start + 1, end)}
+    assert not inside & set(starts)
+    assert len(pieces) >= len({start for start, _ in offsets} - inside)
+
+
+def test_tokens_that_share_a_character_are_not_parted(tmp_path: Path) -> None:
+    """A byte-level tokenizer without the emoji makes four tokens of it."""
+    fast = FastTokenizer(models.BPE({byte: i for i, byte in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    shape = dataclasses.replace(MODEL.shape, vocab_size=256)
+    ours = Tokenizer(tmp_path, dataclasses.replace(MODEL, shape=shape), None)
+    assert ours.count("a\U0001f642b \u00e9") == 9
+    assert ours.pieces("a\U0001f642b \u00e9") == ["a", "\U0001f642", "b", " ", "\u00e9"]
+
+
+def test_pieces_are_lowercase_where_texts_are(tmp_path: Path) -> None:
+    word_tokenizer(tmp_path)
+    assert Tokenizer(tmp_path, model(lowercase=True), None).pieces("Big \u0130 w1") == ["big ", "i\u0307 ", "w1"]
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_a_limit_that_special_tokens_alone_fill(limit: int) -> None:
     with pytest.raises(ConfigError, match=rf"tokenizer\.json: special tokens alone fill the {limit} tokens"):

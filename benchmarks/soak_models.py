@@ -1,0 +1,126 @@
+"""The soak's model repository: minilm with its real weights, a random, tiny Qwen3 and GME that transformers writes.
+
+Tiny, so that what is measured is the server around them; random, so that a wrong token or layer shows in the vector.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3Config, Qwen3Model
+
+from benchmarks.processes import MODEL
+from benchmarks.record import ROOT
+from triton_embed.gateway.repository import write_model
+
+QWEN3, GME = "qwen3_embedding", "gme_qwen2_vl"
+NAMES = (MODEL, QWEN3, GME)
+QWEN3_TOKENS = 256  # the longest text it takes
+GME_TOKENS = 512
+IMAGE_TOKENS = (4, 16)  # the least and the most tokens of a picture
+END = "<|endoftext|>"
+CHAT = (END, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QUERY = "Given a web search query, retrieve relevant passages that answer the query"  # config.pbtxt's own
+
+
+def write_repository(folder: Path, texts: Sequence[str]) -> Path:
+    """The repository, and beside it the checkpoints of the tiny two, whose tokenizers are learned from `texts`."""
+    transformers.utils.logging.disable_progress_bar()
+    _write_qwen3(folder / QWEN3, texts)
+    _write_gme(folder / GME, texts)
+    source, target = ROOT / "model_repository", folder / "models"
+    write_model(source, MODEL, target, MODEL, {})
+    write_model(source, QWEN3, target, QWEN3, {"checkpoint": str(folder / QWEN3), "threads": "1"})
+    least, most = map(str, IMAGE_TOKENS)
+    parameters = {"checkpoint": str(folder / GME), "threads": "1", "max_tokens": ""}
+    write_model(
+        source, GME, target, GME, parameters | {"min_image_tokens": least, "max_image_tokens": most, "aliases": "gme"}
+    )
+    return target
+
+
+def _write_qwen3(directory: Path, texts: Sequence[str]) -> None:
+    tokenizer = _tokenizer(texts, (END,))
+    end = tokenizer.token_to_id(END)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, end)])
+    config = Qwen3Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=QWEN3_TOKENS,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    _save(Qwen3Model, config, tokenizer, directory)
+
+
+def _write_gme(directory: Path, texts: Sequence[str]) -> None:
+    tokenizer = _tokenizer(texts, CHAT)
+    ids = {token: tokenizer.token_to_id(token) for token in CHAT}
+    text = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 96,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": GME_TOKENS,
+        "initializer_range": 0.1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        "bos_token_id": ids[END],
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision = {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 2, "hidden_size": 96, "initializer_range": 0.06}
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    _save(Qwen2VLForConditionalGeneration, config, tokenizer, directory)
+    preprocessor = {
+        **dict.fromkeys(("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), True),
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "max_pixels": 12_845_056,
+        "min_pixels": 3_136,
+        "merge_size": config.vision_config.spatial_merge_size,
+        "patch_size": config.vision_config.patch_size,
+        "temporal_patch_size": config.vision_config.temporal_patch_size,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+
+
+def _tokenizer(texts: Sequence[str], specials: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE learned from `texts`; its offsets leave no space out."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2_000, show_progress=False, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    return tokenizer
+
+
+def _save(
+    network: type[PreTrainedModel], config: Qwen3Config | Qwen2VLConfig, tokenizer: Tokenizer, directory: Path
+) -> None:
+    torch.manual_seed(0)
+    network(config).eval().save_pretrained(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))

@@ -1,0 +1,67 @@
+"""curl as SGLang's page calls it: no Content-Type, so that curl sends the one of a form."""
+
+import json
+import shlex
+import subprocess
+from typing import Any
+
+import pytest
+from words import GTE, TEXT
+
+from conftest import KEY, Expected, Stack
+
+CLIENT, PACKAGE = "curl", "curl"
+
+
+def curl(command: str) -> Any:
+    return json.loads(subprocess.check_output(["bash", "-c", command]))
+
+
+def test_a_text(stack: Stack, expected: Expected) -> None:
+    """A text, without a Content-Type."""
+    text = TEXT
+    port = stack.port
+    curl_text = f"""curl -s http://localhost:{port}/v1/embeddings \
+-d '{{"model": "Alibaba-NLP/gte-Qwen2-1.5B-instruct", "input": "{text}"}}'"""
+    text_embedding = json.loads(subprocess.check_output(curl_text, shell=True))["data"][0]["embedding"]  # noqa: S602
+    expected.check([text_embedding], [TEXT], "gte_qwen2")
+
+
+def test_token_ids(stack: Stack, expected: Expected) -> None:
+    """Token ids."""
+    input_ids = expected.ids["gte_qwen2"][TEXT]
+    port = stack.port
+    curl_ids = f"""curl -s http://localhost:{port}/v1/embeddings \
+-d '{{"model": "Alibaba-NLP/gte-Qwen2-1.5B-instruct", "input": {json.dumps(input_ids)}}}'"""
+    input_ids_embedding = json.loads(subprocess.check_output(curl_ids, shell=True))["data"][0]["embedding"]  # noqa: S602
+    expected.check([input_ids_embedding], ["ids"], "gte_qwen2")
+
+
+def test_the_health_check(stack: Stack) -> None:
+    """`/health`."""
+    assert curl(f"curl -s http://localhost:{stack.port}/health") == {"status": "healthy"}
+
+
+@pytest.mark.parametrize(
+    "option", ["--http1.0", "--http2", "--compressed", "-H 'Expect: 100-continue'", "-H 'Content-Type:'"]
+)
+def test_its_options(stack: Stack, expected: Expected, option: str) -> None:
+    """`--http1.0`, `--http2`, `--compressed`, `Expect: 100-continue`, no Content-Type at all."""
+    body = shlex.quote(json.dumps({"model": GTE, "input": TEXT}))
+    answer = curl(f"curl -s {option} {stack.url}/v1/embeddings -d {body}")
+    expected.check([answer["data"][0]["embedding"]], [TEXT], "gte_qwen2")
+
+
+def test_a_chunked_body(stack: Stack, expected: Expected) -> None:
+    """A chunked body from a pipe, `-T -`."""
+    body = shlex.quote(json.dumps({"model": GTE, "input": TEXT}))
+    answer = curl(f"echo {body} | curl -s -X POST -T - {stack.url}/v1/embeddings")
+    expected.check([answer["data"][0]["embedding"]], [TEXT], "gte_qwen2")
+
+
+def test_a_key(strict: Stack) -> None:
+    """An API key, right and wrong."""
+    body = shlex.quote(json.dumps({"model": "minilm", "input": TEXT}))
+    call = f"curl -s {strict.url}/v1/embeddings -d {body} -H 'Authorization: Bearer"
+    assert len(curl(f"{call} {KEY}'")["data"][0]["embedding"]) == 384
+    assert curl(f"{call} wrong'")["error"]["code"] == "invalid_api_key"

@@ -1,0 +1,77 @@
+"""Haystack's embedders, alone and in a pipeline that is searched."""
+
+import asyncio
+
+import pytest
+from haystack import Document, Pipeline
+from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder
+from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
+from haystack.document_stores.in_memory import InMemoryDocumentStore
+from haystack.utils import Secret
+from words import DOCUMENTS, MATRYOSHKA, QUESTION, QWEN3, TEXT, TEXTS
+
+from conftest import Expected, Stack
+
+CLIENT, PACKAGE = "Haystack", "haystack-ai"
+
+
+@pytest.fixture
+def text_embedder(stack: Stack) -> OpenAITextEmbedder:
+    return OpenAITextEmbedder(api_key=Secret.from_token("EMPTY"), model="minilm", api_base_url=stack.base_url)
+
+
+@pytest.fixture
+def document_embedder(stack: Stack) -> OpenAIDocumentEmbedder:
+    return OpenAIDocumentEmbedder(
+        api_key=Secret.from_token("EMPTY"),
+        model="minilm",
+        api_base_url=stack.base_url,
+        batch_size=2,
+        progress_bar=False,
+    )
+
+
+def test_a_text(text_embedder: OpenAITextEmbedder, expected: Expected) -> None:
+    """`OpenAITextEmbedder`."""
+    answer = text_embedder.run(TEXT)
+    expected.check([answer["embedding"]], [TEXT])
+    assert answer["meta"]["usage"]["prompt_tokens"] == len(expected.ids["minilm"][TEXT])
+
+
+def test_documents(document_embedder: OpenAIDocumentEmbedder, expected: Expected) -> None:
+    """`OpenAIDocumentEmbedder`, in several batches."""
+    answer = document_embedder.run([Document(content=text) for text in TEXTS])
+    expected.check([document.embedding for document in answer["documents"]], TEXTS)
+
+
+def test_asynchronously(
+    text_embedder: OpenAITextEmbedder, document_embedder: OpenAIDocumentEmbedder, expected: Expected
+) -> None:
+    """Both asynchronously."""
+
+    async def ask() -> None:
+        expected.check([(await text_embedder.run_async(TEXT))["embedding"]], [TEXT])
+        answer = await document_embedder.run_async([Document(content=text) for text in TEXTS])
+        expected.check([document.embedding for document in answer["documents"]], TEXTS)
+
+    asyncio.run(ask())
+
+
+def test_dimensions(stack: Stack, expected: Expected) -> None:
+    """`dimensions`."""
+    made = OpenAITextEmbedder(
+        api_key=Secret.from_token("EMPTY"), model=QWEN3, api_base_url=stack.base_url, dimensions=512
+    )
+    expected.check([made.run(MATRYOSHKA)["embedding"]], [MATRYOSHKA], "qwen3_embedding")
+
+
+def test_a_pipeline(text_embedder: OpenAITextEmbedder, document_embedder: OpenAIDocumentEmbedder) -> None:
+    """A document store filled and searched by a pipeline."""
+    store = InMemoryDocumentStore(embedding_similarity_function="cosine")
+    store.write_documents(document_embedder.run([Document(content=text) for text in DOCUMENTS])["documents"])
+    pipeline = Pipeline()
+    pipeline.add_component("text_embedder", text_embedder)
+    pipeline.add_component("retriever", InMemoryEmbeddingRetriever(document_store=store))
+    pipeline.connect("text_embedder.embedding", "retriever.query_embedding")
+    found = pipeline.run({"text_embedder": {"text": QUESTION}})
+    assert found["retriever"]["documents"][0].content == DOCUMENTS[1]

@@ -1,0 +1,40 @@
+"""LlamaIndex's OpenAILikeEmbedding, in an index that is searched."""
+
+import asyncio
+
+import openai
+import pytest
+from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+from words import MATRYOSHKA, QWEN3, TEXT, TEXTS
+
+from conftest import Expected, Stack
+
+CLIENT, PACKAGE = "LlamaIndex `OpenAILikeEmbedding`", "llama-index-embeddings-openai-like"
+
+
+@pytest.fixture
+def embedding(stack: Stack) -> OpenAILikeEmbedding:
+    return OpenAILikeEmbedding(model_name="minilm", api_base=stack.base_url, api_key="fake", embed_batch_size=10)
+
+
+def test_texts(embedding: OpenAILikeEmbedding, expected: Expected) -> None:
+    """`get_query_embedding` and `get_text_embedding_batch`."""
+    expected.check([embedding.get_query_embedding(TEXT)], [TEXT])
+    expected.check(embedding.get_text_embedding_batch(TEXTS), TEXTS)
+
+
+def test_asynchronously(embedding: OpenAILikeEmbedding, expected: Expected) -> None:
+    """`aget_text_embedding_batch`."""
+    expected.check(asyncio.run(embedding.aget_text_embedding_batch(TEXTS)), TEXTS)
+
+
+def test_dimensions(stack: Stack, expected: Expected) -> None:
+    """`dimensions`."""
+    made = OpenAILikeEmbedding(model_name=QWEN3, api_base=stack.base_url, dimensions=512)
+    expected.check([made.get_text_embedding(MATRYOSHKA)], [MATRYOSHKA], "qwen3_embedding")
+
+
+def test_an_error(embedding: OpenAILikeEmbedding) -> None:
+    """Bad input: the gateway's message reaches the caller."""
+    with pytest.raises(openai.BadRequestError, match="index 0 cannot be empty"):
+        embedding.get_text_embedding_batch([" "])

@@ -1,0 +1,190 @@
+"""openai-python, synchronous and asynchronous, as OpenAI's reference and the Qwen3-Embedding walkthrough call it."""
+
+import asyncio
+import base64
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from words import CHINESE, FRUIT, LONG, MATRYOSHKA, QUERY, QWEN3, TASK, TEXT, TEXTS
+
+from conftest import KEY, Expected, Stack
+
+CLIENT, PACKAGE = "openai-python", "openai"
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[openai.Client]:
+    with openai.Client(base_url=stack.base_url, api_key="EMPTY") as made:
+        yield made
+
+
+def vectors(answer: openai.types.CreateEmbeddingResponse) -> list[list[float]]:
+    assert [item.index for item in answer.data] == list(range(len(answer.data)))
+    return [item.embedding for item in answer.data]
+
+
+def test_a_text(client: openai.Client, expected: Expected) -> None:
+    """A text, in base64, which is its default."""
+    answer = client.embeddings.create(model="minilm", input=TEXT)
+    expected.check(vectors(answer), [TEXT])
+    assert answer.model == "minilm"
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == len(expected.ids["minilm"][TEXT])
+
+
+def test_a_list(client: openai.Client, expected: Expected) -> None:
+    """A list, in order."""
+    expected.check(vectors(client.embeddings.create(model="minilm", input=TEXTS)), TEXTS)
+
+
+def test_float(client: openai.Client, expected: Expected) -> None:
+    """`encoding_format` float."""
+    answer = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="float")
+    expected.check(vectors(answer), TEXTS)
+
+
+def test_base64(client: openai.Client, expected: Expected) -> None:
+    """`encoding_format` base64, decoded by the caller."""
+    answer = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="base64")
+    stored: Any = [item.embedding for item in answer.data]
+    expected.check([np.frombuffer(base64.b64decode(one), "<f4") for one in stored], TEXTS)
+
+
+def test_token_ids(client: openai.Client, expected: Expected) -> None:
+    """Token ids, one list and several."""
+    ids = [expected.ids["minilm"][text] for text in TEXTS]
+    expected.check(vectors(client.embeddings.create(model="minilm", input=ids[0])), TEXTS[:1])
+    expected.check(vectors(client.embeddings.create(model="minilm", input=ids)), TEXTS)
+
+
+def test_the_asynchronous_client(stack: Stack, expected: Expected) -> None:
+    """The asynchronous client, 16 requests at once."""
+
+    async def ask() -> list[openai.types.CreateEmbeddingResponse]:
+        async with openai.AsyncClient(base_url=stack.base_url, api_key="EMPTY") as client:
+            return await asyncio.gather(*(client.embeddings.create(model="minilm", input=TEXTS) for _ in range(16)))
+
+    for answer in asyncio.run(ask()):
+        expected.check(vectors(answer), TEXTS)
+
+
+def test_the_walkthrough(stack: Stack, expected: Expected) -> None:
+    """The Qwen3-Embedding walkthrough: a text, a list, `{"input", "instruction"}` as the input."""
+    client = openai.Client(base_url=f"http://localhost:{stack.port}/v1", api_key="EMPTY")
+    response = client.embeddings.create(model="Qwen3-Embedding-0.6B", input="今天天气真好,适合出门散步")
+    expected.check(vectors(response), CHINESE[1:], "qwen3_embedding")
+    response = client.embeddings.create(model="Qwen3-Embedding-0.6B", input=FRUIT)
+    expected.check(vectors(response), FRUIT, "qwen3_embedding")
+    search_input: Any = {"input": QUERY, "instruction": TASK}
+    response = client.embeddings.create(model="Qwen3-Embedding-0.6B", input=search_input)
+    expected.check(vectors(response), [TASK], "qwen3_embedding")
+    client.close()
+
+
+def test_dimensions(client: openai.Client, expected: Expected) -> None:
+    """`dimensions` where the model was trained for it."""
+    answer = client.embeddings.create(model=QWEN3, input=MATRYOSHKA, dimensions=512)
+    expected.check(vectors(answer), [MATRYOSHKA], "qwen3_embedding")
+
+
+def test_dimensions_refused(client: openai.Client) -> None:
+    """`dimensions` where it was not: BadRequestError."""
+    with pytest.raises(openai.BadRequestError, match="dimensions") as caught:
+        client.embeddings.create(model="minilm", input=TEXT, dimensions=128)
+    assert caught.value.type == "invalid_request_error"
+    assert caught.value.param == "dimensions"
+
+
+def test_extra_body(client: openai.Client, expected: Expected) -> None:
+    """`extra_body`: an instruction, a receipt."""
+    answer = client.embeddings.create(model=QWEN3, input=QUERY, extra_body={"instruction": TASK})
+    expected.check(vectors(answer), [TASK], "qwen3_embedding")
+    answer = client.embeddings.create(model="minilm", input=[TEXT, LONG], extra_body={"return_receipt": True})
+    receipts: list[Any] = [item.model_extra["receipt"] for item in answer.data if item.model_extra]
+    assert [receipt["tokens"] for receipt in receipts] == [len(expected.ids["minilm"][TEXT]), 256]
+    assert receipts[0]["dropped_tokens"] == 0
+    assert receipts[1]["dropped_tokens"] > 100
+
+
+def test_headers(client: openai.Client, expected: Expected) -> None:
+    """`with_raw_response`: what was cut, and the request's id."""
+    raw = client.embeddings.with_raw_response.create(model="minilm", input=[TEXT, LONG])
+    assert raw.headers["x-truncated-inputs"] == "1"
+    answer = raw.parse()
+    assert answer._request_id == raw.headers["x-request-id"] != ""
+    expected.check(vectors(answer), [TEXT, LONG])
+
+
+def test_models(client: openai.Client) -> None:
+    """`models.list` and `models.retrieve`, by an id with a slash too."""
+    assert {"minilm", "qwen3_embedding"} <= {card.id for card in client.models.list()}
+    assert client.models.retrieve("minilm").id == "minilm"
+    assert client.models.retrieve(QWEN3).model_extra
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nowhere")
+
+
+@pytest.mark.parametrize("bad", ["", [], [""], ["a", "  "], [[]], {}, 7, [{"video": "x"}], [200_000_000]])
+def test_bad_input(client: openai.Client, bad: Any) -> None:
+    """Bad input: BadRequestError, nine kinds of it."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="minilm", input=bad)
+    assert caught.value.message
+    assert caught.value.param == "input"
+
+
+def test_a_text_too_long(client: openai.Client) -> None:
+    """A text too long with `truncate` none: BadRequestError with both numbers."""
+    with pytest.raises(openai.BadRequestError, match=r"\d+ tokens.*256 tokens"):
+        client.embeddings.create(model="minilm", input=LONG, extra_body={"truncate": "none"})
+
+
+def test_an_unknown_model(client: openai.Client) -> None:
+    """An unknown model: NotFoundError that says which there are."""
+    with pytest.raises(openai.NotFoundError, match="minilm") as caught:
+        client.embeddings.create(model="gpt-4", input=TEXT)
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_wrong_key(strict: Stack, expected: Expected) -> None:
+    """A wrong key: AuthenticationError; the right one is let in."""
+    with openai.Client(base_url=strict.base_url, api_key="wrong") as client:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            client.embeddings.create(model="minilm", input=TEXT)
+        assert caught.value.code == "invalid_api_key"
+        right = client.with_options(api_key=KEY)
+        expected.check(vectors(right.embeddings.create(model="minilm", input=TEXT)), [TEXT])
+
+
+def test_a_model_that_is_not_ready(strict: Stack) -> None:
+    """A model that is not ready: InternalServerError, status 503, with the reason."""
+    with openai.Client(base_url=strict.base_url, api_key=KEY, max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError, match="clip") as caught:
+            client.embeddings.create(model="clip", input=TEXT)
+        assert caught.value.status_code == 503
+
+
+def test_a_full_queue(strict: Stack, expected: Expected) -> None:
+    """A full queue: RateLimitError with Retry-After; its own retries get all answers."""
+    texts = [LONG] * 24
+
+    def ask(client: openai.Client) -> openai.types.CreateEmbeddingResponse | openai.RateLimitError:
+        try:
+            return client.embeddings.create(model="minilm", input=texts)
+        except openai.RateLimitError as error:
+            return error
+
+    with openai.Client(base_url=strict.base_url, api_key=KEY, max_retries=0) as client, ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(ask, [client] * 24))
+        refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
+        assert 0 < len(refused) < 24
+        for error in refused:
+            assert float(error.response.headers["retry-after"]) > 0
+            assert error.type == "rate_limit_error"
+        patient = client.with_options(max_retries=20)
+        for answer in pool.map(ask, [patient] * 6):
+            assert not isinstance(answer, openai.RateLimitError)
+            expected.check(vectors(answer), texts)

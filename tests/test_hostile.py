@@ -1,0 +1,860 @@
+"""What no well-meaning client sends, over raw sockets to the real stack: each is refused in the form of every other
+refusal, or the connection ends as HTTP says, and the server goes on with right answers and no more memory.
+
+`unharmed` asks for a vector after each test, and looks for tracebacks in the log.
+"""
+
+import contextlib
+import gzip
+import json
+import re
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import psutil
+import pytest
+from checkpoints import write_decoder
+from sentence_transformers import SentenceTransformer
+
+from conftest import MINILM, REPOSITORY, ROOT, Stack
+from triton_embed.gateway import repository
+
+TEXT = "Once upon a time"
+LIMIT = 32 * 2**20  # bytes of a body, by default
+BODY_SECONDS = 3  # set for this stack; half a minute by default
+MOST_MEMORY = 300 * 2**20  # bytes that the gateway may keep beyond what it had before
+MOST_SECONDS = 10  # for the largest bodies, which hold everybody up
+ROUTES = ("/v1/embeddings", "/encode", "/tokenize", "/v1/rerank", "/v1/score")
+GOOD = json.dumps({"model": "minilm", "input": TEXT}).encode()
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """Its error, which is whole, and tells nothing of the machine it comes from."""
+        assert self.headers["content-type"] == "application/json", self
+        error: dict[str, Any] = json.loads(self.body)["error"]
+        assert list(error) == ["message", "type", "param", "code"]
+        assert error["message"]
+        assert error["type"] == ("server_error" if self.status >= 500 else "invalid_request_error")
+        assert not re.search(rf"{re.escape(str(ROOT))}|site-packages|Traceback|File \"|/home/", error["message"])
+        return error
+
+    def is_right(self, expected: np.ndarray) -> bool:
+        assert self.status == 200, self
+        return _same(json.loads(self.body)["data"][0]["embedding"], expected)
+
+
+def _same(vector: Any, expected: np.ndarray) -> bool:
+    return float(np.asarray(vector) @ expected) > 0.99999
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_decoder(tmp_path_factory.mktemp("checkpoints") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def stack(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """minilm; and a qwen3, which takes instructions."""
+    directory = tmp_path_factory.mktemp("hostile")
+    repository.write_model(REPOSITORY, "minilm", directory / "models", "minilm", {})
+    repository.write_model(REPOSITORY, "qwen3_embedding", directory / "models", "qwen3", {"checkpoint": str(qwen3)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_EMBED_BODY_TIMEOUT", str(BODY_SECONDS))
+        server = Stack(directory / "log", f"--model-repository={directory / 'models'}")
+    memory = resident(server)
+    yield server
+    grown = resident(server) - memory
+    server.stop()
+    assert grown < MOST_MEMORY
+
+
+@pytest.fixture(scope="module")
+def network() -> SentenceTransformer:
+    return SentenceTransformer(str(MINILM), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(network: SentenceTransformer) -> np.ndarray:
+    return network.encode([TEXT])[0]
+
+
+@pytest.fixture(autouse=True)
+def unharmed(stack: Stack, expected: np.ndarray) -> Iterator[None]:
+    said, memory = len(stack.output()), resident(stack)
+    yield
+    assert ask(stack, post(GOOD))[0].is_right(expected)
+    assert "Traceback" not in stack.output()[said:]
+    assert resident(stack) < memory + MOST_MEMORY
+    deadline = time.monotonic() + 10
+    while in_flight(stack) > 1 and time.monotonic() < deadline:  # the one that asks
+        time.sleep(0.1)
+    assert in_flight(stack) == 1
+
+
+def resident(stack: Stack) -> int:
+    """Bytes of the gateway's processes; tritonserver and its stubs are others."""
+    engine = {child.pid for child in stack.processes() if "triton" in child.name()}
+    processes = [psutil.Process(stack.process.pid), *stack.processes()]
+    return sum(process.memory_info().rss for process in processes if process.pid not in engine)
+
+
+def in_flight(stack: Stack) -> float:
+    (answer,) = ask(stack, get("/metrics"))
+    found = re.findall(r"^triton_embed_requests_in_flight(?:\{.*\})? (\S+)$", answer.body.decode(), re.MULTILINE)
+    return sum(map(float, found))
+
+
+def post(body: bytes, path: str = "/v1/embeddings", *headers: bytes) -> bytes:
+    """A whole request, the last on its connection."""
+    return request(b"POST", path.encode(), b"Content-Length: %d" % len(body), *headers) + body
+
+
+def get(path: str, *headers: bytes) -> bytes:
+    return request(b"GET", path.encode(), *headers)
+
+
+def request(method: bytes, path: bytes, *headers: bytes) -> bytes:
+    lines = [method + b" " + path + b" HTTP/1.1", b"Host: example.org", b"Connection: close", *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def open_to(stack: Stack) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(stack.url.rpartition(":")[2])), timeout=30)
+
+
+def ask(stack: Stack, *pieces: bytes, pause: float = 0.0) -> list[Answer]:
+    """All answers to what is sent on one connection, which the server then closes: 30 s without a byte is a hang."""
+    with open_to(stack) as connection:
+        with contextlib.suppress(ConnectionError):  # it need not read on once it has refused
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause)
+        return read_answers(connection)
+
+
+def read_answers(connection: socket.socket) -> list[Answer]:
+    received = bytearray()
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(2**16):
+            received += piece
+    answers, rest = [], bytes(received)
+    while rest:
+        head, _, rest = rest.partition(b"\r\n\r\n")
+        first, *lines = head.decode("ascii").split("\r\n")
+        version, status, _ = first.split(" ", 2)
+        assert version == "HTTP/1.1"
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        size = int(headers.get("content-length", "0"))
+        answers.append(Answer(int(status), headers, rest[:size]))
+        rest = rest[size:]
+    return answers
+
+
+def field(name: str, value: bytes) -> bytes:
+    """A body that is good but for one field."""
+    given = {b"model": b'"minilm"', b"input": b'"Once upon a time"', name.encode(): value}
+    return b"{" + b",".join(b'"%s":%s' % item for item in given.items()) + b"}"
+
+
+MILLION = 10**6
+DEEP = 100_000
+BAD_BODIES = {
+    "nothing": b"",
+    "blanks": b" \n\t ",
+    "a letter": b"x",
+    "a string": b'"input"',
+    "a number": b"1",
+    "null": b"null",
+    "a list": b'["a"]',
+    "a form": b"input=a&model=minilm",
+    "no quotes": b"{input: 'a'}",
+    "a key only": b'{"input"',
+    "cut in a string": b'{"input": "Once upon',
+    "cut in a list": b'{"input": ["a", ',
+    "cut in an escape": b'{"input": "\\u00',
+    "a comma too many": b'{"input": "a",}',
+    "two documents": b'{"input": "a"}{"input": "b"}',
+    "a comment": b'{"input": "a" /* b */}',
+    "NaN": b'{"input": NaN}',
+    "NaN in ids": b'{"input": [1, NaN]}',
+    "Infinity": b'{"input": [Infinity]}',
+    "minus Infinity": b'{"input": "a", "dimensions": -Infinity}',
+    "hexadecimal": b'{"input": [0x10]}',
+    "a leading zero": b'{"input": [007]}',
+    "a line break in a string": b'{"input": "a\nb"}',
+    "a NUL in a string": b'{"input": "a\x00b"}',
+    "a NUL behind": b'{"input": "a"}\x00',
+    "deep lists": b"[" * DEEP,
+    "deep lists, closed": b'{"input": ' + b"[" * DEEP + b"]" * DEEP + b"}",
+    "deep objects": b'{"input":' * DEEP,
+    "deep objects, closed": b'{"input":' * DEEP + b"1" + b"}" * DEEP,
+    "deep in a field nobody reads": b'{"input": "a", "user": ' + b"[" * DEEP + b"]" * DEEP + b"}",
+    "bytes that are not UTF-8": b'{"input": "\xff\xfe"}',
+    "overlong UTF-8": b'{"input": "\xc0\xaf"}',
+    "a surrogate in UTF-8": b'{"input": "\xed\xa0\x80"}',
+    "UTF-8 cut short": b'{"input": "\xe4\xbd"}',
+    "latin-1": '{"input": "naïve"}'.encode("latin-1"),
+    "UTF-16": GOOD.decode().encode("utf-16"),
+    "UTF-32": GOOD.decode().encode("utf-32"),
+    "a byte order mark": b"\xef\xbb\xbf" + GOOD,
+    "a lone surrogate": b'{"input": "\\ud800"}',
+    "a lone low surrogate": b'{"input": "\\udc00 a"}',
+    "surrogates the wrong way round": b'{"input": "\\udc00\\ud800"}',
+    "a lone surrogate in a list": b'{"input": ["a", "\\ud800"]}',
+    "a lone surrogate in a key": b'{"input": "a", "\\ud800": 1}',
+    "a lone surrogate in a field nobody reads": b'{"input": "a", "user": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_body_that_is_no_request(stack: Stack, path: str) -> None:
+    for name, body in BAD_BODIES.items():
+        (answer,) = ask(stack, post(body, path))
+        assert answer.status == 400, name
+        assert answer.error["message"], name
+
+
+# As JSON texts: what Python would not write is here too.
+NOT_TEXT = (b"7", b"-1.5", b"true", b"[]", b'["a"]', b"{}", b"[[]]", b"18446744073709551616")
+NOT_A_WORD = (*NOT_TEXT, b'"nonsense"', b'""', b'"a\\u0000"', b'"' + b"x" * 100_000 + b'"')
+BAD_FIELDS = {
+    "model": NOT_TEXT,
+    "encoding_format": (b"7", b"true", b"[]", b'["float","float"]', b"{}", b'["hex"]', b'[["float"]]', b'"hex"'),
+    "dimensions": (
+        *(
+            b'"128"',
+            b"1.5",
+            b"1.0",
+            b"true",
+            b"{}",
+            b"-1",
+            b"0",
+            b"385",
+            b"9223372036854775807",
+            b"9223372036854775808",
+        ),
+        *(b"18446744073709551615", b"18446744073709551616", b"1e30", b"[]", b"[true]", b'["1"]', b"[0]", b"[-1]"),
+        *(b"[1.5]", b"[[1]]", b"[18446744073709551616]", b"[" + b",".join([b"1"] * 10_000) + b"]"),
+    ),
+    "instruction": (*NOT_TEXT, b'"find"', b'"a\\u0000"'),
+    "prompt_name": (*NOT_TEXT, b'"nonsense"', b'"a\\u0000"'),
+    "input_type": (*NOT_TEXT, b'"nonsense"', b'"a\\u0000"'),
+    "truncate": (b"7", b"1.5", b"[]", b"{}", b'"middle"', b'""', b'"end\\u0000"', b'["end"]'),
+    "long_text": NOT_A_WORD,
+    "output_dtype": NOT_A_WORD,
+    "return_receipt": (b"7", b'"true"', b"[]", b"{}", b"1.0"),
+    "on_error": NOT_A_WORD,
+    "priority": NOT_A_WORD,
+    "token_encoding": NOT_A_WORD,
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_field_of_the_wrong_kind_is_named(stack: Stack, name: str) -> None:
+    for value in BAD_FIELDS[name]:
+        (answer,) = ask(stack, post(field(name, value)))
+        assert answer.status == 400, value[:100]
+        assert answer.error["param"] == name, value[:100]
+        assert len(answer.body) < 1000, value[:100]
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_lone_surrogate_in_any_field(stack: Stack, name: str) -> None:
+    for value in (b'"\\ud800"', b'"a\\udfffb"', b'["\\ud800"]', b'{"\\ud800": 1}'):
+        assert ask(stack, post(field(name, value)))[0].error["type"], value
+
+
+BAD_INPUTS = {
+    "null": b"null",
+    "an empty string": b'""',
+    "blanks": b'" \\t\\n\\u2003 "',
+    "an empty list": b"[]",
+    "empty lists": b"[[],[]]",
+    "an empty object": b"{}",
+    "empty objects": b"[{}]",
+    "a number": b"7",
+    "true": b"true",
+    "a fraction": b"[1.5]",
+    "a whole fraction": b"[1.0]",
+    "an exponent": b"[1e3]",
+    "booleans": b"[true, false]",
+    "a boolean among ids": b"[101, true, 102]",
+    "null among ids": b"[101, null]",
+    "a negative id": b"[101, -1, 102]",
+    "an id beyond the vocabulary": b"[30522]",
+    "an id of 31 bits": b"[2147483648]",
+    "an id of 32 bits": b"[4294967397]",  # 101, once it is cut to 32 bits
+    "an id of 63 bits": b"[9223372036854775808]",
+    "an id of 64 bits": b"[18446744073709551717]",
+    "an id of 200 digits": b"[" + b"9" * 200 + b"]",
+    "ids and strings": b'[101, "a"]',
+    "strings and ids": b'["a", 101]',
+    "strings and lists of ids": b'["a", [101]]',
+    "lists of ids and strings": b'[[101], "a"]',
+    "lists in lists": b"[[[101]]]",
+    "lists of fractions": b"[[101], [1.5]]",
+    "one blank string of many": b'["a", " "]',
+    "null of many": b'["a", null]',
+    "an unknown key": b'{"video": "a"}',
+    "an input in an input": b'{"input": {"input": {"input": "a"}}}',
+    "itself of the wrong kind": b'{"input": 7}',
+    "a part without a type": b'[[{"type": "text", "text": "a"}, {"text": "b"}]]',
+    "a part of an unknown type": b'[{"type": "audio", "audio": "a"}]',
+    "a part whose type is a list": b'[{"type": ["text"], "text": "a"}]',
+    "a part whose type is an object": b'[{"type": {}, "text": "a"}]',
+    "a part without a text": b'[{"type": "text"}]',
+    "a text of the wrong kind": b'{"text": ["a"]}',
+    "an image for a model of texts": b'{"image": "data:image/png;base64,AAAA"}',
+    "a file for an image": b'{"image": "/etc/passwd"}',
+    "a file's URL for an image": b'{"image": "file:///etc/passwd"}',
+    "an image of the wrong kind": b'{"image": {"url": {}}}',
+    "a million ids": b"[" + b",".join([b"101"] * MILLION) + b"]",
+    "a million strings": b"[" + b",".join([b'"a"'] * MILLION) + b"]",
+    "a million lists": b"[" + b",".join([b"[101]"] * MILLION) + b"]",
+    "a million empty lists": b"[" + b",".join([b"[]"] * MILLION) + b"]",
+    "a million objects": b"[" + b",".join([b'{"text":"a"}'] * MILLION) + b"]",
+    "a million keys": b"{" + b",".join(b'"%d":1' % i for i in range(MILLION)) + b"}",
+    "a million blank strings": b"[" + b",".join([b'" "'] * MILLION) + b"]",
+    "a million empty objects": b"[" + b",".join([b"{}"] * MILLION) + b"]",
+    "a million images": b'{"image": [' + b",".join([b'"AAAA"'] * MILLION) + b"]}",
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_an_input_that_is_none(stack: Stack, name: str) -> None:
+    refused(stack, field("input", BAD_INPUTS[name]))
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_INPUTS if "million" in name and "keys" not in name])
+def test_a_report_of_all_faults_is_no_way_around(stack: Stack, name: str) -> None:
+    """A million faults would be a million errors to keep."""
+    refused(stack, field("input", BAD_INPUTS[name])[:-1] + b', "on_error": "report"}')
+
+
+def refused(stack: Stack, body: bytes) -> None:
+    began = time.monotonic()
+    (answer,) = ask(stack, post(body))
+    assert answer.status == 400
+    assert answer.error["param"] == "input"
+    assert len(answer.body) < 1000
+    assert time.monotonic() - began < MOST_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("text", "same_as"),
+    [
+        (b"a\\u0000b", "a\0b"),
+        (b"\\ud83d\\ude00 \\u202e \\ufffe \\uffff", "😀 \u202e \ufffe \uffff"),
+        (b"e" + b"\\u0301" * 5000, "e" + "\u0301" * 5000),
+        (b"ab " * 100_000, "ab " * 100_000),
+        (b"ab" * 1_000_000, "ab" * 1_000_000),
+        (b"[PAD] [MASK] [CLS] </s> <|endoftext|>", "[PAD] [MASK] [CLS] </s> <|endoftext|>"),
+    ],
+    ids=["NUL", "noncharacters", "5000 accents", "100,000 words", "a word of 2 MB", "special tokens"],
+)
+def test_strange_texts_have_the_vector_of_any_other_server(
+    stack: Stack, network: SentenceTransformer, text: bytes, same_as: str
+) -> None:
+    (answer,) = ask(stack, post(field("input", b'"' + text + b'"')))
+    assert answer.is_right(network.encode([same_as])[0])
+
+
+def test_of_two_keys_the_last_counts(stack: Stack, expected: np.ndarray) -> None:
+    body = b'{"model": "nowhere", "input": 7, "input": "Once upon a time", "model": "minilm"}'
+    assert ask(stack, post(body))[0].is_right(expected)
+
+
+def test_a_nul_does_not_cut_an_instruction_short(stack: Stack, qwen3: Path) -> None:
+    """It is refused, or is part of the instruction."""
+    for name, value in (("instruction", "Find\0 nothing"), ("prompt_name", "query\0 nonsense")):
+        (answer,) = ask(stack, post(json.dumps({"model": "qwen3", "input": TEXT, name: value}).encode()))
+        if answer.status == 200:
+            rows = oracles.ids_of(qwen3, [f"Instruct: {value}\nQuery:{TEXT}"])
+            assert name == "instruction"
+            assert answer.is_right(oracles.decoder_vectors(qwen3, rows)[0])
+        else:
+            assert answer.status == 400
+            assert answer.error["param"] == name
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/encode", "/tokenize"])
+def test_a_model_of_any_name_is_not_found(stack: Stack, path: str) -> None:
+    key = {"/encode": "text"}.get(path, "input")
+    for name in (
+        "",
+        " ",
+        "\0",
+        "minilm\0",
+        "../minilm",
+        "minilm/../minilm",
+        "*",
+        "a" * 1_000_000,
+        "😀",
+        "minilm\r\nX: y",
+    ):
+        (answer,) = ask(stack, post(json.dumps({"model": name, key: "a"}).encode(), path))
+        assert answer.status == (404 if name else 400), name[:100]
+        assert answer.error["param"] == "model"
+        assert len(answer.body) < 1000
+
+
+BAD_RERANKS = {
+    "query": (b"7", b"true", b"[]", b'["a"]', b"{}", b'""', b'" "', b'{"video": "a"}', b"null", b'{"text": 7}'),
+    "documents": (b"7", b'"a"', b"{}", b"[]", b"[7]", b"[null]", b'[["a"]]', b'[" "]', b'[{"text": 7}]', b"[{}]"),
+    "top_n": (b"0", b"-1", b"1.5", b'"1"', b"true", b"[]", b"{}", b"1e30"),
+    "return_documents": (b"1", b'"true"', b"[]", b"{}"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RERANKS)
+def test_a_rerank_that_cannot_be(stack: Stack, name: str) -> None:
+    for value in BAD_RERANKS[name]:
+        given = {b"model": b'"minilm"', b"query": b'"a"', b"documents": b'["b"]', name.encode(): value}
+        body = b"{" + b",".join(b'"%s":%s' % item for item in given.items()) + b"}"
+        (answer,) = ask(stack, post(body, "/v1/rerank"))
+        assert answer.status == 400, value
+        assert answer.error["param"] in {name, "documents"}, value
+
+
+def test_a_score_that_cannot_be(stack: Stack) -> None:
+    for left in (
+        b"7",
+        b"true",
+        b"{}",
+        b"[]",
+        b"[7]",
+        b"[null]",
+        b'[["a"]]',
+        b'""',
+        b'[" "]',
+        b'["a","b","c"]',
+        b"null",
+    ):
+        (answer,) = ask(stack, post(b'{"model": "minilm", "text_1": %s, "text_2": ["a", "b"]}' % left, "/v1/score"))
+        assert answer.status == 400, left
+        assert answer.error["param"] in {"text_1", "text_2"}, left
+
+
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: example.org\r\n"
+CHUNKED = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n"
+CHUNK = b"%x\r\n%s\r\n" % (len(GOOD), GOOD)
+LENGTH = b"Content-Length: %d\r\n" % len(GOOD)
+UPGRADE = HEAD + b"Connection: close, Upgrade, HTTP2-Settings\r\n"
+BAD_FRAMING = {
+    "a length too short": HEAD + b"Content-Length: 5\r\n\r\n" + GOOD,
+    "a negative length": HEAD + b"Content-Length: -1\r\n\r\n" + GOOD,
+    "a length with a sign": HEAD + b"Content-Length: +%d\r\n\r\n" % len(GOOD) + GOOD,
+    "a length that is no number": HEAD + b"Content-Length: all\r\n\r\n" + GOOD,
+    "an empty length": HEAD + b"Content-Length:\r\n\r\n" + GOOD,
+    "a length of 30 digits": HEAD + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n" + GOOD,
+    "two lengths": HEAD + LENGTH + b"Content-Length: 5\r\n\r\n" + GOOD,
+    "two equal lengths": HEAD + LENGTH + LENGTH + b"\r\n" + GOOD,
+    "a list of lengths": HEAD + b"Content-Length: 5, 5\r\n\r\n" + GOOD,
+    "a length and chunks": HEAD + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNK + b"0\r\n\r\n",
+    "an encoding that is not chunked": HEAD + b"Transfer-Encoding: gzip\r\n\r\n" + GOOD,
+    "chunked twice": HEAD + b"Transfer-Encoding: chunked, chunked\r\n\r\n" + CHUNK + b"0\r\n\r\n",
+    "chunked, then something else": HEAD + b"Transfer-Encoding: chunked, gzip\r\n\r\n" + CHUNK + b"0\r\n\r\n",
+    "a chunk size that is none": CHUNKED + b"\r\nzz\r\n" + GOOD,
+    "a negative chunk size": CHUNKED + b"\r\n-1\r\n" + GOOD,
+    "a chunk size of 30 digits": CHUNKED + b"\r\n" + b"f" * 30 + b"\r\n" + GOOD,
+    "a chunk size too short": CHUNKED + b"\r\n5\r\n" + GOOD + b"\r\n0\r\n\r\n",
+    "a chunk without an end": CHUNKED + b"\r\n%x\r\n" % len(GOOD) + GOOD + b"0\r\n\r\n\r\n",
+    "an unknown method": b"EMBED /v1/embeddings HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a method in small letters": b"post /v1/embeddings HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a version that is none": b"GET /health HTTP/x.y\r\nHost: a\r\n\r\n",
+    "no version's name": b"GET /health FTP/1.1\r\nHost: a\r\n\r\n",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(100),
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),
+    "every byte there is": bytes(range(256)) * 20,
+    "zeros": bytes(10_000),
+    "a header without a colon": b"GET /health HTTP/1.1\r\nHost a\r\n\r\n",
+    "a header without a name": b"GET /health HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n",
+    "a blank before the colon": b"GET /health HTTP/1.1\r\nHost : a\r\n\r\n",
+    "a folded header": b"GET /health HTTP/1.1\r\nHost: a\r\nX: b\r\n c\r\n\r\n",
+    "a NUL in a header": b"GET /health HTTP/1.1\r\nHost: a\r\nX: b\x00c\r\n\r\n",
+    "a carriage return in a header": b"GET /health HTTP/1.1\r\nHost: a\r\nX: b\rc\r\n\r\n",
+    "a raw byte in the path": b"GET /v1/models/\xff HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a blank in the path": b"GET /v1/ models HTTP/1.1\r\nHost: a\r\n\r\n",
+    "100,000 headers": b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"a: b\r\n" * 100_000 + b"\r\n",
+    "a header of 5 MB": b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 5_000_000 + b"\r\n\r\n",
+    "a header's name of 5 MB": b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"a" * 5_000_000 + b": b\r\n\r\n",
+    "a path of 5 MB": b"GET /" + b"a" * 5_000_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a header that has no end": b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 5_000_000,
+    "a chunk's extension of 5 MB": CHUNKED + b"\r\n5;" + b"a" * 5_000_000 + b"\r\n",
+    "trailers of 5 MB": CHUNKED + b"\r\n" + CHUNK + b"0\r\n" + b"a: b\r\n" * 800_000 + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("name", BAD_FRAMING)
+def test_what_is_no_http(stack: Stack, name: str) -> None:
+    """400 and the end of the connection. A body that is whole to the server is answered before what comes after it."""
+    answers = ask(stack, BAD_FRAMING[name])
+    assert len(answers) <= 2
+    for answer in answers:
+        assert answer.status in (400, 413, 414, 431)
+        assert answer.error["message"]
+        assert answer.headers["content-length"] == str(len(answer.body))
+
+
+GOOD_FRAMING = {
+    "plain": post(GOOD),
+    "HTTP/1.0": post(GOOD).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+    "HTTP/1.0 without a host": b"POST /v1/embeddings HTTP/1.0\r\n" + LENGTH + b"\r\n" + GOOD,
+    "an absolute address": post(GOOD, "http://169.254.169.254/v1/embeddings"),
+    "a query": post(GOOD, "/v1/embeddings?a=b&a=%ff&"),
+    "chunks": CHUNKED + b"\r\n" + CHUNK + b"0\r\n\r\n",
+    "chunks of a byte": CHUNKED + b"\r\n" + b"".join(b"1\r\n%c\r\n" % byte for byte in GOOD) + b"0\r\n\r\n",
+    "a chunk's extension and trailers": CHUNKED
+    + b"\r\n"
+    + CHUNK.replace(b"\r\n", b";a=b\r\n", 1)
+    + b"0\r\nX: y\r\n\r\n",
+    "line breaks before": b"\r\n\r\n" + post(GOOD),
+    "a form's type": post(GOOD, "/v1/embeddings", b"Content-Type: application/x-www-form-urlencoded"),
+    "a type that is none": post(GOOD, "/v1/embeddings", b"Content-Type: \xff;;="),
+    "a charset that is not so": post(GOOD, "/v1/embeddings", b"Content-Type: application/json; charset=utf-16"),
+    "an expectation nobody knows": post(GOOD, "/v1/embeddings", b"Expect: 200-ok"),
+    "bytes in a header": post(GOOD, "/v1/embeddings", b"X-Name: \xff\xfe", b"Accept-Language: \xe4"),
+    "a host that is none": post(GOOD).replace(b"Host: example.org", b"Host: a b:c:d/\xff"),
+    "an upgrade to HTTP/2": UPGRADE
+    + LENGTH
+    + b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n\r\n"
+    + GOOD,
+    "an upgrade with chunks": UPGRADE + b"Upgrade: h2c\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNK + b"0\r\n\r\n",
+    "an upgrade to a web socket": UPGRADE + LENGTH + b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\r\n" + GOOD,
+}
+
+
+@pytest.mark.parametrize("name", GOOD_FRAMING)
+def test_rare_http_is_answered(stack: Stack, expected: np.ndarray, name: str) -> None:
+    (answer,) = ask(stack, GOOD_FRAMING[name])
+    assert answer.is_right(expected)
+
+
+@pytest.mark.parametrize("name", GOOD_FRAMING)
+def test_in_pieces(stack: Stack, expected: np.ndarray, name: str) -> None:
+    data = GOOD_FRAMING[name]
+    cuts = [0, *range(1, len(data), max(1, len(data) // 20)), len(data)]
+    pieces = [data[start:end] for start, end in pairwise(cuts)]
+    (answer,) = ask(stack, *pieces, pause=0.002)
+    assert answer.is_right(expected)
+
+
+def test_an_upgrade_leaves_the_connection_usable(stack: Stack, expected: np.ndarray) -> None:
+    """As JDK's HttpClient does: it offers HTTP/2 with each request, and goes on with HTTP/1.1."""
+    offer = HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n" + LENGTH
+    answers = ask(stack, offer + b"\r\n" + GOOD, offer + b"\r\n" + GOOD, post(GOOD), pause=0.1)
+    assert [answer.is_right(expected) for answer in answers] == [True] * 3
+
+
+def test_upgrades_without_end(stack: Stack) -> None:
+    offer = b"GET /nowhere HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    answers = ask(stack, offer * 2_000 + get("/nowhere"))
+    assert [answer.status for answer in answers] == [404] * 2_001
+
+
+def test_requests_behind_each_other_are_answered_in_order(stack: Stack, expected: np.ndarray) -> None:
+    more = HEAD + LENGTH + b"\r\n" + GOOD
+    bad = HEAD + b"Content-Length: 1\r\n\r\n{"
+    answers = ask(stack, more + bad + more + bad + post(GOOD))
+    assert [answer.status for answer in answers] == [200, 400, 200, 400, 200]
+    assert all(answer.is_right(expected) for answer in answers[::2])
+
+
+def test_what_is_no_http_behind_a_good_request(stack: Stack, expected: np.ndarray) -> None:
+    """The good one is answered, or nothing is: never two answers on top of each other."""
+    answers = ask(stack, HEAD + LENGTH + b"\r\n" + GOOD + b"EMBED nonsense\r\n\r\n")
+    assert len(answers) <= 2
+    for answer in answers:
+        assert answer.status == 400 or answer.is_right(expected)
+
+
+def test_http_0_9(stack: Stack) -> None:
+    """It is not spoken: no answer before the connection ends, or one of HTTP/1.1."""
+    with open_to(stack) as connection:
+        connection.sendall(b"GET /health\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        for answer in read_answers(connection):
+            assert answer.status in (200, 400)
+
+
+def test_100_continue(stack: Stack, expected: np.ndarray) -> None:
+    with open_to(stack) as connection:
+        connection.sendall(request(b"POST", b"/v1/embeddings", LENGTH.strip(), b"Expect: 100-continue"))
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.sendall(GOOD)
+        (answer,) = read_answers(connection)
+    assert answer.is_right(expected)
+
+
+def test_a_body_too_large_is_not_asked_for(stack: Stack) -> None:
+    with open_to(stack) as connection:
+        length = b"Content-Length: %d" % (LIMIT + 1)
+        connection.sendall(request(b"POST", b"/v1/embeddings", length, b"Expect: 100-continue"))
+        (answer,) = read_answers(connection)
+    assert answer.status == 413
+    assert answer.error["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_the_limit_of_a_body(stack: Stack, expected: np.ndarray, beyond: int, chunked: bool) -> None:
+    body = GOOD + b" " * (LIMIT + beyond - len(GOOD))
+    data = CHUNKED + b"\r\n%x\r\n" % len(body) + body + b"\r\n0\r\n\r\n" if chunked else post(body)
+    (answer,) = ask(stack, data)
+    if beyond:
+        assert answer.status == 413
+        assert answer.error["code"] == "body_too_large"
+    else:
+        assert answer.is_right(expected)
+
+
+def test_a_compressed_body_is_refused(stack: Stack, expected: np.ndarray) -> None:
+    """No bomb can be unpacked where nothing is unpacked."""
+    bomb = gzip.compress(GOOD + bytes(50_000_000))
+    for body in (gzip.compress(GOOD), bomb):
+        for encoding in (b"gzip", b"deflate", b"br", b"zstd", b"nonsense"):
+            (answer,) = ask(stack, post(body, "/v1/embeddings", b"Content-Encoding: " + encoding))
+            assert answer.status in (400, 415)
+            assert answer.error["message"]
+
+
+STOPPING = {
+    "in its head": HEAD + b"Content-Le",
+    "before its body": HEAD + LENGTH + b"\r\n",
+    "in its body": HEAD + LENGTH + b"\r\n" + GOOD[:10],
+    "one byte before its end": HEAD + LENGTH + b"\r\n" + GOOD[:-1],
+    "in a chunk's size": CHUNKED + b"\r\n1",
+    "in a chunk": CHUNKED + b"\r\n%x\r\n" % len(GOOD) + GOOD[:10],
+    "between chunks": CHUNKED + b"\r\n" + CHUNK,
+    "before the last line break": CHUNKED + b"\r\n" + CHUNK + b"0\r\n",
+}
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_a_request_that_stops(stack: Stack, name: str) -> None:
+    """Closed by the client, and reset by it. `unharmed` sees that nothing stays in flight."""
+    for reset in (False, True):
+        connection = open_to(stack)
+        connection.sendall(STOPPING[name])
+        time.sleep(0.05)
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+
+def test_a_body_that_never_comes_is_not_waited_for(stack: Stack) -> None:
+    connections = {name: open_to(stack) for name in STOPPING if name != "in its head"}
+    began = time.monotonic()
+    for name, connection in connections.items():
+        connection.sendall(STOPPING[name])
+    for name, connection in connections.items():
+        (answer,) = read_answers(connection)
+        connection.close()
+        assert answer.status == 408, name
+        assert answer.error["message"], name
+    assert BODY_SECONDS - 0.5 < time.monotonic() - began < BODY_SECONDS + 6
+
+
+def test_a_byte_now_and_then(stack: Stack, expected: np.ndarray) -> None:
+    """Forty who send a byte every quarter of a second keep nobody from being answered, and are told to hurry."""
+    body = [HEAD + LENGTH + b"\r\n", *(b"%c" % byte for byte in GOOD)]
+    connections = [open_to(stack) for _ in range(40)]
+    try:
+        began = time.monotonic()
+        for i in range(6):
+            for connection in connections:
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(body[i])
+            assert ask(stack, post(GOOD))[0].is_right(expected)
+            time.sleep(0.25)
+        for connection in connections:
+            (answer,) = read_answers(connection)
+            assert answer.status == 408
+        assert time.monotonic() - began < BODY_SECONDS + 8
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def test_many_who_say_nothing(stack: Stack, expected: np.ndarray) -> None:
+    connections = [open_to(stack) for _ in range(300)]
+    for connection in connections[::2]:
+        connection.sendall(b"GET / HT")
+    began = time.monotonic()
+    assert ask(stack, post(GOOD))[0].is_right(expected)
+    assert time.monotonic() - began < 5
+    for connection in connections:
+        connection.close()
+
+
+def test_one_who_does_not_read(stack: Stack, expected: np.ndarray) -> None:
+    """Answers that nobody takes are not piled up: reading stops too."""
+    body = json.dumps({"model": "minilm", "input": [TEXT] * 100}).encode()
+    one = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with open_to(stack) as connection:
+        connection.setblocking(False)
+        sent = 0
+        deadline = time.monotonic() + 4
+        while time.monotonic() < deadline and sent < 3_000:
+            try:
+                connection.send(one)
+                sent += 1
+            except BlockingIOError:
+                time.sleep(0.05)
+            except ConnectionError:
+                break
+        assert ask(stack, post(GOOD))[0].is_right(expected)
+
+
+def test_good_and_bad_at_once(stack: Stack, expected: np.ndarray) -> None:
+    """Nobody gets another's answer."""
+    bad = [post(field("input", value)) for value in (b'""', b"[101, -1]", b"{}", b"[1.5]")]
+
+    def good(_: int) -> bool:
+        return ask(stack, post(GOOD))[0].is_right(expected)
+
+    def bad_one(i: int) -> bool:
+        return ask(stack, bad[i % len(bad)])[0].status == 400
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = [pool.submit(good if i % 2 else bad_one, i) for i in range(200)]
+        assert all(outcome.result() for outcome in outcomes)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    "method", ["GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "PROPFIND", "M-SEARCH"]
+)
+def test_another_method(stack: Stack, path: str, method: str) -> None:
+    (answer,) = ask(stack, request(method.encode(), path.encode()))
+    assert answer.status == 405
+    assert "POST" in answer.headers["allow"]
+    if method != "HEAD":
+        assert answer.error["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/v1/models", "/metrics", "/get_model_info", "/", "/docs", "/openapi.json"]
+)
+def test_a_post_where_there_is_nothing_to_post(stack: Stack, path: str) -> None:
+    for body in (b"", GOOD, bytes(100_000)):
+        (answer,) = ask(stack, post(body, path))
+        assert answer.status == 405
+        assert answer.error["message"]
+
+
+STATIC = (
+    "/",
+    "/docs/",
+    "/static/",
+    "/assets/",
+    "/v1/models/",
+    "/docs/swagger-ui.css/",
+    "/favicon.ico/",
+    "/openapi.json/",
+)
+CLIMBS = (
+    *("../../../../../../etc/passwd", "..%2f..%2f..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/%2e%2e/etc/passwd"),
+    *("..%252f..%252fetc%252fpasswd", "....//....//etc/passwd", "..\\..\\..\\etc\\passwd", "..%5c..%5cetc%5cpasswd"),
+    *("/etc/passwd", "//etc/passwd", "%2fetc%2fpasswd", "..;/..;/etc/passwd", "file:///etc/passwd", "page.html%00.css"),
+    *("..%c0%af..%c0%afetc/passwd", "~root/.bashrc", ".git/config", "settings.py", "../settings.py", "%2e%2e%2fapp.py"),
+)
+
+
+@pytest.mark.parametrize("prefix", STATIC)
+def test_no_path_leads_out(stack: Stack, prefix: str) -> None:
+    for climb in CLIMBS:
+        (answer,) = ask(stack, get(prefix + climb))
+        assert answer.status in (400, 404), climb
+        assert answer.error["message"], climb
+        assert b"root:" not in answer.body, climb
+
+
+def test_paths_that_are_none(stack: Stack) -> None:
+    paths = (
+        "/%",
+        "/%zz",
+        "/%00",
+        "/%ff",
+        "/v1/models/%ff%fe",
+        "/v1/models/%00",
+        "/v1/models/",
+        "/v1/embeddings/",
+        "//",
+    )
+    paths += (
+        "/a" * 2_000,
+        "/v1/models/" + "a" * 10_000,
+        "/%0d%0aX-Evil:%20yes",
+        "/v1/models/%0d%0aX-Evil:%20yes",
+        "/;/",
+        "*",
+    )
+    paths += ("//evil.example/%2f..", "/\\evil.example", "/v1//embeddings", "/V1/EMBEDDINGS", "/v1/models/..")
+    for path in paths:
+        (answer,) = ask(stack, get(path))
+        assert answer.status in (400, 404), path[:100]
+        assert answer.error["message"], path[:100]
+        assert len(answer.body) < 1000, path[:100]
+        assert "x-evil" not in answer.headers
+        assert "location" not in answer.headers
+
+
+def test_a_query_that_is_none(stack: Stack) -> None:
+    for query in ("model=%ff", "model=%ed%a0%80", "model=%00", "model=" + "a" * 10_000, "model=..%2f", "model=nowhere"):
+        (answer,) = ask(stack, get(f"/get_model_info?{query}"))
+        assert answer.status == 404, query[:100]
+        assert len(answer.body) < 1000
+
+
+BAD_HEADERS = {
+    "x-request-id": (b"", b"a b", b"\xff\xfe", b"<script>", b"a" * 10_000, b"a\tb", b"../../x", b"a,b", b'"'),
+    "traceparent": (b"", b"00", b"\xff", b"00-" + b"0" * 32 + b"-" + b"0" * 16 + b"-01", b"z" * 55, b"a" * 10_000),
+    "tracestate": (b"", b"\xff", b"a" * 10_000, b"a=b," * 100),
+    "x-forwarded-for": (b"\xff", b"1.1.1.1, " * 1000),
+    "accept": (b"text/html", b"\xff", b"image/*;q=x"),
+    "accept-encoding": (b"gzip;q=nonsense", b"\xff", b"br, zstd, identity;q=0"),
+    "origin": (b"null", b"http://evil.example", b"\xff"),
+    "range": (b"bytes=0-1", b"bytes=-1,99-0"),
+    "if-none-match": (b"*", b"\xff"),
+    "cookie": (b"a=\xff; " * 100,),
+    "authorization": (b"", b"Bearer", b"Bearer \xff", b"Basic " + b"a" * 10_000, b"Negotiate"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HEADERS)
+def test_a_header_that_says_nothing(stack: Stack, expected: np.ndarray, name: str) -> None:
+    """It is as if it were not there; what it held comes back nowhere."""
+    for value in BAD_HEADERS[name]:
+        (answer,) = ask(stack, post(GOOD, "/v1/embeddings", name.encode() + b": " + value))
+        assert answer.is_right(expected), value[:100]
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", answer.headers["x-request-id"])
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_request_id_comes_back(stack: Stack) -> None:
+    (answer,) = ask(stack, get("/health", b"X-Request-Id: my-own.id_7"))
+    assert answer.headers["x-request-id"] == "my-own.id_7"
+
+
+def test_a_timeout_that_is_none(stack: Stack) -> None:
+    for value in (b"", b"soon", b"0", b"-1", b"nan", b"inf", b"-inf", b"1e999", b"\xff", b"1,5", b"0x10", b"9" * 5_000):
+        (answer,) = ask(stack, post(GOOD, "/v1/embeddings", b"X-Request-Timeout: " + value))
+        assert answer.status == 400, value[:100]
+        assert answer.error["param"] == "x-request-timeout"

@@ -1,0 +1,99 @@
+"""The operator's log, in both forms, read back as machines and people do."""
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import pytest
+
+from triton_embed.gateway.logs import JsonLines, TextLines, request_id
+
+
+def record(message: str = "hello %s", *args: object, **extra: object) -> logging.LogRecord:
+    return logging.getLogger("some.place").makeRecord(
+        "some.place", logging.WARNING, "file.py", 1, message, args or ("you",), None, extra=extra
+    )
+
+
+def test_a_json_line_says_when_where_and_what() -> None:
+    given = record()
+    line = json.loads(JsonLines().format(given))
+    time = datetime.fromisoformat(line.pop("time"))
+    assert time.utcoffset() == datetime.now(UTC).utcoffset()
+    assert abs(time.timestamp() - given.created) < 0.002
+    assert line == {"level": "warning", "logger": "some.place", "message": "hello you"}
+
+
+def test_fields_join_a_json_line() -> None:
+    line = json.loads(JsonLines().format(record(fields={"status": 200, "model": None})))
+    assert (line["status"], line["model"], line["message"]) == (200, None, "hello you")
+
+
+@pytest.mark.parametrize("text", ["two\nlines", 'a "quote"', "\x00\x1b[31m", "😀", "lone \ud83d surrogate"])
+def test_whatever_is_said_is_one_line_of_json(text: str) -> None:
+    line = JsonLines().format(record("%s", text))
+    assert "\n" not in line
+    assert json.loads(line)["message"] == text.replace("\ud83d", "\\ud83d")
+
+
+def test_a_stack_is_one_field() -> None:
+    try:
+        raise RuntimeError("lone \udc00")
+    except RuntimeError:
+        given = logging.getLogger().makeRecord("x", logging.ERROR, "f", 1, "failed", (), sys.exc_info())
+    line = JsonLines().format(given)
+    assert "\n" not in line
+    told = json.loads(line)["exception"].splitlines()
+    assert told[0] == "Traceback (most recent call last):"
+    assert told[-1] == "RuntimeError: lone \\udc00"
+    assert "test_logs.py" in told[1]
+
+
+def test_lines_of_a_request_carry_its_id_and_no_others() -> None:
+    seen: dict[str, tuple[str | None, str]] = {}
+
+    async def answer(name: str) -> None:
+        request_id.set(name)
+        await asyncio.sleep(0)
+        seen[name] = json.loads(JsonLines().format(record())).get("request_id"), TextLines().format(record())
+
+    async def run() -> None:
+        await asyncio.gather(asyncio.create_task(answer("one")), asyncio.create_task(answer("two")))
+
+    asyncio.run(run())
+    for name, (in_json, in_text) in seen.items():
+        assert in_json == name
+        assert in_text.endswith(f" hello you [{name}]")
+    assert "request_id" not in json.loads(JsonLines().format(record()))
+    assert TextLines().format(record()).endswith(" hello you")
+
+
+SAYING = """
+import logging, warnings
+from triton_embed.gateway import logs
+logs.configure("info")
+logs.configure("info", "FORM")
+logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+logging.getLogger("triton_embed.gateway.supervisor").info("stopping")
+logging.getLogger("anything").debug("too much")
+logging.getLogger("httpx").info("GET https://example.com/?secret")
+warnings.warn("careful", UserWarning)
+"""
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_everybodys_lines_have_the_form_that_was_asked_for(form: str) -> None:
+    command = [sys.executable, "-c", SAYING.replace("FORM", form)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout == ""
+    if form == "json":
+        said = [json.loads(line)["message"] for line in found.stderr.splitlines()]
+        assert "careful" in said.pop()
+    else:
+        said = [line.partition(" ")[2] for line in found.stderr.splitlines()[:2]]
+        assert "careful" in found.stderr
+    assert said == ["Invalid HTTP request received.", "stopping"]
+    assert "secret" not in found.stderr
