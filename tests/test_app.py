@@ -693,6 +693,20 @@ def test_ranking(served: Served) -> None:
     assert np.allclose([item["score"] for item in each], (both * both[::-1]).sum(axis=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("prompt", [{}, {"instruction": "a dog: "}])
+def test_only_the_query_is_prompted(served: Served, prompt: dict[str, str]) -> None:
+    """By the model's own prompt for queries, or as the caller says."""
+    documents = ["hello", "the cat", "the dog"]
+    asked = {"model": "tiny", "input": "the cat", **(prompt or {"input_type": "query"})}
+    query = vectors_of(served.post(asked))[0]
+    assert not np.allclose(query, vectors_of(served.post({"model": "tiny", "input": "the cat"}))[0], atol=1e-2)
+    expected = vectors_of(served.post({"model": "tiny", "input": documents})) @ query
+    body = {"model": "tiny", "query": "the cat", "documents": documents, **prompt}
+    results = served.post(body, "/rerank").json()["results"]
+    scores = {result["index"]: result["relevance_score"] for result in results}
+    assert np.allclose([scores[i] for i in range(3)], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

@@ -55,7 +55,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.outputs = ("EMBEDDING", "TOKENS", "DROPPED")
         self.most = 10**9  # at once; others find the queue full
-        self.running = self.refused = self.answered = 0
+        self.running = self.peak = self.refused = self.answered = 0
         self.cancelled = 0
         self.metadata: dict[str, str] = {}
         self.asked: list[Any] = []
@@ -65,6 +65,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             self.refused += 1
             await context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
         self.running += 1
+        self.peak = max(self.peak, self.running)
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:

@@ -49,6 +49,16 @@ def test_a_request_is_sent_in_calls_of_a_forward_pass(batch: bool) -> None:
     dispatch(use)
 
 
+@pytest.mark.parametrize(("sharers", "at_once"), [(1, 4), (2, 2), (9, 2)])
+def test_requests_of_one_call_fill_the_window_too(sharers: int, at_once: int) -> None:
+    async def use(door: Dispatcher, script: Scripted) -> None:
+        script.seconds = 0.02
+        await asyncio.gather(*(door.embed(MODEL, ids([7] * 10), None, caller()) for _ in range(12)))
+        assert script.peak == at_once
+
+    dispatch(use, sharers=sharers)
+
+
 def test_a_faulty_call_ends_those_that_have_not_been_sent() -> None:
     async def use(door: Dispatcher, script: Scripted) -> None:
         script.failure = (grpc.StatusCode.INVALID_ARGUMENT, "Input at index 0 is bad")

@@ -150,6 +150,23 @@ def test_who_leaves_in_the_moment_of_his_turn_gives_it_back() -> None:
     run(use)
 
 
+def test_whom_triton_refused_waits_for_an_end_and_for_none_where_there_is_none() -> None:
+    async def use() -> None:
+        door = lanes()
+        assert not await door.another_has_ended()
+        ends = [await door.turn(10, batch=False) for _ in range(2)]
+        refused = [asyncio.create_task(door.another_has_ended()) for _ in range(3)]
+        await settled()
+        ends[0]()
+        await settled()
+        assert [task.done() for task in refused] == [True, False, False]  # one room, one more try
+        ends[1]()
+        await settled()
+        assert all(task.done() for task in refused)  # no other end is to come
+
+    run(use)
+
+
 def test_an_end_counts_once() -> None:
     async def use() -> None:
         door = lanes()
