@@ -8,8 +8,8 @@ TRITONS := 3.6.0 3.9.0
 with_triton = PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(1):$(CURDIR)/tests
 interpreted = TRITON_INTERPRET=1 $(call with_triton,$(1)) $(BIN)/python -m pytest tests/interpreted --confcutdir=tests/interpreted -n 2
 
-# schemathesis makes its tests as it goes, which a second process does not see; the page needs a browser.
-ALONE := tests/test_schema.py tests/test_pages.py
+# schemathesis makes its tests as it goes, which a second process does not see; the others count stalls and seconds.
+ALONE := tests/test_schema.py tests/test_serve.py tests/test_supervisor.py
 
 # The page at / is tested in a browser: one that is there, or Debian's where this user may install it.
 BROWSERS := chromium chromium-browser google-chrome chrome
@@ -60,8 +60,8 @@ serve: $(VENV)/.serve  ## Serve embeddings on http://127.0.0.1:30000 (ARGS='--po
 	@$(BIN)/triton-embed serve $(ARGS)
 
 test: $(VENV)/.test  ## Run all tests (ARGS='-k gateway' and so on: some of those that need no kernels)
-	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(ALONE:%=--ignore=%))
-	$(if $(ARGS),,$(BIN)/python -m pytest tests/test_schema.py)
+	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(foreach file,$(ALONE) tests/test_pages.py,--ignore=$(file)))
+	$(if $(ARGS),,$(BIN)/python -m pytest $(ALONE))
 	$(if $(ARGS),,$(MAKE) test-pages conformance test-kernels kernels-gate)
 
 test-pages: $(VENV)/.test  ## Test the page at / in a headless browser
