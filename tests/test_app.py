@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import json
 import shutil
 import signal
@@ -812,6 +813,14 @@ def test_a_caller_who_leaves_takes_what_waits_along(triton: Triton) -> None:
         assert 'status="499"' in gateway.get("/metrics").text
     finally:
         gateway.stop()
+
+
+def test_a_compressed_body_is_told_what_is_wrong_with_it(served: Served) -> None:
+    body = gzip.compress(b'{"model": "minilm", "input": "a"}')
+    headers = {"Content-Encoding": "gzip"}
+    response = requests.post(f"{served.url}/v1/embeddings", data=body, headers=headers, timeout=30)
+    assert response.status_code == 400
+    assert "Content-Encoding is 'gzip'" in error_of(response)["message"]
 
 
 def test_a_client_that_hangs_up_leaves_the_others_alone(served: Served) -> None:

@@ -98,6 +98,37 @@ def test_what_is_killed_under_load_comes_back(stack: Stack, name: str, seconds: 
     assert max(took for _, took, _, _ in seen) < 10
 
 
+def test_one_that_dies_on_its_way_up_is_started_again(stack: Stack) -> None:
+    """Only the first start may fail for good: what once served is tried until it serves again."""
+    first = _victim(stack, "tritonserver").pid
+    os.kill(first, signal.SIGKILL)
+    deadline = time.monotonic() + 25
+    second = first
+    while second == first:
+        assert time.monotonic() < deadline, stack.output()[-2000:]
+        # By its real name: before that it is Python, on its way to become it.
+        alive = [one for one in stack.processes() if one.name() == "tritonserver" and one.status() != "zombie"]
+        second = next((one.pid for one in alive if one.pid != first), first)
+        time.sleep(0.02)
+    os.kill(second, signal.SIGKILL)
+    answer = None
+    while answer is None or answer.status_code != 200:
+        assert time.monotonic() < deadline, stack.output()[-2000:]
+        assert stack.process.poll() is None, stack.output()[-2000:]
+        time.sleep(0.2)
+        answer = requests.post(f"{stack.url}/v1/embeddings", json={"input": "hello"}, timeout=60)
+
+
+def test_the_ready_line_speaks_for_every_worker(tmp_path: Path) -> None:
+    stack = Stack(tmp_path / "log", "--model=minilm", "--workers=4")
+    try:
+        # A connection each: the kernel deals them out.
+        answers = [requests.post(f"{stack.url}/v1/embeddings", json={"input": "a"}, timeout=60) for _ in range(40)]
+    finally:
+        stack.stop()
+    assert [answer.status_code for answer in answers] == [200] * 40
+
+
 def test_health_says_unavailable_while_triton_is_gone(stack: Stack) -> None:
     assert requests.get(f"{stack.url}/health", timeout=10).json() == {"status": "healthy"}
     os.kill(_victim(stack, "tritonserver").pid, signal.SIGKILL)
