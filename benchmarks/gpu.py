@@ -140,6 +140,9 @@ def main() -> None:
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     if options.dry_run:
         torch.set_num_threads(1)
+        from triton_embed.kernels import ops
+
+        ops.use("torch")  # as precise as what is asked of the kernels
     else:
         torch.cuda.set_device(device)
     from benchmarks import gpu_machine

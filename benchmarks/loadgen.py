@@ -51,8 +51,10 @@ class Load:
         self.requests: dict[tuple[str, str, int], list[Any]] = {}
 
     async def handle(
-        self, *, protocol: str, port: int, texts: list[str] | None = None, workload: str = "", **cell: Any
+        self, *, protocol: str = "", port: int = 0, texts: list[str] | None = None, workload: str = "", **cell: Any
     ) -> dict[str, Any]:
+        if not protocol:  # whether it is there
+            return {}
         if (protocol, port) not in self.clients:
             self.clients[protocol, port] = CLIENTS[protocol](port)
         client = self.clients[protocol, port]

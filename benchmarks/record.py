@@ -40,6 +40,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
+def installed(python: Path) -> dict[str, str]:
+    """Every distribution in another interpreter's environment."""
+    code = "import json, importlib.metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    asked = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(asked.stdout)
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
 def commit() -> str:
     """`git describe`: the commit, "-dirty" when the tree differs from it; "unknown" outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]

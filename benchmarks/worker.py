@@ -38,16 +38,21 @@ class Worker:
         encoded = self.ask(texts=texts, **question)["vectors"]
         return np.stack([np.frombuffer(base64.b64decode(vector), "<f4") for vector in encoded])
 
+    def many_vectors(self, texts: list[str], at_a_time: int, **question: Any) -> Vectors:
+        """In several questions: a server limits the texts of one."""
+        parts = (texts[first : first + at_a_time] for first in range(0, len(texts), at_a_time))
+        return np.concatenate([self.vectors(part, **question) for part in parts])
+
 
 def vectors_reply(vectors: Vectors) -> dict[str, Any]:
     return {"vectors": [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]}
 
 
 @contextmanager
-def worker(module: str, *arguments: str, logs: Path) -> Iterator[Worker]:
-    """`python -m module arguments`, ended with the block."""
+def worker(module: str, *arguments: str, logs: Path, python: str = sys.executable) -> Iterator[Worker]:
+    """`python -m module arguments`, ended with the block; `python` may be that of another environment."""
     log = logs / f"{'-'.join([module, *(Path(a).stem for a in arguments)])}.log"
-    command = [sys.executable, "-m", module, *arguments]
+    command = [python, "-m", module, *arguments]
     with running(command, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         yield Worker(process, log)
 

@@ -1,17 +1,22 @@
 """Seeded length mixes, cut from English prose that any installation carries.
 
 short: 5–20 tokens, uniform. mixed: log-normal, 8–256 tokens, mean about 67. long: 256 tokens, the model's
-limit. Counts are the model's own tokens, [CLS] and [SEP] included, so that nothing is truncated.
+limit. full: 512 tokens, what its table of positions has. Counts are the model's own tokens, [CLS] and [SEP] included,
+so that nothing is truncated.
+
+`python -m benchmarks.workloads OUT.json` writes texts that no benchmark measures, for what calibrates.
 """
 
 import ast
 import hashlib
 import itertools
+import json
 import math
 import random
 import re
+import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import NormalDist
@@ -23,6 +28,8 @@ NAMES = ("short", "mixed", "long")
 # Every run of BLOCK consecutive texts has the same lengths, shuffled: engines that get through different
 # numbers of texts in the same time have still seen the same mix.
 BLOCK = 128
+MOST = 1280  # texts a workload that a benchmark measures
+CALIBRATION = 512
 
 
 def lengths(name: str) -> list[int]:
@@ -36,17 +43,23 @@ def lengths(name: str) -> list[int]:
             return [round(min(256, max(8, math.exp(normal.inv_cdf(q))))) for q in quantiles]
         case "long":
             return [256] * BLOCK
-    raise ValueError(f"unknown workload {name!r}: one of {', '.join(NAMES)}")
+        case "full":
+            return [512] * BLOCK
+    raise ValueError(f"unknown workload {name!r}: one of {', '.join((*NAMES, 'full'))}")
 
 
-def texts(count: int, seed: int = 0) -> dict[str, list[str]]:
+def mean_tokens(name: str) -> float:
+    return sum(lengths(name)) / BLOCK
+
+
+def texts(count: int, seed: int = 0, names: Sequence[str] = NAMES) -> dict[str, list[str]]:
     """`count` distinct texts (rounded up to whole blocks) a workload, the same for the same installation."""
     tokenizer = Tokenizer.from_file(f"{MODEL_DIR}/tokenizer.json")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     paragraphs = sorted(set(_prose()))
     pools = {}
-    for name in NAMES:
+    for name in names:
         rng = random.Random(f"{seed}/{name}")
         rng.shuffle(paragraphs)
         cut = _cutter(tokenizer, paragraphs)
@@ -113,3 +126,13 @@ def _paragraphs(document: str) -> Iterator[str]:
         letters = sum(c.isalpha() or c == " " for c in paragraph)
         if paragraph.isascii() and len(paragraph.split()) >= 4 and letters >= 0.9 * len(paragraph):
             yield paragraph
+
+
+def main() -> None:
+    measured = set(texts(MOST)["mixed"])
+    others = [text for text in texts(CALIBRATION, seed=1, names=["mixed"])["mixed"] if text not in measured]
+    Path(sys.argv[1]).write_text(json.dumps(others))
+
+
+if __name__ == "__main__":
+    main()

@@ -205,6 +205,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
         parameters["dtype"] = DTYPES.get(options.dtype, options.dtype)
     if options.kernels:
         parameters["kernels"] = options.kernels
+    if options.cache_mb:
+        parameters["cache_bytes"] = str(options.cache_mb * 2**20)
     try:
         stated = json.loads(options.json_model_override_args)
         for key, value in stated.items():
@@ -254,7 +256,10 @@ def _parser() -> argparse.ArgumentParser:
         "--model-path", metavar="DIR_OR_ID", help="serve this checkpoint: a directory, or an id to download"
     )
     command.add_argument("--served-model-name", metavar="NAME", help="what clients call the model")
-    command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16", *DTYPES))
+    command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16", "int8", *DTYPES))
+    command.add_argument(
+        "--cache-mb", type=int, metavar="N", help="vectors kept for inputs that come again, of each model (default 0)"
+    )
     command.add_argument(
         "--kernels", choices=("auto", "torch"), help="auto: Triton kernels on a GPU; torch: none anywhere"
     )

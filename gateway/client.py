@@ -112,8 +112,8 @@ class TritonClient:
         """
         infer = service_pb2.ModelInferRequest(model_name=model)
         _add_inputs(infer, request, rows, images)
-        report = request.faults.report
-        for name in ("EMBEDDING", "TOKENS", "DROPPED", "ERROR")[: 4 if report else 3]:
+        report, receipt = request.faults.report, request.form.receipt
+        for name in ("EMBEDDING", "TOKENS", "DROPPED", *["ERROR"] * report, *["REUSED"] * receipt):
             infer.outputs.add(name=name)
         _add_parameters(infer, request.parameters(rows))
         if seconds is not None:
@@ -121,7 +121,13 @@ class TritonClient:
         reply = await self._call(model, lambda: self._stub.ModelInfer(infer, metadata=metadata), None, ended)
         vectors = np.frombuffer(_output(reply, "EMBEDDING"), FLOAT32).reshape(len(rows), -1)
         errors = [cell.decode() for cell in _cells(_output(reply, "ERROR"))] if report else ()
-        return Embeddings(vectors, _counts(reply, "TOKENS", len(rows)), _counts(reply, "DROPPED", len(rows)), errors)
+        return Embeddings(
+            vectors,
+            _counts(reply, "TOKENS", len(rows)),
+            _counts(reply, "DROPPED", len(rows)),
+            errors,
+            _counts(reply, "REUSED", len(rows)) if receipt else None,
+        )
 
     async def tokenize(self, model: str, request: EmbeddingRequest, takes_images: bool) -> list[list[int]]:
         """The ids of each text as the model sees them, uncut."""

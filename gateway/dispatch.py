@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -120,7 +120,7 @@ class Dispatcher:
                 ended()  # it may not have begun
                 raise
         errors = [renumbered(message, rows) for message in reply.errors]
-        return Embeddings(reply.vectors, reply.tokens, reply.dropped, errors)
+        return replace(reply, errors=errors)
 
     def _told(self, error: ApiError, lanes: Lanes, request: EmbeddingRequest, rows: Sequence[int]) -> ApiError:
         """What a caller is told of a call that failed."""
@@ -159,12 +159,15 @@ def _merged(calls: Sequence[Sequence[int]], replies: Sequence[Embeddings]) -> Em
     count = sum(map(len, calls))
     vectors = np.empty((count, replies[0].vectors.shape[1]), np.float32)
     tokens, dropped = np.empty(count, np.int32), np.empty(count, np.int32)
+    reused = None if replies[0].reused is None else np.empty(count, np.int32)
     errors = [""] * count
     for rows, reply in zip(calls, replies, strict=True):
         vectors[rows], tokens[rows], dropped[rows] = reply.vectors, reply.tokens, reply.dropped
+        if reused is not None and reply.reused is not None:
+            reused[rows] = reply.reused
         for i, message in zip(rows, reply.errors, strict=False):
             errors[i] = message
-    return Embeddings(vectors, tokens, dropped, errors)
+    return Embeddings(vectors, tokens, dropped, errors, reused)
 
 
 async def _unless(left: Callable[[], Awaitable[None]] | None, work: Coroutine[None, None, T]) -> T:

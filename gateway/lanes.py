@@ -3,6 +3,9 @@
 Triton is given enough to keep it busy and no more. What waits, waits here, where it costs nothing to drop it when its
 caller has left or its time is up, where a single query passes by a bulk load, and where it is known how long the line
 is. A call that was sent is never taken back: its tokens leave the window when it has really ended.
+
+Small calls have a window of their own: the engine computes them in the midst of a large forward pass, so that they
+need not wait for one to end, neither there nor here. Neither window can take the other's room.
 """
 
 import asyncio
@@ -15,7 +18,9 @@ from contextlib import contextmanager
 from triton_embed.gateway.errors import ApiError
 
 BUDGETS = 4  # forward passes' worth of tokens that may be at Triton: the one computed, the next, and what is tokenised
-CALLS = 192  # at Triton at once; its own queues hold 256 (max_queue_size), and others may ask it too
+SMALL = 8  # a call is small that takes at most this part of a forward pass
+SMALL_BUDGETS = 2  # forward passes' worth of small calls, beside the others: with them fewer than the engine admits (8)
+CALLS = 112  # of either kind at Triton at once; its own queues hold 256 (max_queue_size), and others may ask it too
 TURNS = 8  # after so many calls of the first lane the second has one
 MEMORY_SECONDS = 10.0  # of computing, over which speed is averaged
 PADDED = 2**20  # the most cells of one call's ids, each row as long as the longest: 4 MiB
@@ -26,11 +31,12 @@ class Lanes:
 
     def __init__(self, model: str, batch_tokens: int, *, most_waiting: int, sharers: int = 1) -> None:
         self._model = model
-        self._window = max(2, BUDGETS // sharers) * batch_tokens
-        self._calls = max(8, CALLS // sharers)
+        self._most_small = batch_tokens // SMALL
+        calls = max(8, CALLS // sharers)
+        self._small = _Window(max(1, SMALL_BUDGETS // sharers) * batch_tokens, calls)
+        self._large = _Window(max(2, BUDGETS // sharers) * batch_tokens, calls)
         self._most_waiting = most_waiting
-        self._at_triton = 0
-        self._calling = 0
+        self._small_lane: _Lane = deque()
         self._lanes: tuple[_Lane, _Lane] = (deque(), deque())
         self._turns = 0
         self._refused: deque[asyncio.Future[None]] = deque()
@@ -55,24 +61,28 @@ class Lanes:
         return ApiError(429, f"Too much work is waiting for model '{self._model}', try again later", headers=wait)
 
     def free(self, tokens: int) -> bool:
-        """Whether a call would have its turn at once."""
-        return not any(self._lanes) and self._fits(tokens, self._window)
+        """Whether a call that cannot wait would have its turn at once."""
+        if tokens <= self._most_small:
+            return not self._small_lane and self._small.fits(tokens)
+        return not any(self._lanes) and self._large.fits(tokens)
 
     async def turn(self, tokens: int, *, batch: bool) -> Callable[[], None]:
         """Wait until a call may be sent; returns what to call once when it has ended."""
+        small = tokens <= self._most_small and not batch
+        window = self._small if small else self._large
         if self.free(tokens) and not batch:
-            self._start(tokens)
+            self._start(tokens, window)
         else:
             place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._lanes[batch].append((tokens, place))
+            (self._small_lane if small else self._lanes[batch]).append((tokens, place))
             self._serve()
             try:
                 await place
             except asyncio.CancelledError:
                 if place.done() and not place.cancelled():  # it was granted in the same moment
-                    self._end(tokens)
+                    self._end(tokens, window)
                 raise
-        return self._ending(tokens)
+        return self._ending(tokens, window)
 
     async def another_has_ended(self) -> bool:
         """Wait until Triton, whose own queue is full, has answered one of our calls; whether it has any."""
@@ -83,25 +93,27 @@ class Lanes:
         await place
         return True
 
-    def _ending(self, tokens: int) -> Callable[[], None]:
+    @property
+    def _calling(self) -> int:
+        return self._small.calling + self._large.calling
+
+    def _ending(self, tokens: int, window: "_Window") -> Callable[[], None]:
         left = [tokens]
 
         def end() -> None:
             if left:
                 self._speed.computed(left[0])
-                self._end(left.pop())
+                self._end(left.pop(), window)
 
         return end
 
-    def _start(self, tokens: int) -> None:
+    def _start(self, tokens: int, window: "_Window") -> None:
         if not self._calling:
             self._speed.start()
-        self._at_triton += tokens
-        self._calling += 1
+        window.add(tokens)
 
-    def _end(self, tokens: int) -> None:
-        self._at_triton -= tokens
-        self._calling -= 1
+    def _end(self, tokens: int, window: "_Window") -> None:
+        window.remove(tokens)
         if not self._calling:
             self._speed.stop()
         while self._refused:
@@ -112,26 +124,55 @@ class Lanes:
                     break
         self._serve()
 
-    def _fits(self, tokens: int, window: int) -> bool:
-        return not self._calling or (self._calling < self._calls and self._at_triton + tokens <= window)
-
     def _serve(self) -> None:
         """Let in whom there is room for."""
+        for lane in (self._small_lane, *self._lanes):
+            while lane and lane[0][1].done():  # its caller has left
+                lane.popleft()
+        while self._small_lane and self._admitted(self._small_lane, self._small):
+            pass
         while True:
-            for lane in self._lanes:
-                while lane and lane[0][1].done():  # its caller has left
-                    lane.popleft()
             first, second = self._lanes
-            patient = second and (not first or self._turns >= TURNS)
+            patient = bool(second) and (not first or self._turns >= TURNS)
             lane = second if patient else first
             # Half a window is enough to keep a model busy, and leaves room for who comes by the first lane.
-            window = self._window // 2 if patient else self._window
-            if not lane or not self._fits(lane[0][0], window):
+            if not lane or not self._admitted(lane, self._large, 0.5 if patient else 1.0):
                 return
-            tokens, place = lane.popleft()
             self._turns = 0 if patient else self._turns + 1
-            self._start(tokens)
-            place.set_result(None)
+
+    def _admitted(self, lane: "_Lane", window: "_Window", share: float = 1.0) -> bool:
+        """Whether the first of a lane could be let in; afterwards nobody who has left is first."""
+        tokens, place = lane[0]
+        if not window.fits(tokens, share):
+            return False
+        lane.popleft()
+        self._start(tokens, window)
+        place.set_result(None)
+        while lane and lane[0][1].done():  # its caller has left
+            lane.popleft()
+        return True
+
+
+class _Window:
+    """What is at Triton, and how much of it may be."""
+
+    def __init__(self, most: int, calls: int) -> None:
+        self._most = most
+        self._calls = calls
+        self._tokens = 0
+        self.calling = 0
+
+    def fits(self, tokens: int, share: float = 1.0) -> bool:
+        """Whether a call has room in a part of the window; a lone one always has."""
+        return not self.calling or (self.calling < self._calls and self._tokens + tokens <= self._most * share)
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+        self.calling += 1
+
+    def remove(self, tokens: int) -> None:
+        self._tokens -= tokens
+        self.calling -= 1
 
 
 _Lane = deque[tuple[int, asyncio.Future[None]]]

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from triton_embed.gateway.foreign import ENCODINGS
 from triton_embed.gateway.forms import OUTPUT_DTYPES
 from triton_embed.gateway.items import INPUT_TYPES, PART_TYPES
-from triton_embed.gateway.schemas import MOST_SIZES
+from triton_embed.gateway.schemas import MOST_SIZES, REUSED
 
 Schema = dict[str, Any]
 
@@ -147,8 +147,13 @@ RECEIPT: Final = _object(
         "tokens": COUNT,
         "dropped_tokens": COUNT,
         "prompt": _nullable(_object({"instruction": STRING, "prompt_name": STRING}, [])),
+        "reused": {
+            "description": "null: computed for this input; in_flight: for an identical one, of this request or another "
+            "that ran; cache: for an earlier one",
+            "enum": [*REUSED],
+        },
     },
-    ["tokens", "dropped_tokens", "prompt"],
+    ["tokens", "dropped_tokens", "prompt", "reused"],
 )
 EMBEDDING: Final = _object(
     {
@@ -275,7 +280,7 @@ EMBEDDINGS: Final = _post(
             ),
             "on_error": ON_ERROR,
             "token_encoding": TOKEN_ENCODING,
-            "return_receipt": _optional("Tokens, tokens dropped and prompt of each input", BOOLEAN),
+            "return_receipt": _optional("Tokens, tokens dropped, prompt and reuse of each input", BOOLEAN),
             "user": {"description": "Ignored"},
         },
         ["input"],

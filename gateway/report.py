@@ -27,7 +27,7 @@ class Limits:
     @classmethod
     def of(cls, dtype: str) -> "Limits":
         """For a model that computes in `dtype`."""
-        return cls(0.999999, 2e-5) if dtype == "float32" else cls(0.9995, None)
+        return cls(0.999999, 2e-5) if dtype == "float32" else cls(0.98 if dtype == "int8" else 0.9995, None)
 
 
 class Report:

@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 WRAPPER_KEYS = ("input", *PROMPT_KEYS)
 MOST_SIZES = 16  # vectors an input
+REUSED = (None, "in_flight", "cache")  # what a vector was made for: this input, another one, an earlier one
 WHOLE = Form()
 
 
@@ -105,6 +106,7 @@ class Embeddings:
     tokens: npt.NDArray[np.int32]  # [n], computed, special tokens included
     dropped: npt.NDArray[np.int32]  # [n], cut by truncation
     errors: Sequence[str] = ()  # of each input, empty where there is none; none at all unless they were asked for
+    reused: npt.NDArray[np.int32] | None = None  # [n], an index of REUSED; None unless receipts were asked for
 
     @property
     def truncated(self) -> int:
@@ -255,6 +257,7 @@ def _receipt(reply: Embeddings, asked: EmbeddingRequest, index: int) -> dict[str
         "tokens": int(reply.tokens[index]),
         "dropped_tokens": int(reply.dropped[index]),
         "prompt": asked.prompt_of(index).parameters() or None,
+        "reused": None if reply.reused is None else REUSED[reply.reused[index]],
     }
 
 

@@ -33,3 +33,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> T
     name, algorithm = _EPILOGUES.get(act, ("none", "")) if act else ("none", "")
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
     return y
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """x @ weight.T + bias + residual, rounded once; weight comes from `pack`."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return y

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_embed.kernels import onednn, reference
+from triton_embed.kernels import dense_attention, int8, onednn, reference
+from triton_embed.kernels.int8 import Int8Weight
 from triton_embed.kernels.packed import Packed
 
 ACTIVATIONS = reference.ACTIVATIONS
@@ -26,8 +27,8 @@ _chosen = "auto"
 
 
 def use(kernels: str) -> None:
-    """Which kernels this process runs: `auto` (Triton on a GPU, torch on a CPU), `torch` everywhere, or `triton`
-    everywhere, which on a CPU is for tests under TRITON_INTERPRET=1."""
+    """Which kernels this process runs: `auto` (Triton on a GPU, the fastest of torch on a CPU), plain `torch`
+    everywhere, or `triton` everywhere, which on a CPU is for tests under TRITON_INTERPRET=1."""
     global _chosen
     _known(kernels, KERNELS)
     _chosen = kernels
@@ -82,8 +83,15 @@ def varlen_attention(
     _check_attention(q, k, v, packed, prefix)
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window of {window} tokens in {'causal' if causal else 'bidirectional'} attention")
+    if _dense(q) and prefix is None and (window is None or window >= max(packed.lengths)):
+        return dense_attention.attention(q, k, v, packed, causal, scale)
     found: Tensor = _for(q).varlen_attention(q, k, v, packed, causal, window, scale, prefix)
     return found
+
+
+def _dense(q: Tensor) -> bool:
+    """Whether attention is for `dense_attention`: on a CPU, in a dtype that its products are fast in."""
+    return not q.is_cuda and _chosen == "auto" and q.dtype in (torch.float32, torch.bfloat16)
 
 
 def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> int | None:
@@ -146,7 +154,7 @@ def qk_norm_rope_(
     head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
     if rest or not cos.shape == sin.shape == (len(qkv), head_dim / 2):
         raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, cos and sin {tuple(cos.shape)}")
-    _same_place(qkv, *(weight for weight in (q_weight, k_weight) if weight is not None))
+    _same_size(qkv[:, :head_dim], *(weight for weight in (q_weight, k_weight) if weight is not None))
     found: Tensor = _for(qkv).qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
     return found
 
@@ -217,8 +225,9 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return found
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """act(x @ weight.T + bias): [T,K] -> [T,N], weight [N,K] as it is or from `pack_linear`.
+def linear(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None, act: str | None = None) -> Tensor:
+    """act(x @ weight.T + bias): [T,K] -> [T,N], weight [N,K] as it is, from `pack_linear` or from
+    `Int8Weight`.
 
     On a GPU a plain product is cuBLAS's; with an activation the table of the architecture says whose.
     """
@@ -226,6 +235,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = Non
         _known(act, ACTIVATIONS)
     if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"linear over x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias is not None}")
+    if isinstance(weight, Int8Weight):
+        y = int8.linear(x, weight, bias)
+        return y if act is None else activation(y, act)
     if weight.is_mkldnn:
         if onednn.fuses(act):
             return onednn.linear(x, weight, bias, act)
@@ -240,6 +252,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = Non
     return found
 
 
+def linear_post_layer_norm(
+    x: Tensor,
+    weight: Tensor | Int8Weight,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """`post_layer_norm` of a `linear` without activation: on a CPU the residual is added inside the product."""
+    if isinstance(weight, Int8Weight) or not weight.is_mkldnn:
+        return post_layer_norm(linear(x, weight, bias), residual, norm_weight, norm_bias, eps, rows)
+    if x.shape[-1] != weight.shape[1] or (len(x), weight.shape[0]) != (
+        len(residual if rows is None else rows),
+        residual.shape[1],
+    ):
+        raise ValueError(
+            f"linear over x {tuple(x.shape)}, weight {tuple(weight.shape)}, residual {tuple(residual.shape)}"
+        )
+    total = onednn.linear_add(x, weight, bias, residual if rows is None else residual[rows])
+    return post_layer_norm(total, None, norm_weight, norm_bias, eps)
+
+
 def linear_sizes(device: torch.device | str) -> list[int]:
     """Numbers of tokens of which each makes `linear` run another kernel than the one before; none where it is torch."""
     if used_on(device) == "torch":
@@ -248,8 +284,10 @@ def linear_sizes(device: torch.device | str) -> list[int]:
     return [*limits, max(limits, default=0) + 1]
 
 
-def pack_linear(weight: Tensor) -> Tensor:
-    """A weight [N,K] in the layout `linear` reads fastest on its device; do it once, after loading."""
+def pack_linear(weight: Tensor, in_int8: bool = False) -> Tensor | Int8Weight:
+    """A weight [N,K] in the layout `linear` reads fastest on its device, or rounded for a CPU; once, after loading."""
+    if in_int8:
+        return Int8Weight.pack(weight)
     return onednn.pack(weight) if weight.device.type == "cpu" and used_on("cpu") == "torch" else weight
 
 

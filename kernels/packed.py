@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +18,16 @@ class Packed:
     """Where each sequence of a packed batch lies: B sequences, T tokens in all, no padding.
 
     `cu_seqlens` [B+1] int32 lives on the device; `lengths` is the same fact on the host, so that no op has to
-    wait for the device to learn a shape. Every length is at least 1.
+    wait for the device to learn a shape. Every length is at least 1. The last `fillers` sequences are one token each
+    and nobody's: what is computed for them does not matter.
     """
 
     cu_seqlens: torch.Tensor
     lengths: tuple[int, ...]
+    fillers: int = 0
     _bounds: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
     _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    groups: dict[tuple[int, int], list[Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_lengths(
@@ -46,7 +50,7 @@ class Packed:
         cls, cu_seqlens: torch.Tensor, lengths: tuple[int, ...], bounds: torch.Tensor, tiles: torch.Tensor, size: int
     ) -> "Packed":
         """With `bounds`, and `tiles` of `size` tokens, on the device already."""
-        return cls(cu_seqlens, lengths, [bounds], {size: tiles})
+        return cls(cu_seqlens, lengths, _bounds=[bounds], _tiles={size: tiles})
 
     @cached_property
     def tokens(self) -> int:

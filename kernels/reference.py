@@ -217,8 +217,8 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """See `ops.linear`."""
-    y = F.linear(x, weight, bias)
+    """See `ops.linear`. A weight or bias of another dtype is taken in that of x."""
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if act is None else activation(y, act)
 
 

@@ -37,11 +37,12 @@ class Batch:
 @dataclass(frozen=True)
 class Layout:
     """A batch on the host: the arrays that Batch is made of, and its rows' lengths. `tile`: tokens of a tile of
-    attention (`ops.tile_tokens`)."""
+    attention (`ops.tile_tokens`). `fillers`: see Packed."""
 
     arrays: Mapping[str, Int32s]
     lengths: tuple[int, ...]
     tile: int | None
+    fillers: int = 0
 
     @classmethod
     def of(
@@ -57,7 +58,8 @@ class Layout:
 
         ValueError: no row, or an empty one.
         """
-        if device == "cpu" and (fillers := filler_count(sum(map(len, rows)))):
+        fillers = filler_count(sum(map(len, rows))) if device == "cpu" else 0
+        if fillers:
             rows = [*rows, *[FILLER] * fillers]
             if positions is not None:
                 positions = [*positions, *[np.zeros((len(positions[0]), 1), dtype=np.int64)] * fillers]
@@ -76,7 +78,7 @@ class Layout:
             arrays["states"] = np.arange(len(rows) + 1)
         if tile is not None:
             arrays |= {"bounds": bounds(lengths), "tiles": tiles(lengths, tile)}
-        return cls({name: array.astype(np.int32, copy=False) for name, array in arrays.items()}, lengths, tile)
+        return cls({name: array.astype(np.int32, copy=False) for name, array in arrays.items()}, lengths, tile, fillers)
 
     def padded(self, tokens: int, rows: int) -> "Layout":
         """The same batch in arrays of a size that depends on `tokens` and `rows` alone, for recorded passes.
@@ -127,7 +129,7 @@ class Layout:
             name: buffer[start : start + int(np.prod(shape))].view(shape)
             for name, (start, shape) in self.places.items()
         }
-        packed = Packed(found["cu_seqlens"], self.lengths)
+        packed = Packed(found["cu_seqlens"], self.lengths, self.fillers)
         if self.tile is not None:
             packed = Packed.laid_out(found["cu_seqlens"], self.lengths, found["bounds"], found["tiles"], self.tile)
         states = Packed(found["states"], (1,) * len(self.lengths)) if "states" in found else packed
@@ -140,10 +142,10 @@ def one_each(rows: int, device: torch.device | str) -> Packed:
 
 
 def filler_count(tokens: int) -> int:
-    """How many tokens to add to a batch on a CPU: up to 7, or up to an eighth of it (a 16th on average).
+    """How many tokens to add to a batch on a CPU: up to 3, or up to a quarter of it (an eighth on average).
 
-    oneDNN keeps 2 MB of code for every number of tokens that MiniLM ever met (measured: 350 MB of memory became
-    1.2 GB in 500 batches), so the numbers are rounded up to eight an octave.
+    For every number of tokens that it ever met oneDNN keeps 6 MB of code for MiniLM's layers, which it takes 4 to 10 ms
+    to make, so the numbers are rounded up to four an octave. A pass that fills the token budget needs hardly any.
     """
-    step = 1 << max(3, tokens.bit_length() - 4)
+    step = 1 << max(2, tokens.bit_length() - 3)
     return -tokens % step

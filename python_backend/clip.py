@@ -122,8 +122,9 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = Table(shape.vision_tokens, size)
 
     def forward(self, patches: Tensor, count: int) -> Tensor:
-        x = self.patch_embedding(patches.to(self.class_embedding.dtype)).view(count, -1, len(self.class_embedding))
-        return torch.cat([self.class_embedding.expand(count, 1, -1), x], dim=1) + self.position_embedding.weight
+        positions = self.position_embedding.weight
+        x = self.patch_embedding(patches.to(positions.dtype)).view(count, -1, len(self.class_embedding))
+        return torch.cat([self.class_embedding.expand(count, 1, -1), x], dim=1) + positions
 
 
 class Stack(nn.Module):

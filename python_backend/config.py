@@ -14,7 +14,7 @@ from triton_embed.python_backend.row import Channels
 from triton_embed.python_backend.shapes import Shape
 from triton_embed.python_backend.spec import Spec
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 IMAGE_POSITIONS = ("mrope", "sequential")
 KERNELS = ("auto", "torch")
 
@@ -30,7 +30,7 @@ class ServingConfig:
     device: str = "cpu"
     checkpoint_package: str = ""  # an installed Python package whose `model/` carries the checkpoint
     aliases: tuple[str, ...] = ()  # further names the gateway answers to
-    dtype: str = "auto"  # auto: fp32 on a CPU, bf16 on a GPU
+    dtype: str = "auto"  # auto: bf16 on a GPU, or on a CPU that multiplies it if vectors stay right; int8: on a CPU
     pooling: str = ""  # must agree with the checkpoint's 1_Pooling, or stand in for it
     max_tokens: int = 0  # 0: what the checkpoint allows; otherwise a lower limit
     max_batch_tokens: int = 0  # tokens of one forward pass; 0: 1,024 on a CPU, 16,384 on a GPU
@@ -45,6 +45,7 @@ class ServingConfig:
     kernels: str = "auto"  # auto: Triton's on a GPU; torch: no Triton kernels anywhere
     cuda_graphs: bool = True  # on a GPU: small batches as one launch
     prefix_reuse: bool = True  # causal models: an instruction met again is not computed again
+    cache_bytes: int = 0  # of vectors kept for inputs that come again; 0: none
 
     @property
     def batch_tokens(self) -> int:
@@ -63,7 +64,9 @@ class ServingConfig:
         directory = Path(args["model_repository"])
         root = os.environ.get("TRITON_EMBED_CHECKPOINTS") or directory.parent.parent / "checkpoints"
         gpu = args.get("model_instance_kind") == "GPU"
-        stated = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        everywhere = os.environ.get("TRITON_EMBED_DTYPE")  # of models that state none
+        stated = {"dtype": everywhere} if everywhere else {}
+        stated |= {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
         settable = {f.name: f.type for f in fields(cls) if f.name not in {"name", "checkpoint_root", "device"}}
         values: dict[str, Any] = {}
         for key, text in stated.items():

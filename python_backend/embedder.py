@@ -1,7 +1,8 @@
 """Embedder: a checkpoint as a function from rows to vectors."""
 
+import ctypes
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from triton_embed.kernels import ops
-from triton_embed.python_backend import weights
+from triton_embed.python_backend import precision, weights
 from triton_embed.python_backend.config import ModelConfig, ServingConfig
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.graphs import Forward, Graphs
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 # What Triton's kernels and torch's must agree on before a server starts. Rounding alone leaves more than 0.999 in
 # bf16; a wrong mask or a wrong head does not come near.
 LEAST_COSINE = 0.99
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 class Embedder:
@@ -44,25 +47,43 @@ class Embedder:
             ops.require(self.device, self.dtype)
         if self.device == "cpu":
             torch.set_num_threads(serving.thread_count)
+            _keep_memory()
         else:
             torch.cuda.set_device(self.device)
-        network = spec.load(spec.network)
-        with torch.device("meta"):
-            self._network = network(self.model, self.model.shape, self.device).eval()
-            self._head = Head(self.model).eval()
-        weights.load(self._network, network.naming, directory, self.dtype, self.device)
-        for dense, found in zip(self._head.dense, self.model.dense, strict=True):
-            weights.load(dense, weights.Naming(), found.directory, self.dtype, self.device)
-        for module in self._network.modules():
-            if isinstance(module, Linear):
-                module.pack()
+        self._between: Callable[[], None] | None = None
+        self._load(spec, directory)
+        guessed = self.device == "cpu" and serving.dtype == "auto" and self.dtype != torch.float32
+        expected = self._in_fp32() if guessed else None
+        self._pack(serving)
+        if expected is not None:
+            cosine = _least_cosine(self._vectors(self._network), expected)
+            right = cosine >= precision.LEAST_COSINE
+            log.log(
+                logging.INFO if right else logging.WARNING,
+                "%s: vectors in %s have cosines of at least %.5f to those in fp32%s",
+                *(serving.name, _name(self.dtype), cosine, "" if right else ", which is served instead"),
+            )
+            if not right:
+                self.dtype = torch.float32
+                self._load(spec, directory)
+                self._pack(serving)
+        self.computes_in = "int8" if serving.dtype == "int8" else _name(self.dtype)
         with _told(serving):
             self._forward = self._prepare(serving)
 
     @torch.inference_mode()
-    def embed(self, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
-        """One packed forward: rows -> fp32 [B,E], row b normalised over its first dims[b] values."""
-        return self._embed(self._forward, rows, dims)
+    def embed(
+        self, rows: Sequence[Row], dims: Sequence[int], between: Callable[[], None] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """One packed forward: rows -> fp32 [B,E], row b normalised over its first dims[b] values.
+
+        On a CPU `between` is called a few times a layer, and may itself call `embed` for what cannot wait.
+        """
+        before, self._between = self._between, between
+        try:
+            return self._embed(self._forward, rows, dims)
+        finally:
+            self._between = before
 
     def _embed(self, forward: Forward, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
         hidden, packed = forward(rows)
@@ -72,13 +93,37 @@ class Embedder:
         result: npt.NDArray[np.float32] = vectors.cpu().numpy()
         return result
 
+    def _load(self, spec: Spec, directory: Path) -> None:
+        network = spec.load(spec.network)
+        with torch.device("meta"):
+            self._network = network(self.model, self.model.shape, self.device).eval()
+            self._head = Head(self.model).eval()
+        weights.load(self._network, network.naming, directory, self.dtype, self.device)
+        for dense, found in zip(self._head.dense, self.model.dense, strict=True):
+            weights.load(dense, weights.Naming(), found.directory, self.dtype, self.device)
+        if self.device == "cpu":
+            self._pause_in_layers()
+
+    def _pack(self, serving: ServingConfig) -> None:
+        for module in self._network.modules():
+            if isinstance(module, Linear):
+                module.pack(in_int8=serving.dtype == "int8")
+
+    def _pause_in_layers(self) -> None:
+        def pause(*_: object) -> None:
+            if self._between is not None:
+                self._between()
+
+        for module in self._network.modules():
+            if isinstance(module, Linear):
+                module.register_forward_pre_hook(pause)
+
     @torch.inference_mode()
     def _prepare(self, serving: ServingConfig) -> Forward:
         """The fastest way through the network that this device and model have, tried once.
 
         The first passes also initialise the libraries below torch: better here than in a request.
         """
-        samples = self._samples()
         forward: Forward = self._network
         ways = [forward]
         if serving.prefix_reuse and self._network.shareable:
@@ -87,12 +132,12 @@ class Embedder:
             self._compile_linears()
             if serving.cuda_graphs and self._network.recordable:
                 ways.append(forward := Graphs(self._network, forward, self.device))
-        vectors = [np.concatenate([self._embed(way, *sample) for sample in samples]) for way in ways]
+        vectors = [self._vectors(way) for way in ways]
         if self.kernels == "triton":
             ops.use("torch")
-            expected = np.concatenate([self._embed(self._network, *sample) for sample in samples])
+            expected = self._vectors(self._network)
             ops.use(serving.kernels)
-            cosine = float((np.stack(vectors) * expected).sum(axis=2).min())  # NaN, if any of them is
+            cosine = min(_least_cosine(found, expected) for found in vectors)
             if not cosine >= LEAST_COSINE:
                 raise ValueError(f"Triton's kernels and torch's disagree on {self.device}: cosine {cosine:.4f}")
             log.info("%s: Triton's kernels agree with torch's: cosine at least %.5f", serving.name, cosine)
@@ -106,6 +151,14 @@ class Embedder:
         for layer in distinct.values():
             for tokens in ops.linear_sizes(self.device):
                 layer(torch.zeros(tokens, layer.weight.shape[1], dtype=layer.weight.dtype, device=self.device))
+
+    @torch.inference_mode()
+    def _vectors(self, forward: Forward) -> npt.NDArray[np.float32]:
+        return np.concatenate([self._embed(forward, *sample) for sample in self._samples()])
+
+    def _in_fp32(self) -> npt.NDArray[np.float32]:
+        with precision.in_fp32(self._network):
+            return self._vectors(self._network)
 
     def _samples(self) -> list[tuple[list[Row], list[int]]]:
         """Batches to try, with their sizes: texts of random tokens, two of which begin alike, and pictures."""
@@ -128,8 +181,28 @@ def _told(serving: ServingConfig) -> Iterator[None]:
         raise ConfigError(f"{serving.name}: {error}{way}") from error
 
 
+def _least_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Of vectors [n,E] of length 1; NaN, if any of them is."""
+    return float((vectors * expected).sum(axis=1).min())
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what a pass has freed for the next one: otherwise activations of megabytes are given back and
+    faulted in again, page by page, in every layer."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc's alone
+        for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            libc.mallopt(parameter, 2**30)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(serving: ServingConfig) -> torch.dtype:
-    if serving.dtype == "auto":
-        return torch.float32 if serving.device == "cpu" else torch.bfloat16
+    if serving.dtype == "int8" and serving.device != "cpu":
+        raise ConfigError(f"{serving.name}/config.pbtxt: dtype is 'int8', which only a CPU computes in")
+    if serving.dtype in ("auto", "int8"):
+        return precision.fast_dtype() if serving.device == "cpu" else torch.bfloat16
     found: torch.dtype = getattr(torch, serving.dtype)
     return found

@@ -134,5 +134,7 @@ class Output(nn.Module):
         self.LayerNorm = PostLayerNorm(shape.hidden_size, shape.norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor, rows: Tensor | None = None) -> Tensor:
-        y: Tensor = self.LayerNorm(self.dense(x), residual, rows)
-        return y
+        linear, norm = self.dense, self.LayerNorm
+        return ops.linear_post_layer_norm(
+            x, linear.weight, linear.bias, residual, norm.weight, norm.bias, norm.eps, rows
+        )

@@ -1,6 +1,6 @@
-"""The engine's histograms, in Triton's own /metrics: Triton's latencies are wrong for a model that answers later.
+"""The engine's numbers, in Triton's own /metrics: Triton's latencies are wrong for a model that answers later.
 
-An observation takes 18 to 25 us, so there is one for each request and two for each forward pass, on the delivery
+An observation takes 18 to 25 us, so there is one for each request and a few for each forward pass, on the delivery
 thread.
 """
 
@@ -9,26 +9,48 @@ from typing import Any
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
 TOKENS = [8, 16, 32, 64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768]
+SOURCES = ("computed", "in_flight", "cache")
 
 
 class EngineMetrics:
-    """Histograms of one model; `family` is the Python backend's MetricFamily, which only exists inside tritonserver."""
+    """Numbers of one model; `family` is the Python backend's MetricFamily, which only exists inside tritonserver."""
 
     def __init__(self, family: Any, model: str) -> None:
-        self._families: list[Any] = []  # kept: a histogram ends with its family
+        self._families: list[Any] = []  # kept: a metric ends with its family
+
+        def made(name: str, description: str, kind: Any) -> Any:
+            self._families.append(family(name=f"triton_embed_{name}", description=description, kind=kind))
+            return self._families[-1]
 
         def histogram(name: str, description: str, buckets: list[float]) -> Any:
-            made = family(name=f"triton_embed_{name}", description=description, kind=family.HISTOGRAM)
-            self._families.append(made)
-            return made.Metric(labels={"model": model}, buckets=buckets)
+            return made(name, description, family.HISTOGRAM).Metric(labels={"model": model}, buckets=buckets)
 
         self._waits = histogram("wait_seconds", "Seconds from a request's admission to its first forward pass", SECONDS)
         self._seconds = histogram("forward_seconds", "Seconds of a forward pass", SECONDS)
         self._tokens = histogram("forward_tokens", "Tokens of a forward pass, in all towers", [*TOKENS])
+        rows = made(
+            "rows_total",
+            "Rows that got a vector: computed for them, shared with an identical row in flight, or from the cache",
+            family.COUNTER,
+        )
+        self._rows = [rows.Metric(labels={"model": model, "source": source}) for source in SOURCES]
+        self._cache = made("cache_bytes", "Bytes that remembered vectors take", family.GAUGE).Metric(
+            labels={"model": model}
+        )
+        self._cache_bytes = 0
 
-    def observe(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
+    def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
         """One forward pass, and how long each request that began with it had waited."""
         for wait in waits:
             self._waits.observe(wait)
         self._seconds.observe(seconds)
         self._tokens.observe(tokens)
+
+    def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
+        """Rows that got their vector, by where it came from, and what the cache holds now."""
+        for metric, rows in zip(self._rows, (computed, in_flight, cached), strict=True):
+            if rows:
+                metric.increment(rows)
+        if cache_bytes != self._cache_bytes:
+            self._cache.set(cache_bytes)
+            self._cache_bytes = cache_bytes

@@ -102,6 +102,11 @@ class Inputs:
         """[n,1]: tokens cut off."""
         return self._column([row.dropped for row in self.rows])
 
+    def reused(self, sources: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """[n,1], from where the vector of each of `rows` came from: of a row that is several, the dearest."""
+        column = sources[:, None]
+        return self._spread(np.minimum.reduceat(column, first_of(self._counts)) if self.averaged else column)
+
     def errors(self) -> npt.NDArray[np.object_]:
         """[n,1]: what is wrong with each row, empty where nothing is."""
         return np.array([[self.faults.get(i, "").encode()] for i in range(self._count)], dtype=np.object_)

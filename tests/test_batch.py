@@ -57,7 +57,8 @@ def test_what_is_added_for_the_cpu_is_rows_of_one_known_token_behind_the_others(
     assert len(found.ids) == found.positions.shape[1] == tokens + len(added)
     assert not found.ids[tokens:].any()
     assert not found.positions[:, tokens:].any()
-    assert len(found.ids) % 8 == 0
+    assert len(found.ids) % 4 == 0
+    assert found.packed.fillers == len(added)
 
 
 def test_a_gpu_gets_nothing_added() -> None:
@@ -65,12 +66,12 @@ def test_a_gpu_gets_nothing_added() -> None:
 
 
 def test_batches_have_few_sizes() -> None:
-    """Eight an octave: 8 below 64, then 8 up to each further power of 2."""
+    """Four an octave: 4, 8, … 32, then 4 up to each further power of 2."""
     added = [filler_count(tokens) for tokens in range(1, 16_385)]
     sizes = sorted({tokens + more for tokens, more in enumerate(added, start=1)})
-    assert all(0 <= more <= max(7, tokens / 8) for tokens, more in enumerate(added, start=1))
-    assert len(sizes) == 8 + 8 * 8
-    assert all(after / before <= 9 / 8 for before, after in pairwise(sizes) if before >= 64)
+    assert all(0 <= more <= max(3, tokens / 4) for tokens, more in enumerate(added, start=1))
+    assert len(sizes) == 8 + 4 * 9
+    assert all(after / before <= 5 / 4 for before, after in pairwise(sizes) if before >= 32)
 
 
 def test_positions_of_ones_own() -> None:

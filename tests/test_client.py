@@ -145,6 +145,7 @@ def test_what_travels_beside_the_inputs() -> None:
         assert json.loads(asked.parameters["prompts"].string_param) == [{"prompt_name": "q"}, {"instruction": "x"}]
         assert asked.parameters["truncate"].string_param == "none"
         assert asked.parameters["timeout_ms"].int64_param == 1500
+        assert [output.name for output in asked.outputs] == ["EMBEDDING", "TOKENS", "DROPPED"]
         assert script.metadata["traceparent"] == "00-1-2-3"
 
     with_scripted(use)
@@ -359,6 +360,18 @@ def test_faults_are_reported_row_by_row(triton: Triton) -> None:
     assert reported.tokens.tolist() == [0, *alone.tokens.tolist(), 0]
     assert "(input at index 0)" in reported.errors[0]
     assert reported.errors[1:] == ["", "Input at index 2 cannot be empty or whitespace only"]
+
+
+def test_where_vectors_came_from_is_asked_for_with_receipts_alone(triton: Triton) -> None:
+    async def use(client: TritonClient) -> tuple[Embeddings, Embeddings]:
+        with_receipt = texts("hello", "world", "hello", form=Form(receipt=True))
+        return await embed(client, "bge_tiny", texts("hello")), await embed(client, "bge_tiny", with_receipt)
+
+    plain, told = with_client(triton.grpc, use)
+    assert plain.reused is None
+    assert told.reused is not None
+    assert told.reused.tolist() == [0, 0, 1]
+    assert np.array_equal(told.vectors[0], told.vectors[2])
 
 
 def test_ids_of_texts(triton: Triton) -> None:

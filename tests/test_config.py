@@ -124,7 +124,7 @@ def test_the_engine_knows_every_parameter_that_is_checked_in(family: str) -> Non
         ({"checkpoint": "a/b", "device": "cuda:1"}, ["'device'"]),
         ({"checkpoint": "a/b", "name": "x"}, ["'name'"]),
         ({"dtype": "float32"}, ["'checkpoint' is missing"]),
-        ({"checkpoint": "a/b", "dtype": "int8"}, ["dtype", "'int8'", "bfloat16"]),
+        ({"checkpoint": "a/b", "dtype": "int4"}, ["dtype", "'int4'", "bfloat16"]),
         ({"checkpoint": "a/b", "max_tokens": "many"}, ["max_tokens", "'many'", "whole number"]),
         ({"checkpoint": "a/b", "max_tokens": "-1"}, ["max_tokens", "'-1'", "whole number"]),
         ({"checkpoint": "a/b", "max_tokens": "1.5"}, ["max_tokens", "'1.5'"]),

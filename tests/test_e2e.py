@@ -201,7 +201,7 @@ def test_a_full_queue_is_429_and_loses_nobody_else(tmp_path: Path, monkeypatch: 
     assert small != config.read_text()
     config.write_text(small)
     server = Stack(tmp_path / "log", f"--model-repository={models}")
-    body = {"input": ["many words " * 100] * 24, "encoding_format": "base64"}
+    body = {"input": [f"{i} {'many words ' * 100}" for i in range(24)], "encoding_format": "base64"}
 
     def ask(_: int) -> requests.Response:
         return requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60)

@@ -266,6 +266,24 @@ def test_padding_may_not_fill_the_memory(tiny: Tiny, monkeypatch: pytest.MonkeyP
         asked(tiny(BGE), *rows).padded_ids()
 
 
+def test_where_vectors_came_from_is_told_of_each_input(tiny: Tiny) -> None:
+    """Of a text in several chunks: from the cache if all are, computed if any was; of a bad one nothing."""
+    family = limited(tiny, E5, max_tokens=5)
+    sent = np.full((5, 10), -1, dtype=np.int32)
+    for row, length in zip(sent, (10, 3, 0, 10, 10), strict=True):
+        row[:length] = 5
+    inputs = IdInputs(family.reader, {**REPORT, "long_text": "mean"}, sent)
+    inputs.make_rows(100)
+    chunks = (len(inputs.rows) - 1) // 3
+    assert chunks > 1
+    sources = np.array([*[2] * (chunks - 1), 0, 1, *[2] * (chunks - 1), 1, *[2] * chunks], dtype=np.int32)
+    found = inputs.reused(sources)
+    assert (found.dtype, found.tolist()) == (np.int32, [[0], [1], [0], [1], [2]])
+    plain = IdInputs(family.reader, REPORT, sent)
+    plain.make_rows(100)
+    assert plain.reused(np.array([2, 0, 1, 2], dtype=np.int32)).tolist() == [[2], [0], [0], [1], [2]]
+
+
 def test_no_rows_at_all(tiny: Tiny) -> None:
     inputs = asked(tiny(BGE))
     vectors, tokens, dropped, errors = answered(tiny(BGE), inputs, 7)

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from triton_embed.gateway import lanes as module
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.lanes import BUDGETS, TURNS, Lanes, pieces
+from triton_embed.gateway.lanes import BUDGETS, SMALL, SMALL_BUDGETS, TURNS, Lanes, pieces
 
 T = TypeVar("T")
+
+MOST_SMALL = 100 // SMALL  # tokens, of `lanes`
 
 
 def run(use: Callable[[], Awaitable[T]]) -> T:
@@ -37,10 +39,10 @@ def test_a_window_of_tokens_and_no_more() -> None:
     async def use() -> None:
         door = lanes()
         ends = [await door.turn(100, batch=False) for _ in range(BUDGETS)]
-        late = asyncio.create_task(door.turn(1, batch=False))
+        late = asyncio.create_task(door.turn(100, batch=False))
         await settled()
         assert not late.done()
-        assert not door.free(1)
+        assert not door.free(MOST_SMALL + 1)
         ends[0]()
         await settled()
         assert late.done()
@@ -52,7 +54,7 @@ def test_a_call_larger_than_the_window_goes_alone() -> None:
     async def use() -> None:
         door = lanes()
         end = await door.turn(10**6, batch=False)
-        next_one = asyncio.create_task(door.turn(1, batch=False))
+        next_one = asyncio.create_task(door.turn(MOST_SMALL + 1, batch=False))
         await settled()
         assert not next_one.done()
         end()
@@ -62,14 +64,106 @@ def test_a_call_larger_than_the_window_goes_alone() -> None:
     run(use)
 
 
-def test_calls_are_bounded_by_number_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_call_does_not_wait_for_large_ones() -> None:
+    async def use() -> None:
+        door = lanes()
+        await door.turn(10**6, batch=False)
+        large = asyncio.create_task(door.turn(MOST_SMALL + 1, batch=False))
+        bulk = asyncio.create_task(door.turn(MOST_SMALL, batch=True))
+        await settled()
+        assert door.free(MOST_SMALL)
+        small = asyncio.create_task(door.turn(MOST_SMALL, batch=False))
+        await settled()
+        assert [task.done() for task in (large, bulk, small)] == [False, False, True]  # what can wait is never small
+        for task in (large, bulk):
+            task.cancel()
+
+    run(use)
+
+
+def test_small_calls_have_a_window_too_and_wait_for_each_other_in_order() -> None:
+    async def use() -> None:
+        door, order = lanes(), list[int]()
+        end_large = await door.turn(100, batch=False)
+        ends = [await door.turn(tokens, batch=False) for tokens in [10] * (10 * SMALL_BUDGETS - 1) + [5]]
+
+        async def late(number: int) -> None:
+            await door.turn(10, batch=False)
+            order.append(number)
+
+        tasks = [asyncio.create_task(late(number)) for number in range(3)]
+        await settled()
+        assert not door.free(1)  # it would pass those who wait
+        end_large()
+        await settled()
+        assert order == []  # the room of large calls is not theirs
+        for end in ends[:2]:
+            end()
+        await settled()
+        assert order == [0, 1]
+        tasks[2].cancel()
+
+    run(use)
+
+
+def test_small_calls_take_no_room_from_large_ones() -> None:
+    async def use() -> None:
+        door = lanes()
+        for _ in range(10 * SMALL_BUDGETS):
+            await door.turn(10, batch=False)
+        waiting = [asyncio.create_task(door.turn(10, batch=False)) for _ in range(5)]
+        await settled()
+        for _ in range(BUDGETS):
+            assert door.free(100)
+            await door.turn(100, batch=False)
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+
+    run(use)
+
+
+@pytest.mark.parametrize(("sharers", "large", "small"), [(1, 4, 20), (2, 2, 10), (9, 2, 10)])
+def test_those_who_send_to_one_triton_share_the_windows(sharers: int, large: int, small: int) -> None:
+    async def use() -> None:
+        door = lanes(sharers=sharers)
+        calls = [asyncio.create_task(door.turn(tokens, batch=False)) for tokens in (100, 10) for _ in range(30)]
+        await settled()
+        assert [sum(task.done() for task in tasks) for tasks in (calls[:30], calls[30:])] == [large, small]
+        for task in calls:
+            task.cancel()
+
+    run(use)
+
+
+def test_a_small_call_whose_caller_left_takes_no_room() -> None:
+    async def use() -> None:
+        door = lanes()
+        ends = [await door.turn(10, batch=False) for _ in range(10 * SMALL_BUDGETS)]
+        waiting = [asyncio.create_task(door.turn(10, batch=False)) for _ in range(3)]
+        await settled()
+        waiting[0].cancel()
+        ends[0]()  # the turn of one who has left in this moment, or has not run yet
+        waiting[1].cancel()
+        await settled()
+        assert waiting[2].done()
+        ends[1]()
+        assert door.free(10)
+
+    run(use)
+
+
+@pytest.mark.parametrize("size", [1, 10**5 + 1])
+def test_calls_are_bounded_by_number_too(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(module, "CALLS", 8)
 
     async def use() -> None:
-        door = lanes(budget=10**6)
+        door = lanes(budget=8 * 10**5)
         for _ in range(8):
-            await door.turn(1, batch=False)
-        assert not door.free(1)
+            assert door.free(size)
+            await door.turn(size, batch=False)
+        assert not door.free(size)
+        assert door.free(10**5 + 2 - size)  # of the other kind
 
     run(use)
 
@@ -106,7 +200,7 @@ def test_the_second_lane_leaves_half_of_the_window() -> None:
         bulk = [asyncio.create_task(door.turn(100, batch=True)) for _ in range(BUDGETS)]
         await settled()
         assert sum(task.done() for task in bulk) == BUDGETS // 2
-        assert not door.free(1)  # those of the second lane wait, and yet
+        assert not door.free(100)  # those of the second lane wait, and yet
         query = asyncio.create_task(door.turn(100, batch=False))
         await settled()
         assert query.done()
@@ -188,23 +282,26 @@ def test_whatever_comes_and_goes_the_window_holds_and_all_are_served(seed: int, 
 
     async def use() -> None:
         door = lanes()
-        at_triton: list[int] = []
+        at_triton: dict[bool, list[int]] = {True: [], False: []}
         sent: set[asyncio.Task[None]] = set()
 
-        async def compute(tokens: int, ended: Callable[[], None]) -> None:
-            at_triton.append(tokens)
-            assert sum(at_triton) <= BUDGETS * 100 or len(at_triton) == 1
+        async def compute(tokens: int, batch: bool, ended: Callable[[], None]) -> None:
+            small = tokens <= MOST_SMALL and not batch
+            there, most = at_triton[small], SMALL_BUDGETS if small else BUDGETS
+            there.append(tokens)
+            within = sum(there) <= most * 100 or len(there) == 1
             for _ in range(chance.randrange(4)):
                 await asyncio.sleep(0)
-            at_triton.remove(tokens)
+            there.remove(tokens)
             ended()
+            assert within
 
         async def call(tokens: int, batch: bool) -> None:
             ended = await door.turn(tokens, batch=batch)
-            sent.add(task := asyncio.create_task(compute(tokens, ended)))
+            sent.add(task := asyncio.create_task(compute(tokens, batch, ended)))
             await asyncio.shield(task)
 
-        sizes = [(chance.choice([1, 50, 100, 399, 500]), chance.random() < 0.4) for _ in range(40)]
+        sizes = [(chance.choice([1, 12, 12, 50, 100, 399, 500]), chance.random() < 0.3) for _ in range(120)]
         calls = [asyncio.create_task(call(*size)) for size in sizes]
         for task in calls:
             if chance.random() < leaving:
@@ -214,6 +311,8 @@ def test_whatever_comes_and_goes_the_window_holds_and_all_are_served(seed: int, 
         assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in found)
         await asyncio.gather(*sent)
         assert door.free(BUDGETS * 100)
+        ends = [await door.turn(10, batch=False) for _ in range(10 * SMALL_BUDGETS) if door.free(10)]
+        assert len(ends) == 10 * SMALL_BUDGETS
 
     run(use)
 

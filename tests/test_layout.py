@@ -26,11 +26,11 @@ OTHERS = [*sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks")
 
 # A file imports only those before it in its folder.
 ORDER = {
-    "kernels": "packed functions blocks launch reference onednn attention norm rotary activation pooling patchify"
-    " linear accelerated ops",
+    "kernels": "packed functions blocks launch reference onednn int8 dense_attention attention norm rotary activation"
+    " pooling patchify linear accelerated ops",
     "python_backend": "errors json_file shapes row images spec config request checkpoint tokenizer reader long_text"
-    " inputs layers weights batch prefix rotary patches encoder decoder clip vision qwen2_vl graphs head embedder"
-    " delivery engine_metrics scheduler serve launcher",
+    " inputs layers weights batch prefix rotary patches encoder decoder clip vision qwen2_vl graphs head precision"
+    " embedder delivery engine_metrics job reuse scheduler serve launcher",
     # What `verify` is made of comes after all that serves.
     "gateway": "settings errors logs tracing items foreign forms schemas model repository fetch media metrics lanes"
     " front pages client dispatch registry service similarity openapi app protocol worker triton_process supervisor"
@@ -57,6 +57,7 @@ TESTED_ELSEWHERE = {
     "gateway/openapi.py": "test_schema.py",
 }
 TESTS_OF_MORE_THAN_A_FILE = {
+    "test_benchmarks.py",
     "test_conftest.py",
     "test_documents.py",
     "test_e2e.py",
@@ -67,6 +68,7 @@ TESTS_OF_MORE_THAN_A_FILE = {
     "test_mutations.py",
     "test_networks.py",
     "test_rules.py",
+    "test_scheduling_benchmark.py",
     "test_schema.py",
     "test_vectors.py",
 }

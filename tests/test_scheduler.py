@@ -1,7 +1,8 @@
 """The scheduler with real threads: every job is answered exactly once with its own rows in order, whatever fails.
 
 `compute` is a stand-in that says what it was given: a vector holds its row's first id, its length and its sum.
-A picture costs tokens and has no ids.
+A picture costs tokens and has no ids. With the budget used here a job of up to two tokens is a small
+one.
 """
 
 import math
@@ -16,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from triton_embed.python_backend import scheduler
+from triton_embed.python_backend import job as job_file
 from triton_embed.python_backend.delivery import Delivery
+from triton_embed.python_backend.job import Job
 from triton_embed.python_backend.row import NO_IDS, Row
-from triton_embed.python_backend.scheduler import Compute, Job, Scheduler, Watch
+from triton_embed.python_backend.scheduler import ADMITTED, Between, Compute, Scheduler, Watch
 
 BUDGET = 10
 POISON = 666
@@ -33,6 +35,7 @@ class Caller:
 
     def __init__(self, cancelled: bool = False, asked: Callable[[], bool] | None = None) -> None:
         self.outcomes: list[Vectors | str] = []
+        self.reused: list[int] = []
         self.asked = 0
         self._cancelled = asked or (lambda: cancelled)
         self._told = threading.Event()
@@ -41,8 +44,9 @@ class Caller:
         self.asked += 1
         return self._cancelled()
 
-    def done(self, vectors: Vectors) -> None:
+    def done(self, vectors: Vectors, reused: npt.NDArray[np.int32]) -> None:
         self.outcomes.append(vectors)
+        self.reused = reused.tolist()
         self._told.set()
 
     def failed(self, reason: str) -> None:
@@ -85,20 +89,25 @@ def vectors_of(asked: Job) -> Vectors:
 
 
 class Engine:
-    """`compute`, its record, a gate in front of it and ways to go wrong."""
+    """`compute`, its record, a gate in front of it, some pauses in it and ways to go wrong."""
 
     def __init__(self) -> None:
         self.batches: list[list[Row]] = []
+        self.pauses: list[Callable[[], object]] = []  # what happens before each chance to compute something else
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
         self.spoil: Callable[[Sequence[Row], Vectors], Vectors] = lambda _, vectors: vectors
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int]) -> Vectors:
+    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None) -> Vectors:
         assert len(rows) == len(dims)
         self.batches.append(list(rows))
         self.entered.set()
         assert self.gate.wait(PATIENCE)
+        if between is not None:
+            for happens in self.pauses:
+                happens()
+                between()
         found = np.zeros((len(rows), 8), dtype=np.float32)
         for vector, one in zip(found, rows, strict=True):
             vector[:3] = first_of(one), one.cost, one.ids.sum()
@@ -128,10 +137,18 @@ class DaemonExecutor(Executor):
 class Running:
     """A scheduler and its delivery thread; `close` as `finalize` does it."""
 
-    def __init__(self, compute: Compute, watch: Watch | None = None) -> None:
+    def __init__(
+        self, compute: Compute, watch: Watch | None = None, budget: int = BUDGET, cache_bytes: int = 0
+    ) -> None:
         self.delivery = Delivery()
-        self.scheduler = Scheduler(compute, BUDGET, self.delivery, DaemonExecutor(), watch)
+        self.scheduler = Scheduler(compute, budget, self.delivery, DaemonExecutor(), watch, cache_bytes)
         self.submit = self.scheduler.submit
+
+    @property
+    def admitted(self) -> int:
+        """Tokens that count in either lane; jobs that are waited for too, when nothing is left of them: none."""
+        assert not self.scheduler._reuse._flights or self.scheduler._small.admitted + self.scheduler._large.admitted
+        return self.scheduler._small.admitted + self.scheduler._large.admitted
 
     def close(self) -> None:
         closing = threading.Thread(target=self.scheduler.close, daemon=True)
@@ -144,7 +161,7 @@ class Running:
 @pytest.fixture(autouse=True)
 def ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every job is asked whether it was cancelled, however short its wait."""
-    monkeypatch.setattr(scheduler, "CANCEL_SECONDS", 0)
+    monkeypatch.setattr(job_file, "CANCEL_SECONDS", 0)
 
 
 @pytest.fixture
@@ -180,7 +197,7 @@ def finish(threads: Sequence[threading.Thread]) -> None:
 
 
 def hold(engine: Engine, running: Running) -> Caller:
-    """Occupy the engine with one small job, so that what follows is still in the queue."""
+    """Occupy the engine with one small job, so that what follows still waits."""
     engine.gate.clear()
     first = Caller()
     running.submit(job(first, 1, first=10_000))
@@ -210,7 +227,7 @@ def test_every_one_of_many_jobs_gets_its_own_rows_in_order(engine: Engine, runni
 def test_a_batch_stays_within_the_budget_and_runs_from_short_to_long(engine: Engine, running: Running) -> None:
     random, callers = Random(1), [Caller() for _ in range(60)]
     hold(engine, running)
-    jobs = [job(caller, *(random.randint(1, 14) for _ in range(3))) for caller in callers]
+    jobs = [job(caller, *(random.randint(1, 14) for _ in range(3)), first=3 * i) for i, caller in enumerate(callers)]
     threads = submitting(running, jobs, threads=1)
     engine.gate.set()
     finish(threads)
@@ -256,8 +273,8 @@ def test_a_picture_counts_by_what_it_costs_in_all_towers(engine: Engine, running
 
 def test_submit_waits_for_pictures_too(engine: Engine, running: Running) -> None:
     hold(engine, running)
-    running.submit(Job([picture(1, 2 * BUDGET)], 3, Caller()))
-    late = threading.Thread(target=running.submit, args=(job(Caller(), 1),), daemon=True)
+    running.submit(Job([picture(1, ADMITTED * BUDGET)], 3, Caller()))
+    late = threading.Thread(target=running.submit, args=(job(Caller(), 3),), daemon=True)
     late.start()
     late.join(0.2)
     assert late.is_alive()
@@ -266,7 +283,7 @@ def test_submit_waits_for_pictures_too(engine: Engine, running: Running) -> None
     assert not late.is_alive()
 
 
-def test_small_jobs_share_a_batch_and_are_served_first_come_first_served(engine: Engine, running: Running) -> None:
+def test_jobs_share_a_batch_and_are_served_first_come_first_served(engine: Engine, running: Running) -> None:
     hold(engine, running)
     callers = [Caller() for _ in range(7)]
     for i, caller in enumerate(callers):
@@ -274,27 +291,36 @@ def test_small_jobs_share_a_batch_and_are_served_first_come_first_served(engine:
     engine.gate.set()
     for caller in callers:
         caller.outcome()
+        assert caller.reused == [0]
     assert [[first_of(one) for one in batch] for batch in engine.batches[1:]] == [[0, 1, 2, 3, 4], [5, 6]]
 
 
-def test_submit_waits_at_twice_the_budget_and_goes_on_when_there_is_room(engine: Engine, running: Running) -> None:
-    hold(engine, running)  # 1 token
-    callers = [Caller() for _ in range(4)]
+@pytest.mark.parametrize("size", [1, BUDGET])
+def test_submit_waits_when_a_lane_is_full_and_goes_on_when_there_is_room(
+    size: int, engine: Engine, running: Running
+) -> None:
+    """A lane holds eight budgets, and what brings it over them."""
+    hold(engine, running)
+    other = BUDGET if size == 1 else 1
+    running.submit(job(Caller(), other, first=10_001))  # counts elsewhere
+    fits = ADMITTED * BUDGET // size - (size == 1)  # the one that holds the engine is a small one
+    callers = [Caller() for _ in range(fits + 2)]
     admitted: list[int] = []
 
     def submit_all() -> None:
         for i, caller in enumerate(callers):
-            running.submit(job(caller, BUDGET))
+            running.submit(job(caller, size, first=i))
             admitted.append(i)
 
     thread = threading.Thread(target=submit_all, daemon=True)
     thread.start()
     thread.join(0.2)
     assert thread.is_alive()
-    assert admitted == [0, 1]  # 1, then 11 tokens, were below 20; 21 are not
+    assert admitted == list(range(fits))
+    running.submit(job(Caller(), other, first=10_002))  # the other lane has room
     engine.gate.set()
     thread.join(PATIENCE)
-    assert admitted == [0, 1, 2, 3]
+    assert admitted == list(range(fits + 2))
     for caller in callers:
         assert isinstance(caller.outcome(), np.ndarray)
 
@@ -355,8 +381,8 @@ def test_a_vector_that_is_not_finite_fails_its_own_job_alone(wrong: str, engine:
     hold(engine, running)
     engine.spoil = WRONG[wrong]
     bad, good = Caller(), Caller()
-    running.submit(job(good, 2))
-    running.submit(job(bad, 2, 2, first=POISON - 1))
+    running.submit(job(good, 3))
+    running.submit(job(bad, 3, 3, first=POISON - 1))
     engine.gate.set()
     assert bad.outcome() == "The model computed a vector that is not finite"
     assert isinstance(good.outcome(), np.ndarray)
@@ -374,7 +400,7 @@ def test_the_rest_of_a_failed_job_is_not_computed(engine: Engine, running: Runni
     engine.spoil = raising
     bad, good = Caller(), Caller()
     running.submit(job(bad, *[BUDGET] * 6, first=POISON))
-    running.submit(job(good, 2))
+    running.submit(job(good, 3))
     assert isinstance(bad.outcome(), str)
     assert isinstance(good.outcome(), np.ndarray)
     assert engine.firsts() == [POISON, 0]
@@ -389,6 +415,7 @@ def test_admission_is_given_back_whatever_became_of_the_jobs(engine: Engine, run
             finish(submitting(running, [job(caller, 7, 7, first=first)], threads=1))
         for caller in callers:
             caller.outcome()
+    assert running.admitted == 0
 
 
 class Broken(Caller):
@@ -399,7 +426,7 @@ class Broken(Caller):
         self.tries: list[str] = []
         self._errors_too = errors_too
 
-    def done(self, vectors: Vectors) -> None:
+    def done(self, vectors: Vectors, reused: npt.NDArray[np.int32]) -> None:
         self.tries.append("done")
         raise ConnectionError("gone")
 
@@ -417,7 +444,7 @@ def test_a_reply_that_cannot_be_sent_is_an_error_instead_and_harms_nobody(
     hold(engine, running)
     broken, good = Broken(errors_too), Caller()
     running.submit(job(broken, 2))
-    running.submit(job(good, 2))
+    running.submit(job(good, 2, first=1))
     engine.gate.set()
     assert isinstance(good.outcome(), np.ndarray)
     running.close()
@@ -451,7 +478,7 @@ def test_a_job_whose_deadline_passes_before_it_begins_is_never_computed(engine: 
     assert isinstance(good.outcome(), np.ndarray)
     assert engine.firsts() == [10_000, 1, 2]
     assert late.asked == 0
-    finish(submitting(running, [job(Caller(), BUDGET) for _ in range(3)], threads=1))  # its tokens were given back
+    assert running.admitted == 0
 
 
 def test_a_job_that_has_begun_is_finished_whatever_its_deadline(engine: Engine, running: Running) -> None:
@@ -465,37 +492,55 @@ def test_a_job_that_has_begun_is_finished_whatever_its_deadline(engine: Engine, 
     assert isinstance(caller.outcome(), np.ndarray)
 
 
+class Watching:
+    """A Watch that remembers."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[list[float], float, int]] = []
+        self.rows = np.zeros(3, dtype=int)
+        self.cache_bytes = 0
+        self.threads: set[str] = set()
+
+    def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.passes.append((list(waits), seconds, tokens))
+
+    def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.rows += computed, in_flight, cached
+        self.cache_bytes = cache_bytes
+
+
 def test_every_forward_pass_is_told_and_every_wait_once(engine: Engine) -> None:
-    told: list[tuple[list[float], float, int]] = []
-    threads: set[str] = set()
-
-    def watch(waits: Sequence[float], seconds: float, tokens: int) -> None:
-        threads.add(threading.current_thread().name)
-        told.append((list(waits), seconds, tokens))
-
+    watch = Watching()
     running = Running(engine.compute, watch)
     hold(engine, running)
     callers = [Caller() for _ in range(3)]
-    for caller, lengths in zip(callers, ([4], [4], [3, 8]), strict=True):
-        running.submit(job(caller, *lengths))
+    for i, (caller, lengths) in enumerate(zip(callers, ([4], [4], [3, 8]), strict=True)):
+        running.submit(job(caller, *lengths, first=10 * i))
     time.sleep(0.05)
     engine.gate.set()
     for caller in callers:
         caller.outcome()
     running.close()
-    assert threads == {"delivery"}
+    assert watch.threads == {"delivery"}
+    told = watch.passes
     assert [(len(waits), tokens) for waits, _, tokens in told] == [(1, 1), (2, 8), (1, 3), (0, 8)]
     assert told[0][0][0] < 0.05 <= min(told[1][0])
     assert told[0][1] >= 0.05
 
 
 def test_a_watch_that_fails_harms_nobody(engine: Engine) -> None:
-    def watch(waits: Sequence[float], seconds: float, tokens: int) -> None:
-        raise RuntimeError("no such metric")
+    class Failing(Watching):
+        def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
+            raise RuntimeError("no such metric")
 
-    running, callers = Running(engine.compute, watch), [Caller() for _ in range(3)]
-    for caller in callers:
-        running.submit(job(caller, 2))
+        def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
+            raise RuntimeError("no such metric")
+
+    running, callers = Running(engine.compute, Failing()), [Caller() for _ in range(3)]
+    for i, caller in enumerate(callers):
+        running.submit(job(caller, 2, first=i))
     assert all(isinstance(caller.outcome(), np.ndarray) for caller in callers)
     running.close()
 
@@ -515,7 +560,7 @@ def test_a_caller_that_cannot_be_asked_harms_nobody(engine: Engine, running: Run
     hold(engine, running)
     odd, good = Caller(asked=fail), Caller()
     running.submit(job(odd, 2))
-    running.submit(job(good, 2))
+    running.submit(job(good, 2, first=1))
     engine.gate.set()
     assert isinstance(good.outcome(), np.ndarray)
     odd.outcome()
@@ -525,8 +570,8 @@ def test_close_computes_everything_that_was_admitted(engine: Engine) -> None:
     running = Running(engine.compute)
     first = hold(engine, running)
     callers = [Caller() for _ in range(6)]
-    for caller in callers:
-        running.submit(job(caller, 3))
+    for i, caller in enumerate(callers):
+        running.submit(job(caller, 3, first=i))
     closing = threading.Thread(target=running.close, daemon=True)
     closing.start()
     closing.join(0.1)
@@ -543,8 +588,207 @@ def test_close_computes_everything_that_was_admitted(engine: Engine) -> None:
 def test_a_job_that_did_not_wait_is_not_asked(
     engine: Engine, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "CANCEL_SECONDS", PATIENCE)
+    monkeypatch.setattr(job_file, "CANCEL_SECONDS", PATIENCE)
     caller = Caller()
     caller.cancelled = lambda: pytest.fail("asked")  # type: ignore[method-assign]
     running.submit(job(caller, 3))
     assert isinstance(caller.outcome(), np.ndarray)
+
+
+# Lanes: with a budget of 40 a job of up to 10 tokens is small.
+WIDE = 40
+
+
+@pytest.fixture
+def wide(engine: Engine) -> Iterator[Running]:
+    made = Running(engine.compute, budget=WIDE)
+    yield made
+    engine.gate.set()
+    made.close()
+
+
+def computed(engine: Engine) -> list[list[int]]:
+    """First ids of each forward pass."""
+    return [[first_of(one) for one in batch] for batch in engine.batches]
+
+
+@pytest.mark.parametrize(("cost", "overtakes"), [(10, True), (11, False)])
+def test_a_small_job_overtakes_large_ones_and_shares_no_pass_with_them(
+    cost: int, overtakes: bool, engine: Engine, wide: Running
+) -> None:
+    hold(engine, wide)
+    wide.submit(job(Caller(), *[10] * 6))
+    last = Caller()
+    wide.submit(job(last, cost, first=100))
+    engine.gate.set()
+    last.outcome()
+    wide.close()
+    assert computed(engine)[1:] == ([[100], [0, 1, 2, 3], [4, 5]] if overtakes else [[0, 1, 2, 3], [4, 5, 100]])
+
+
+def test_where_both_lanes_wait_they_take_turns(engine: Engine, wide: Running) -> None:
+    hold(engine, wide)
+    for i in range(4):
+        wide.submit(job(Caller(), WIDE, first=i))
+        for k in range(10):
+            wide.submit(job(Caller(), 4, first=100 + 10 * i + k))
+    engine.gate.set()
+    wide.close()
+    sizes = [(len(batch), batch[0]) for batch in computed(engine)[1:]]
+    assert sizes == [(10, 100), (1, 0), (10, 110), (1, 1), (10, 120), (1, 2), (10, 130), (1, 3)]
+
+
+def test_a_stream_of_small_jobs_starves_no_large_one(engine: Engine, wide: Running) -> None:
+    """Two callers, each of whom asks again as soon as it is answered, for as long as a large job runs."""
+    finished = threading.Event()
+    answered = [0, 0]
+
+    def ask(me: int) -> None:
+        while not finished.is_set():
+            caller = Caller()
+            wide.submit(job(caller, 5, first=1_000_000 * me + answered[me]))
+            caller.outcome()
+            answered[me] += 1
+
+    def slow(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+        time.sleep(0.002)
+        return vectors
+
+    engine.spoil = slow
+    threads = [threading.Thread(target=ask, args=(me,), daemon=True) for me in range(2)]
+    for thread in threads:
+        thread.start()
+    large = Caller()
+    asked = job(large, *[20] * 40, first=10**7)
+    wide.submit(asked)
+    assert isinstance(found := large.outcome(), np.ndarray)
+    assert np.array_equal(found, vectors_of(asked))
+    finished.set()
+    finish(threads)
+    begun = next(i for i, batch in enumerate(computed(engine)) if batch[0] >= 10**7)
+    ended = len(engine.batches) - next(i for i, b in enumerate(reversed(computed(engine))) if b[0] >= 10**7)
+    assert ended - begun <= 2 * 20  # at most every other one was somebody else's
+    assert min(answered) > 3
+
+
+def test_a_large_pass_pauses_for_small_jobs_by_a_bounded_pass_at_a_time(engine: Engine, wide: Running) -> None:
+    callers = [Caller() for _ in range(5)]
+    order: list[str] = []
+
+    def five_come() -> None:
+        for i, caller in enumerate(callers):
+            wide.submit(job(caller, 4, first=100 + i))
+
+    def two_are_answered() -> None:
+        order.append("pause")
+        assert [isinstance(caller.outcome(), np.ndarray) for caller in callers[:2]] == [True, True]
+        assert not any(caller.outcomes for caller in callers[2:])
+
+    engine.pauses = [five_come, two_are_answered, lambda: order.append("pause"), lambda: order.append("pause")]
+    large = Caller()
+    asked = job(large, 20, 20)
+    wide.submit(asked)
+    assert isinstance(found := large.outcome(), np.ndarray)
+    assert np.array_equal(found, vectors_of(asked))
+    assert order == ["pause"] * 3
+    assert computed(engine) == [[0, 1], [100, 101], [102, 103], [104]]  # at most 10 tokens each
+    for i, caller in enumerate(callers):
+        assert np.array_equal(caller.outcome(), [[100 + i, 4, 103 + i]])
+    wide.close()
+    assert wide.admitted == 0
+
+
+def test_small_jobs_get_a_budget_in_all_the_pauses_of_a_pass(engine: Engine, wide: Running) -> None:
+    """Where there are more of them the pass goes on, and theirs is the next."""
+    engine.pauses = [lambda: [wide.submit(job(Caller(), 6, first=100 + i)) for i in range(10)], *[lambda: None] * 20]
+    wide.submit(job(large := Caller(), 30, 30))
+    large.outcome()
+    wide.close()
+    assert computed(engine)[:9] == [[0], *([100 + i] for i in range(7)), [107, 108, 109]]
+    assert computed(engine)[9] == [1]
+
+
+def test_a_small_pass_and_a_pass_in_a_pause_are_not_interrupted(engine: Engine, wide: Running) -> None:
+    betweens: list[bool] = []
+    compute = engine.compute
+
+    def watched(rows: Sequence[Row], dims: Sequence[int], between: Between | None) -> Vectors:
+        betweens.append(between is not None)
+        return compute(rows, dims, between)
+
+    running = Running(watched, budget=WIDE)
+    engine.pauses = [lambda: running.submit(job(Caller(), 3, first=50))]
+    alone, large = Caller(), Caller()
+    running.submit(job(alone, 3))
+    alone.outcome()
+    running.submit(job(large, 35, first=1))
+    large.outcome()
+    running.close()
+    assert betweens == [False, True, False]
+
+
+def test_what_fails_in_a_pause_fails_alone(engine: Engine, wide: Running) -> None:
+    engine.spoil = raising
+    bad, good, large = Caller(), Caller(), Caller()
+    engine.pauses = [
+        lambda: wide.submit(job(bad, 3, first=POISON)),
+        lambda: wide.submit(job(good, 3, first=5)),
+        lambda: None,
+    ]
+    asked = job(large, 35, first=1)
+    wide.submit(asked)
+    assert isinstance(found := large.outcome(), np.ndarray)
+    assert np.array_equal(found, vectors_of(asked))
+    assert isinstance(bad.outcome(), str)
+    assert isinstance(good.outcome(), np.ndarray)
+    wide.close()
+    assert [len(caller.outcomes) for caller in (bad, good, large)] == [1, 1, 1]
+    assert wide.admitted == 0
+
+
+def test_a_large_pass_that_fails_takes_nothing_from_what_was_computed_in_its_pauses(
+    engine: Engine, wide: Running
+) -> None:
+    engine.spoil = raising
+    small, large, next_one = Caller(), Caller(), Caller()
+    engine.pauses = [lambda: wide.submit(job(small, 3, first=5))]
+    wide.submit(job(large, 35, first=POISON))
+    assert large.outcome() == "The model failed to compute this request"
+    assert isinstance(small.outcome(), np.ndarray)
+    engine.pauses = []
+    wide.submit(job(next_one, 35, first=6))
+    assert isinstance(next_one.outcome(), np.ndarray)
+    assert wide.admitted == 0
+
+
+def test_a_small_job_may_be_dropped_in_a_pause(engine: Engine, wide: Running) -> None:
+    gone, large = Caller(cancelled=True), Caller()
+    engine.pauses = [lambda: wide.submit(job(gone, 3, first=5))]
+    wide.submit(job(large, 35))
+    assert gone.outcome() == "dropped: The request was cancelled"
+    assert isinstance(large.outcome(), np.ndarray)
+    assert computed(engine) == [[0]]
+
+
+def test_the_seconds_of_a_pass_are_without_those_of_its_pauses(engine: Engine) -> None:
+    watch = Watching()
+    running = Running(engine.compute, watch, budget=WIDE)
+
+    def slow(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+        time.sleep(0.1 if first_of(rows[0]) == 5 else 0.02)
+        return vectors
+
+    engine.spoil = slow
+    engine.pauses = [lambda: running.submit(job(Caller(), 3, first=5))]
+    running.submit(job(Caller(), 35))
+    running.close()
+    (_, small, _), (_, large, _) = watch.passes
+    assert small >= 0.1
+    assert 0.02 <= large < 0.1
+
+
+def test_waiting_costs_no_time(running: Running) -> None:
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.05

@@ -444,9 +444,16 @@ def test_the_receipts_of_a_body() -> None:
     asked = parse({"input": [{"text": "a", "instruction": "i"}, "b"], "return_receipt": True})
     body = orjson.loads(schemas.embeddings_json(embeddings(), asked, "m"))
     assert [item["receipt"] for item in body["data"]] == [
-        {"tokens": 3, "dropped_tokens": 0, "prompt": {"instruction": "i"}},
-        {"tokens": 4, "dropped_tokens": 1, "prompt": None},
+        {"tokens": 3, "dropped_tokens": 0, "prompt": {"instruction": "i"}, "reused": None},
+        {"tokens": 4, "dropped_tokens": 1, "prompt": None, "reused": None},
     ]
+
+
+def test_a_receipt_says_what_was_not_computed_for_its_input() -> None:
+    asked = parse({"input": ["a", "b", "c"], "return_receipt": True})
+    reply = replace(embeddings(rows=3), reused=np.array([2, 0, 1], dtype="<i4"))
+    body = orjson.loads(schemas.embeddings_json(reply, asked, "m"))
+    assert [item["receipt"]["reused"] for item in body["data"]] == ["cache", None, "in_flight"]
 
 
 def test_a_fault_stands_in_its_place() -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -290,11 +291,11 @@ def test_a_long_text_may_be_averaged(client: Client, bge_tiny: Any) -> None:
 
 
 def test_a_request_whose_deadline_passed_is_dropped_before_it_is_computed(client: Client, triton: Triton) -> None:
-    """Behind one that takes long."""
-    asked = client.text("a")
+    """Behind one that takes long; a small one would not wait for it."""
+    asked = client.ids([7] * 200)
     assert client.infer("minilm", asked, timeout_ms=60_000).as_numpy("EMBEDDING") is not None
     other = Client(tritonclient.grpc, triton.grpc)
-    work = other.ids(*[[5] * 200] * 25)
+    work = other.ids(*[[10 + i] * 200 for i in range(50)])
     busy = threading.Thread(target=other.infer, args=("minilm", work))
     busy.start()
     time.sleep(0.2)
@@ -306,11 +307,52 @@ def test_a_request_whose_deadline_passed_is_dropped_before_it_is_computed(client
     assert caught.value.status() in ("400", "StatusCode.CANCELLED")  # HTTP has no word for it
 
 
+def test_a_query_does_not_wait_for_a_bulk_request(client: Client, triton: Triton) -> None:
+    """Which is interrupted for it, and right all the same."""
+    from conftest import MINILM
+
+    other = Client(tritonclient.grpc, triton.grpc)
+    rows = np.random.default_rng(0).integers(1_000, 30_000, (60, 200)).tolist()
+    work = other.ids(*rows)
+    ended: list[float] = []
+    vectors: list[Any] = []
+    began = time.perf_counter()
+
+    def bulk() -> None:
+        vectors.append(other.infer("minilm", work).as_numpy("EMBEDDING"))
+        ended.append(time.perf_counter() - began)
+
+    busy = threading.Thread(target=bulk)
+    busy.start()
+    time.sleep(0.1)
+    took, queries = [], []
+    while not ended:
+        asked = time.perf_counter()
+        queries.append(client.infer("minilm", client.text(f"hello {len(took)}")).as_numpy("EMBEDDING")[0])
+        took.append(time.perf_counter() - asked)
+    busy.join(60)
+    other.client.close()
+    texts = oracles.ids_of(MINILM, [f"hello {i}" for i in range(len(took))])
+    for found, wanted in ((vectors[0][::4], rows[::4]), (queries[::4], texts[::4])):
+        assert (found * oracles.encoder_vectors(MINILM, wanted, "mean")).sum(axis=1).min() > 0.999
+    assert len(took) > 5
+    assert np.median(took) < ended[0] / 10
+
+
 def scraped(triton: Triton, name: str, model: str) -> float:
     """A number of Triton's own /metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{triton._ports[2]}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith(f'{name}{{model="{model}"'))
+
+
+def rows_by_source(triton: Triton, model: str) -> Counter[str]:
+    """Rows that got a vector, by where it came from."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{triton._ports[2]}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    start = f'triton_embed_rows_total{{model="{model}",source="'
+    found = (line.removeprefix(start).partition('"} ') for line in lines if line.startswith(start))
+    return Counter({source: int(float(value)) for source, _, value in found})
 
 
 def computed(triton: Triton, model: str) -> float:
@@ -343,6 +385,105 @@ def test_a_family_without_a_checkpoint_says_where_it_looked_and_what_to_do(clien
     first, second = caught.value.message().splitlines()
     assert first == ("Model 'bge' has no checkpoint. Fetch it with: triton-embed download BAAI/bge-base-en-v1.5")
     assert second.endswith("checkpoints/BAAI/bge-base-en-v1.5")
+
+
+def test_identical_texts_of_a_request_are_computed_once(
+    client: Client, triton: Triton, expected: np.ndarray, bge_tiny: Any
+) -> None:
+    tokenizer, before = AutoTokenizer.from_pretrained(bge_tiny), rows_by_source(triton, "bge_tiny")
+    tokens = computed(triton, "bge_tiny")
+    order = [0, 1, 0, 2, 3, 1, 0, 4]
+    answer = client.infer("bge_tiny", client.text(*(TEXTS[i] for i in order)))
+    np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected[order], atol=2e-5)
+    reused = answer.as_numpy("REUSED")
+    assert (reused.dtype, reused[:, 0].tolist()) == (np.int32, [0, 0, 1, 0, 0, 1, 1, 0])
+    lengths = [len(tokenizer(text).input_ids) for text in TEXTS]
+    assert answer.as_numpy("TOKENS")[:, 0].tolist() == [lengths[i] for i in order]  # what was embedded is counted
+    time.sleep(0.1)
+    assert computed(triton, "bge_tiny") - tokens == sum(lengths)
+    assert rows_by_source(triton, "bge_tiny") - before == Counter(computed=5, in_flight=3)
+
+
+def test_the_ids_of_a_text_are_the_same_row(client: Client, expected: np.ndarray, bge_tiny: Any) -> None:
+    """And a text with its prompt is what the model reads: not the text alone."""
+    prompts = json.dumps([{}, {"instruction": "The cat "}, {}])
+    answer = client.infer("bge_tiny", client.text("The cat sat.", "sat.", "sat."), prompts=prompts)
+    assert answer.as_numpy("REUSED")[:, 0].tolist() == [0, 1, 0]
+    np.testing.assert_allclose(answer.as_numpy("EMBEDDING")[:2], expected[[0, 0]], atol=2e-5)
+
+
+def test_long_texts_share_their_chunks_and_bad_rows_share_nothing(client: Client, bge_tiny: Any) -> None:
+    letters = [" ".join("abcdefg"[(i * k) % 7] for i in range(150)) for k in (1, 2)]
+    answer = client.infer(
+        "bge_tiny", client.text(letters[0], "", letters[1], letters[0]), long_text="mean", on_error="report"
+    )
+    assert answer.as_numpy("REUSED")[:, 0].tolist() == [0, 0, 0, 1]
+    found = answer.as_numpy("EMBEDDING")
+    assert np.array_equal(found[0], found[3])
+    chunks = oracles.ids_of(bge_tiny, [letters[0][:149], letters[0][150:]])
+    mean = oracles.encoder_vectors(bge_tiny, chunks, "cls").sum(axis=0)
+    np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def remembering(bge_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """`bge_tiny` with room for a few vectors in its cache."""
+    root = tmp_path_factory.mktemp("remembering")
+    parameters = {"checkpoint": str(bge_tiny), "threads": "1", "dtype": "float32", "cache_bytes": "4000"}
+    repository.write_model(REPOSITORY, "bge", root / "models", "bge_tiny", parameters)
+    server = Triton(root / "models", root / "log")
+    yield server
+    server.stop()
+
+
+def test_the_cache_answers_what_comes_again(remembering: Triton, expected: np.ndarray) -> None:
+    client = Client(tritonclient.grpc, remembering.grpc)
+    before = rows_by_source(remembering, "bge_tiny")
+    for reused in ([0, 0], [2, 2]):
+        answer = client.infer("bge_tiny", client.text(*TEXTS[:2]))
+        assert answer.as_numpy("REUSED")[:, 0].tolist() == reused
+        np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected[:2], atol=2e-5)
+    shorter = client.infer("bge_tiny", client.text(TEXTS[1], TEXTS[2]), dimensions=20)
+    assert shorter.as_numpy("REUSED")[:, 0].tolist() == [0, 0]
+    cut = torch.nn.functional.normalize(torch.from_numpy(expected[1:3, :20]), dim=-1).numpy()
+    np.testing.assert_allclose(shorter.as_numpy("EMBEDDING"), cut, atol=2e-5)
+    time.sleep(0.1)
+    assert rows_by_source(remembering, "bge_tiny") - before == Counter(computed=4, cache=2)
+    assert 0 < scraped(remembering, "triton_embed_cache_bytes", "bge_tiny") <= 4_000
+    for i in range(20):  # more than there is room for
+        client.infer("bge_tiny", client.text(f"the {i}"))
+    answer = client.infer("bge_tiny", client.text(TEXTS[0], "the 19"))
+    assert answer.as_numpy("REUSED")[:, 0].tolist() == [0, 2]
+    np.testing.assert_allclose(answer.as_numpy("EMBEDDING")[0], expected[0], atol=2e-5)
+    time.sleep(0.1)
+    assert 0 < scraped(remembering, "triton_embed_cache_bytes", "bge_tiny") <= 4_000
+    client.client.close()
+
+
+def test_identical_requests_at_once(triton: Triton, expected: np.ndarray) -> None:
+    """However they meet, everyone gets its vectors, and what is said to be computed was."""
+    before = rows_by_source(triton, "bge_tiny")
+    told: list[list[int]] = []
+    start = threading.Barrier(16)
+
+    def call() -> None:
+        client = Client(tritonclient.grpc, triton.grpc)
+        start.wait()
+        answer = client.infer("bge_tiny", client.text(*TEXTS))
+        np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected, atol=2e-5)
+        told.append(answer.as_numpy("REUSED")[:, 0].tolist())
+        client.client.close()
+
+    threads = [threading.Thread(target=call) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(told) == 16
+    time.sleep(0.1)
+    counts = np.bincount(np.concatenate(told), minlength=3)
+    assert rows_by_source(triton, "bge_tiny") - before == Counter(computed=counts[0], in_flight=counts[1])
+    assert counts.tolist() == [counts[0], 80 - counts[0], 0]
 
 
 def test_a_bad_request_among_good_ones_fails_alone(triton: Triton, expected: np.ndarray) -> None:

@@ -234,8 +234,10 @@ def test_the_end_leaves_nobody_without_an_answer(workers: int, tmp_path: Path) -
     seen: list[Asked] = []
     done = threading.Event()
     quick = json.dumps({"input": ["hello world"] * 4}).encode()
-    fair = json.dumps({"input": ["a long text " * 40] * 100}).encode()
-    long = json.dumps({"input": ["a long text " * 40] * 2000}).encode()  # far longer than it may go on
+    fair, *long = (  # the last two go on far longer than they may; no two texts are the same
+        json.dumps({"input": [f"{start + i} {'a long text ' * 40}" for i in range(count)]}).encode()
+        for start, count in ((0, 100), (1_000, 2_000), (5_000, 2_000))
+    )
 
     def ask(body: bytes, keep: bool) -> None:
         with requests.Session() as session:
@@ -249,7 +251,7 @@ def test_the_end_leaves_nobody_without_an_answer(workers: int, tmp_path: Path) -
                     return  # it has stopped listening
 
     threads = [threading.Thread(target=ask, args=(quick, i % 2 == 0)) for i in range(8)]
-    threads += [threading.Thread(target=ask, args=(body, False)) for body in (fair, long, long)]
+    threads += [threading.Thread(target=ask, args=(body, False)) for body in (fair, *long)]
     for thread in threads[:8]:
         thread.start()
     time.sleep(2)

@@ -107,7 +107,7 @@ def test_a_model_of_the_repository_whose_directory_is_gone(tmp_path: Path) -> No
         (["minilm", "--card=org/unknown"], "--card org/unknown: no scores are known of it; known are Alibaba-NLP/gme"),
         (["minilm", "--parameter=dtype"], "--parameter dtype is not KEY=VALUE"),
         (["minilm", "--parameter=dtyp=x"], "minilm/config.pbtxt: unknown parameter 'dtyp'"),
-        (["minilm", "--parameter=dtype=int8"], "dtype is 'int8', not one of"),
+        (["minilm", "--parameter=dtype=int4"], "dtype is 'int4', not one of"),
         (["minilm", "--model-repository=/nonexistent"], "/nonexistent holds no model directory"),
         ([str(MINILM), "--model-repository=/nonexistent"], "/nonexistent holds no model directory"),
     ],

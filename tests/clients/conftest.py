@@ -30,6 +30,7 @@ WAITING_TOKENS = 20_000  # three requests of test_openai's that fills the queue
 # Documented switches, all of them: no telemetry, no price list fetched. What asks for the network all the same meets
 # a port that nobody listens on.
 os.environ |= {
+    "TRITON_EMBED_DTYPE": "float32",  # as expected.py
     "ANONYMIZED_TELEMETRY": "False",
     "HAYSTACK_TELEMETRY_ENABLED": "False",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
