@@ -19,7 +19,8 @@ from torch import Tensor
 
 from triton_embed.kernels.packed import Packed
 
-PADDED = 1.25  # tokens of a group with its padding, at most, for each without
+PADDED = 1.25  # tokens of a group with its padding, at most, for each without,
+FEW = 128  # but so few are padded to whatever length: one call is faster than several
 CELLS = 2**22  # scores of a group, at most, unless one sequence has more: what stays in a cache
 QUERIES = 256  # of each sequence at a time
 LEAST_TOKENS = 96  # of a group: with fewer, torch's one call is faster than several
@@ -77,7 +78,9 @@ def groups(lengths: Sequence[int], heads: int, longest: int) -> list[Group]:
         cells = (len(members) + 1) * grown
         padded = cells > tokens + length
         if members and (
-            cells > PADDED * (tokens + length) or cells * grown * heads > CELLS or (padded and grown > longest)
+            cells > max(FEW, PADDED * (tokens + length))
+            or cells * grown * heads > CELLS
+            or (padded and grown > longest)
         ):
             found += _blocks(first, members, longest)
             first, tokens, grown, members = first + tokens, 0, length, []

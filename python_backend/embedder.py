@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 # bf16; a wrong mask or a wrong head does not come near.
 LEAST_COSINE = 0.99
 
+CROWD_TOKENS = 256
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -40,13 +42,14 @@ class Embedder:
     def __init__(self, spec: Spec, directory: Path, serving: ServingConfig) -> None:
         self.model = ModelConfig.from_checkpoint(directory, serving, spec)
         self.device = serving.device
-        self.dtype = _dtype(serving)
+        self._threads = serving.thread_count
         ops.use(serving.kernels)
         self.kernels = ops.used_on(self.device)
+        self.dtype = _dtype(serving, self.kernels)
         with _told(serving):
             ops.require(self.device, self.dtype)
         if self.device == "cpu":
-            torch.set_num_threads(serving.thread_count)
+            torch.set_num_threads(self._threads)
             _keep_memory()
         else:
             torch.cuda.set_device(self.device)
@@ -73,17 +76,28 @@ class Embedder:
 
     @torch.inference_mode()
     def embed(
-        self, rows: Sequence[Row], dims: Sequence[int], between: Callable[[], None] | None = None
+        self,
+        rows: Sequence[Row],
+        dims: Sequence[int],
+        between: Callable[[], None] | None = None,
+        crowded: bool = False,
     ) -> npt.NDArray[np.float32]:
         """One packed forward: rows -> fp32 [B,E], row b normalised over its first dims[b] values.
 
-        On a CPU `between` is called a few times a layer, and may itself call `embed` for what cannot wait.
+        On a CPU `between` is called a few times a layer, and may itself call `embed` for what cannot wait; a small pass
+        that is `crowded`, of several requests, takes one core: the others are busy with reading and answering, and
+        two threads that have to wait for each other after every operation wait for these.
         """
         before, self._between = self._between, between
+        threads = torch.get_num_threads()
+        if self.device == "cpu":
+            _use_threads(1 if crowded and sum(row.cost for row in rows) < CROWD_TOKENS else self._threads)
         try:
             return self._embed(self._forward, rows, dims)
         finally:
             self._between = before
+            if before is not None:  # this was within another pass, which goes on
+                _use_threads(threads)
 
     def _embed(self, forward: Forward, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
         hidden, packed = forward(rows)
@@ -137,7 +151,7 @@ class Embedder:
             ops.use("torch")
             expected = self._vectors(self._network)
             ops.use(serving.kernels)
-            cosine = min(_least_cosine(found, expected) for found in vectors)
+            cosine = _least_cosine(np.stack(vectors), expected)
             if not cosine >= LEAST_COSINE:
                 raise ValueError(f"Triton's kernels and torch's disagree on {self.device}: cosine {cosine:.4f}")
             log.info("%s: Triton's kernels agree with torch's: cosine at least %.5f", serving.name, cosine)
@@ -182,8 +196,13 @@ def _told(serving: ServingConfig) -> Iterator[None]:
 
 
 def _least_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    """Of vectors [n,E] of length 1; NaN, if any of them is."""
-    return float((vectors * expected).sum(axis=1).min())
+    """Of vectors [...,n,E] and [n,E] of length 1; NaN, if any of them is."""
+    return float((vectors * expected).sum(axis=-1).min())
+
+
+def _use_threads(count: int) -> None:
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 def _keep_memory() -> None:
@@ -199,10 +218,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(serving: ServingConfig) -> torch.dtype:
+def _dtype(serving: ServingConfig, kernels: str) -> torch.dtype:
     if serving.dtype == "int8" and serving.device != "cpu":
         raise ConfigError(f"{serving.name}/config.pbtxt: dtype is 'int8', which only a CPU computes in")
     if serving.dtype in ("auto", "int8"):
-        return precision.fast_dtype() if serving.device == "cpu" else torch.bfloat16
+        if serving.device != "cpu":
+            return torch.bfloat16
+        return precision.fast_dtype() if kernels == "torch" else torch.float32
     found: torch.dtype = getattr(torch, serving.dtype)
     return found

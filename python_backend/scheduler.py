@@ -34,10 +34,11 @@ Between = Callable[[], None]
 
 
 class Compute(Protocol):
-    """Rows -> fp32 [rows, at least max(dims)]. `between` is to be called now and then on the way; it may compute."""
+    """Rows -> fp32 [rows, at least max(dims)]. `between` is to be called now and then on the way; it may compute.
+    `crowded`: the rows are of several requests."""
 
     def __call__(
-        self, rows: Sequence[Row], dims: Sequence[int], between: Between | None
+        self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, crowded: bool
     ) -> npt.NDArray[np.float32]: ...
 
 
@@ -174,8 +175,9 @@ class Scheduler:
             return
         began, paused = time.monotonic(), self._paused
         dims = [flight.dims for flight in flights]
+        crowded = len({job for flight in flights for job in flight.jobs}) > 1
         try:
-            vectors = self._compute([flight.row for flight in flights], dims, between)
+            vectors = self._compute([flight.row for flight in flights], dims, between, crowded)
             if len(vectors) != len(flights) or vectors.shape[1] < max(dims):
                 raise ValueError(
                     f"{vectors.shape} vectors of {len(flights)} rows, of which the largest has {max(dims)}"

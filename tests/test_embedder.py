@@ -481,3 +481,29 @@ def test_the_operator_decides_on_threads(bge_tiny: Path) -> None:
     for threads in (2, 1):
         embedder(bge_tiny, threads=threads)
         assert torch.get_num_threads() == threads
+
+
+def test_a_small_pass_of_several_callers_takes_one_core(bge_tiny: Path) -> None:
+    """And leaves the others to what reads and answers; what it interrupted goes on with all of them."""
+    ours = embedder(bge_tiny, threads=2)
+    few, many = rows_of((5, 9), 80), rows_of((60,) * 5, 80)
+    seen: list[int] = []
+
+    def threads(rows: list[Row], crowded: bool) -> set[int]:
+        seen.clear()
+        ours.embed(rows, [60] * len(rows), lambda: seen.append(torch.get_num_threads()), crowded)
+        return set(seen)
+
+    assert threads(few, crowded=True) == {1}
+    assert threads(few, crowded=False) == {2}
+    assert threads(many, crowded=True) == {2}
+
+    inner: list[int] = []
+
+    def interrupt() -> None:
+        seen.append(torch.get_num_threads())
+        ours.embed(few, [60] * 2, lambda: inner.append(torch.get_num_threads()), crowded=True)
+
+    seen.clear()
+    ours.embed(many, [60] * 5, interrupt)
+    assert (set(seen), set(inner)) == ({2}, {1})

@@ -99,7 +99,7 @@ class Engine:
         self.entered = threading.Event()
         self.spoil: Callable[[Sequence[Row], Vectors], Vectors] = lambda _, vectors: vectors
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None) -> Vectors:
+    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, crowded: bool) -> Vectors:
         assert len(rows) == len(dims)
         self.batches.append(list(rows))
         self.entered.set()
@@ -712,9 +712,9 @@ def test_a_small_pass_and_a_pass_in_a_pause_are_not_interrupted(engine: Engine, 
     betweens: list[bool] = []
     compute = engine.compute
 
-    def watched(rows: Sequence[Row], dims: Sequence[int], between: Between | None) -> Vectors:
+    def watched(rows: Sequence[Row], dims: Sequence[int], between: Between | None, crowded: bool) -> Vectors:
         betweens.append(between is not None)
-        return compute(rows, dims, between)
+        return compute(rows, dims, between, crowded)
 
     running = Running(watched, budget=WIDE)
     engine.pauses = [lambda: running.submit(job(Caller(), 3, first=50))]
