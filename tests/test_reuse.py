@@ -444,7 +444,7 @@ class Digesting:
         self.failed: list[set[Key]] = []
         self.together: list[list[int]] = []
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None) -> Vectors:
+    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, crowded: bool) -> Vectors:
         keys = [identity(one, size) for one, size in zip(rows, dims, strict=True)]
         self.now.update(keys)
         self.most = max(self.most, *self.now.values())
