@@ -9,6 +9,7 @@ the sums tell whether exp2 stayed in range; where it did not, torch's attention 
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -107,7 +108,7 @@ def _blocks(first: int, lengths: Sequence[int], longest: int) -> Iterator[Group]
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool, scale: float) -> Tensor:
     """q [T,H,D], k and v [T,G,D] -> [T,H,D], as `ops.varlen_attention` without window and prefix."""
-    longest = WIDE // q.shape[2] if q.dtype == torch.float32 else max(packed.lengths)
+    longest = WIDE // q.shape[2] if q.dtype == torch.float32 else sys.maxsize
     key = (q.shape[1], longest)
     if key not in packed.groups:
         packed.groups[key] = groups(packed.lengths[: len(packed.lengths) - packed.fillers], *key)

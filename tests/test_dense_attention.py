@@ -80,7 +80,8 @@ def test_scores_far_from_0(spread: float, offset: float, causal: bool) -> None:
     assert (found - wanted).abs().max() < 1e-6 * max(8.0, largest)
 
 
-def test_what_is_out_of_range_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_what_is_out_of_range_is_noticed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torch's attention to fall back on, the result above would be wrong."""
     calls = []
     whole = torch.nn.functional.scaled_dot_product_attention
@@ -89,7 +90,7 @@ def test_what_is_out_of_range_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
         "scaled_dot_product_attention",
         lambda *args, **options: calls.append(args[0].shape[2]) or whole(*args, **options),
     )
-    q, k, v = drawn((4, 4, 32), 200, torch.float32)
+    q, k, v = drawn((4, 4, 32), 200, dtype)
     dense_attention.attention(q, k, v, Packed.from_lengths([200]), False, 32**-0.5)
     assert not calls
     dense_attention.attention(q * 50, k * 50, v, Packed.from_lengths([200]), False, 32**-0.5)
