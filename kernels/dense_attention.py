@@ -108,27 +108,27 @@ def _blocks(first: int, lengths: Sequence[int], longest: int) -> Iterator[Group]
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool, scale: float) -> Tensor:
     """q [T,H,D], k and v [T,G,D] -> [T,H,D], as `ops.varlen_attention` without window and prefix."""
+    if len(packed.lengths) == packed.fillers + 1 and len(q) < LEAST_TOKENS:
+        own = packed.lengths[0]  # what fillers see besides does not matter
+        q, k, v = (x[None].transpose(1, 2) for x in (q, k[:own], v[:own]))
+        return _attend_exactly(q, k, v, None, causal, scale)[0]
     longest = WIDE // q.shape[2] if q.dtype == torch.float32 else sys.maxsize
     key = (q.shape[1], longest)
-    if key not in packed.groups:
-        packed.groups[key] = groups(packed.lengths[: len(packed.lengths) - packed.fillers], *key)
+    if key not in packed.plans:
+        packed.plans[key] = groups(packed.lengths[: len(packed.lengths) - packed.fillers], *key)
     out = torch.empty(q.shape, dtype=q.dtype)
     out[len(out) - packed.fillers :] = 0
-    for group in packed.groups[key]:
+    for group in packed.plans[key]:
         into = out[group.first : group.first + group.tokens]
         queries, keys, values = _block(q, group), _block(k, group), _block(v, group)
-        dense = group.tokens >= LEAST_TOKENS and group.length <= longest
         if group.found is None:
             block = into.view(group.count, group.length, *q.shape[1:])
         else:
             block = torch.empty(group.count, group.length, *q.shape[1:], dtype=q.dtype)
+        dense = group.tokens >= LEAST_TOKENS and group.length <= longest
         if not (dense and _attend(queries, keys, values, group.real, causal, scale, block)):
-            mask = None if causal else group.real
-            gqa = q.shape[1] != k.shape[1]
-            attended = F.scaled_dot_product_attention(
-                queries, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=gqa
-            )
-            block.copy_(attended.transpose(1, 2))
+            attended = _attend_exactly(queries, keys, values, group.real, causal, scale)
+            block = block.copy_(attended) if group.found is None else attended
         if group.found is not None:
             torch.index_select(block.flatten(0, 1), 0, group.found, out=into)
     return out
@@ -139,6 +139,13 @@ def _block(x: Tensor, group: Group) -> Tensor:
     places = group.places
     rows = x[group.first : group.first + group.tokens] if places is None else x.index_select(0, places)
     return rows.view(group.count, group.length, *x.shape[1:]).transpose(1, 2)
+
+
+def _attend_exactly(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """torch's own, of q [N,H,n,D], k and v [N,G,m,D]: [N,n,H,D]."""
+    mask = None if causal else real
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, causal: bool, scale: float, out: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 # Our activation -> oneDNN's name and algorithm for it, where it has one.
 _EPILOGUES = {"gelu_erf": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+_LINEAR = torch.ops.mkldnn._linear_pointwise
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -31,11 +32,11 @@ def fuses(act: str | None) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> Tensor:
     """See `ops.linear`; weight comes from `pack`, act is one that it fuses."""
     name, algorithm = _EPILOGUES.get(act, ("none", "")) if act else ("none", "")
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    y: Tensor = _LINEAR.default(x, weight, bias, name, [], algorithm)
     return y
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """x @ weight.T + bias + residual, rounded once; weight comes from `pack`."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    y: Tensor = _LINEAR.binary(x, residual, weight, bias, "add")
     return y

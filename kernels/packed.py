@@ -19,7 +19,8 @@ class Packed:
 
     `cu_seqlens` [B+1] int32 lives on the device; `lengths` is the same fact on the host, so that no op has to
     wait for the device to learn a shape. Every length is at least 1. The last `fillers` sequences are one token each
-    and nobody's: what is computed for them does not matter.
+    and nobody's: what is computed for them does not matter. `plans` is where an op keeps what it works out from the
+    lengths, for the other layers.
     """
 
     cu_seqlens: torch.Tensor
@@ -27,7 +28,7 @@ class Packed:
     fillers: int = 0
     _bounds: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
     _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    groups: dict[tuple[int, int], list[Any]] = field(default_factory=dict, repr=False, compare=False)
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_lengths(

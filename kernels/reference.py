@@ -231,17 +231,17 @@ def segment_pool(
     l2: bool = True,
 ) -> Tensor:
     """See `ops.segment_pool`."""
-    starts, ends = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
     if mode == "cls":
-        pooled = x[starts].float()
+        pooled = x[packed.cu_seqlens[:-1]].float()
     elif mode == "last":
-        pooled = x[ends - 1].float()
+        pooled = x[packed.cu_seqlens[1:] - 1].float()
     else:
         pooled = torch.segment_reduce(x.float(), mode, offsets=packed.cu_seqlens.long(), axis=0)
     if norm is not None:
         pooled = norm(pooled).float()
-    kept = torch.arange(pooled.shape[1], device=x.device) < torch.tensor(dims, device=x.device)[:, None]
-    pooled = torch.where(kept, pooled, 0.0)
+    if min(dims) < pooled.shape[1]:
+        kept = torch.arange(pooled.shape[1], device=x.device) < torch.tensor(dims, device=x.device)[:, None]
+        pooled = torch.where(kept, pooled, 0.0)
     return F.normalize(pooled, dim=-1) if l2 else pooled
 
 

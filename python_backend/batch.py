@@ -66,13 +66,12 @@ class Layout:
         lengths = tuple(map(len, rows))
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every row needs at least one token, got lengths {list(lengths)}")
-        placed = [np.arange(length)[None] for length in lengths] if positions is None else positions
         offsets = np.cumsum([0, *lengths])
-        arrays = {
-            "ids": np.concatenate(rows),
-            "positions": np.concatenate(placed, axis=1),
-            "cu_seqlens": offsets,
-        }
+        if positions is None:
+            placed = (np.arange(offsets[-1]) - offsets[:-1].repeat(lengths))[None]
+        else:
+            placed = np.concatenate(positions, axis=1)
+        arrays = {"ids": np.concatenate(rows), "positions": placed, "cu_seqlens": offsets}
         if pooling in ("cls", "last"):
             arrays["pooled"] = offsets[:-1] if pooling == "cls" else offsets[1:] - 1
             arrays["states"] = np.arange(len(rows) + 1)
@@ -119,7 +118,9 @@ class Layout:
         return torch.from_numpy(found)
 
     def to(self, device: str) -> Batch:
-        """On the device, after one copy."""
+        """On the device, after one copy; on a CPU as it is."""
+        if device == "cpu":
+            return self._batch({name: torch.from_numpy(array) for name, array in self.arrays.items()})
         buffer = self.buffer()
         return self.view(buffer.pin_memory().to(device, non_blocking=True) if "cuda" in device else buffer.to(device))
 
@@ -129,6 +130,9 @@ class Layout:
             name: buffer[start : start + int(np.prod(shape))].view(shape)
             for name, (start, shape) in self.places.items()
         }
+        return self._batch(found)
+
+    def _batch(self, found: Mapping[str, Tensor]) -> Batch:
         packed = Packed(found["cu_seqlens"], self.lengths, self.fillers)
         if self.tile is not None:
             packed = Packed.laid_out(found["cu_seqlens"], self.lengths, found["bounds"], found["tiles"], self.tile)

@@ -89,12 +89,16 @@ class Embedder:
         two threads that have to wait for each other after every operation wait for these.
         """
         before, self._between = self._between, between
+        pausing = self._layers if between is not None and self.device == "cpu" else ()
+        pauses = [layer.register_forward_pre_hook(self._pause) for layer in pausing]
         threads = torch.get_num_threads()
         if self.device == "cpu":
             _use_threads(1 if crowded and sum(row.cost for row in rows) < CROWD_TOKENS else self._threads)
         try:
             return self._embed(self._forward, rows, dims)
         finally:
+            for pause in pauses:
+                pause.remove()
             self._between = before
             if before is not None:  # this was within another pass, which goes on
                 _use_threads(threads)
@@ -103,7 +107,7 @@ class Embedder:
         hidden, packed = forward(rows)
         # A network may add rows of its own, to give libraries sizes they know.
         fillers = len(packed.lengths) - len(rows)
-        vectors = self._head(hidden, packed, [*dims, *[1] * fillers])[: len(rows)]
+        vectors = self._head(hidden, packed, [*dims, *[self.model.dimensions] * fillers])[: len(rows)]
         result: npt.NDArray[np.float32] = vectors.cpu().numpy()
         return result
 
@@ -111,26 +115,20 @@ class Embedder:
         network = spec.load(spec.network)
         with torch.device("meta"):
             self._network = network(self.model, self.model.shape, self.device).eval()
-            self._head = Head(self.model).eval()
+            self._layers = [module for module in self._network.modules() if isinstance(module, Linear)]
+        self._head = Head(self.model).eval()
         weights.load(self._network, network.naming, directory, self.dtype, self.device)
         for dense, found in zip(self._head.dense, self.model.dense, strict=True):
             weights.load(dense, weights.Naming(), found.directory, self.dtype, self.device)
-        if self.device == "cpu":
-            self._pause_in_layers()
 
     def _pack(self, serving: ServingConfig) -> None:
-        for module in self._network.modules():
-            if isinstance(module, Linear):
-                module.pack(in_int8=serving.dtype == "int8")
+        for layer in self._layers:
+            layer.pack(in_int8=serving.dtype == "int8")
 
-    def _pause_in_layers(self) -> None:
-        def pause(*_: object) -> None:
-            if self._between is not None:
-                self._between()
-
-        for module in self._network.modules():
-            if isinstance(module, Linear):
-                module.register_forward_pre_hook(pause)
+    def _pause(self, *_: object) -> None:
+        """Before a layer: what its pass was told to call between layers, unless that is where it is."""
+        if self._between is not None:
+            self._between()
 
     @torch.inference_mode()
     def _prepare(self, serving: ServingConfig) -> Forward:
