@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # bf16; a wrong mask or a wrong head does not come near.
 LEAST_COSINE = 0.99
 
-CROWD_TOKENS = 256
+FEW_TOKENS = 256  # of a pass, below which a second core gains less than others lose
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -80,20 +80,20 @@ class Embedder:
         rows: Sequence[Row],
         dims: Sequence[int],
         between: Callable[[], None] | None = None,
-        crowded: bool = False,
+        spare: bool = False,
     ) -> npt.NDArray[np.float32]:
         """One packed forward: rows -> fp32 [B,E], row b normalised over its first dims[b] values.
 
-        On a CPU `between` is called a few times a layer, and may itself call `embed` for what cannot wait; a small pass
-        that is `crowded`, of several requests, takes one core: the others are busy with reading and answering, and
-        two threads that have to wait for each other after every operation wait for these.
+        On a CPU `between` is called a few times a layer, and may itself call `embed` for what cannot wait. `spare`:
+        leave a core, or for few tokens all but one, to those who read and answer requests meanwhile. Threads that
+        wait for each other after every operation wait for these too, where they share a core.
         """
         before, self._between = self._between, between
-        pausing = self._layers if between is not None and self.device == "cpu" else ()
-        pauses = [layer.register_forward_pre_hook(self._pause) for layer in pausing]
+        pausing = self._network.modules() if between is not None and self.device == "cpu" else ()
+        pauses = [module.register_forward_pre_hook(self._pause) for module in pausing]
         threads = torch.get_num_threads()
         if self.device == "cpu":
-            _use_threads(1 if crowded and sum(row.cost for row in rows) < CROWD_TOKENS else self._threads)
+            _use_threads(self._threads_for(rows) if spare else self._threads)
         try:
             return self._embed(self._forward, rows, dims)
         finally:
@@ -102,6 +102,10 @@ class Embedder:
             self._between = before
             if before is not None:  # this was within another pass, which goes on
                 _use_threads(threads)
+
+    def _threads_for(self, rows: Sequence[Row]) -> int:
+        """With a core to spare."""
+        return 1 if sum(row.cost for row in rows) < FEW_TOKENS else max(1, self._threads - 1)
 
     def _embed(self, forward: Forward, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
         hidden, packed = forward(rows)
@@ -126,7 +130,7 @@ class Embedder:
             layer.pack(in_int8=serving.dtype == "int8")
 
     def _pause(self, *_: object) -> None:
-        """Before a layer: what its pass was told to call between layers, unless that is where it is."""
+        """Before a module: what its pass was told to call on the way, unless that is where it is."""
         if self._between is not None:
             self._between()
 

@@ -34,6 +34,7 @@ from test_scheduler import (
     raising,
     row,
     submitting,
+    undivided,  # noqa: F401 - applies to every test here
     vectors_of,
 )
 
@@ -444,7 +445,7 @@ class Digesting:
         self.failed: list[set[Key]] = []
         self.together: list[list[int]] = []
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, crowded: bool) -> Vectors:
+    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool) -> Vectors:
         keys = [identity(one, size) for one, size in zip(rows, dims, strict=True)]
         self.now.update(keys)
         self.most = max(self.most, *self.now.values())

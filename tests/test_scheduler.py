@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pytest
 
 from triton_embed.python_backend import job as job_file
+from triton_embed.python_backend import scheduler as scheduler_file
 from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.job import Job
 from triton_embed.python_backend.row import NO_IDS, Row
@@ -99,7 +100,7 @@ class Engine:
         self.entered = threading.Event()
         self.spoil: Callable[[Sequence[Row], Vectors], Vectors] = lambda _, vectors: vectors
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, crowded: bool) -> Vectors:
+    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool) -> Vectors:
         assert len(rows) == len(dims)
         self.batches.append(list(rows))
         self.entered.set()
@@ -162,6 +163,12 @@ class Running:
 def ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every job is asked whether it was cancelled, however short its wait."""
     monkeypatch.setattr(job_file, "CANCEL_SECONDS", 0)
+
+
+@pytest.fixture(autouse=True)
+def undivided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small jobs are forgotten at once: a pass over large ones is a budget."""
+    monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -638,8 +645,11 @@ def test_where_both_lanes_wait_they_take_turns(engine: Engine, wide: Running) ->
     assert sizes == [(10, 100), (1, 0), (10, 110), (1, 1), (10, 120), (1, 2), (10, 130), (1, 3)]
 
 
-def test_a_stream_of_small_jobs_starves_no_large_one(engine: Engine, wide: Running) -> None:
+def test_a_stream_of_small_jobs_starves_no_large_one(
+    engine: Engine, wide: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two callers, each of whom asks again as soon as it is answered, for as long as a large job runs."""
+    monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 60.0)
     finished = threading.Event()
     answered = [0, 0]
 
@@ -667,7 +677,7 @@ def test_a_stream_of_small_jobs_starves_no_large_one(engine: Engine, wide: Runni
     finish(threads)
     begun = next(i for i, batch in enumerate(computed(engine)) if batch[0] >= 10**7)
     ended = len(engine.batches) - next(i for i, b in enumerate(reversed(computed(engine))) if b[0] >= 10**7)
-    assert ended - begun <= 2 * 20  # at most every other one was somebody else's
+    assert ended - begun <= 2 * 40  # at most every other one was somebody else's
     assert min(answered) > 3
 
 
@@ -712,9 +722,9 @@ def test_a_small_pass_and_a_pass_in_a_pause_are_not_interrupted(engine: Engine, 
     betweens: list[bool] = []
     compute = engine.compute
 
-    def watched(rows: Sequence[Row], dims: Sequence[int], between: Between | None, crowded: bool) -> Vectors:
+    def watched(rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool) -> Vectors:
         betweens.append(between is not None)
-        return compute(rows, dims, between, crowded)
+        return compute(rows, dims, between, spare)
 
     running = Running(watched, budget=WIDE)
     engine.pauses = [lambda: running.submit(job(Caller(), 3, first=50))]
@@ -725,6 +735,53 @@ def test_a_small_pass_and_a_pass_in_a_pause_are_not_interrupted(engine: Engine, 
     large.outcome()
     running.close()
     assert betweens == [False, True, False]
+
+
+class Spared:
+    """An engine, and of each pass begun: its tokens, and whether it left a core to others."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._compute = engine.compute
+        self.passes: list[tuple[int, bool]] = []
+
+    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool) -> Vectors:
+        self.passes.append((sum(one.cost for one in rows), spare))
+        return self._compute(rows, dims, between, spare)
+
+
+def spared(engine: Engine, budget: int, jobs: Sequence[Sequence[int]], first: int = 1) -> list[tuple[int, bool]]:
+    """The passes over jobs of rows of these lengths, which came while a job of `first` tokens was computed."""
+    seen = Spared(engine)
+    running = Running(seen.compute, budget=budget)
+    engine.gate.clear()
+    engine.entered.clear()
+    callers = [Caller() for _ in range(len(jobs) + 1)]
+    for i, (caller, lengths) in enumerate(zip(callers, [[first], *jobs], strict=True)):
+        running.submit(job(caller, *lengths, first=100 * i))
+        assert i or engine.entered.wait(PATIENCE)
+    engine.gate.set()
+    assert all(isinstance(caller.outcome(), np.ndarray) for caller in callers)
+    running.close()
+    return seen.passes
+
+
+def test_several_jobs_of_few_tokens_leave_a_core_to_others(engine: Engine) -> None:
+    light = scheduler_file.LIGHT
+    assert spared(engine, 400, [[light - 1], [light]]) == [(1, False), (2 * light - 1, True)]
+    assert spared(engine, 400, [[light], [light]]) == [(1, False), (2 * light, False)]
+    assert spared(engine, 400, [[5]]) == [(1, False), (5, False)]
+
+
+def test_while_small_jobs_come_passes_over_large_ones_are_halved(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leave a core, as do the small ones among them."""
+    monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 60.0)
+    alone = spared(engine, 40, [[20, 20, 20]], first=20)
+    assert alone == [(20, False), (40, False), (20, False)]
+    engine.pauses = [lambda: None] * 2
+    assert spared(engine, 40, [[20, 20, 20]]) == [(1, False), (20, True), (20, True), (20, True)]
+    assert spared(engine, 40, [[20, 20], [3]]) == [(1, False), (3, True), (20, True), (20, True)]
 
 
 def test_what_fails_in_a_pause_fails_alone(engine: Engine, wide: Running) -> None:
