@@ -1,10 +1,10 @@
-"""What the machine can do at most: the four linears of a MiniLM layer, as fast as oneDNN multiplies them.
+"""What the machine can do at most: the linears of a network's layers, as fast as oneDNN multiplies them.
 
 `python -m benchmarks.gemm` is a worker like an engine's; its workloads are the dtypes of DTYPES.
 """
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,20 +12,36 @@ from torch import Tensor
 from benchmarks.worker import answer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LAYERS = 6
-SHAPES = ((384, 3 * 384), (384, 384), (384, 1536), (1536, 384))  # inputs, outputs: QKV, out, up, down
 TOKENS = 1024
-FLOP_A_TOKEN = LAYERS * sum(2 * inputs * outputs for inputs, outputs in SHAPES)
+
+
+class Network(NamedTuple):
+    """`linears` of a layer: (inputs, outputs) of QKV, out, up (and gate) and down."""
+
+    layers: int
+    linears: tuple[tuple[int, int], ...]
+
+    @property
+    def flop_a_token(self) -> int:
+        return self.layers * sum(2 * inputs * outputs for inputs, outputs in self.linears)
+
+
+NETWORKS = {
+    "minilm": Network(6, ((384, 3 * 384), (384, 384), (384, 1_536), (1_536, 384))),
+    "bge-large": Network(24, ((1_024, 3 * 1_024), (1_024, 1_024), (1_024, 4_096), (4_096, 1_024))),
+    "qwen3-0.6b": Network(28, ((1_024, 4_096), (2_048, 1_024), (1_024, 2 * 3_072), (3_072, 1_024))),
+}
 
 
 class Linears:
-    """A layer's linears with weights of their own for every layer, so that no cache holds what MiniLM's does not."""
+    """Weights of their own for every layer, so that no cache holds what the network's does not."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, network: Network, dtype: torch.dtype) -> None:
+        self.network = network
         draw = torch.Generator().manual_seed(0)
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        for _ in range(LAYERS):
-            for inputs, outputs in SHAPES:
+        for _ in range(network.layers):
+            for inputs, outputs in network.linears:
                 x = torch.randn(TOKENS, inputs, generator=draw).to(dtype)
                 weight = (torch.randn(outputs, inputs, generator=draw) * inputs**-0.5).to(dtype)
                 # Laid out for this number of tokens: the best layout there is, better than a server can know.
@@ -44,19 +60,20 @@ def measure(linears: Linears, seconds: float) -> dict[str, Any]:
     while not networks or time.perf_counter() - begin < seconds:
         linears.run()
         networks += 1
-    return {"gflop_per_s": networks * TOKENS * FLOP_A_TOKEN / (time.perf_counter() - begin) / 1e9}
+    flop = networks * TOKENS * linears.network.flop_a_token
+    return {"gflop_per_s": flop / (time.perf_counter() - begin) / 1e9}
 
 
 @torch.inference_mode()
 def main() -> None:
-    made: dict[str, Linears] = {}
+    made: dict[tuple[str, str], Linears] = {}
 
-    def handle(*, workload: str = "", seconds: float = 0, **_: Any) -> dict[str, Any]:
+    def handle(*, workload: str = "", seconds: float = 0, network: str = "minilm", **_: Any) -> dict[str, Any]:
         if not workload:
             return {}
-        if workload not in made:
-            made[workload] = Linears(DTYPES[workload])
-        return measure(made[workload], seconds)
+        if (network, workload) not in made:
+            made[network, workload] = Linears(NETWORKS[network], DTYPES[workload])
+        return measure(made[network, workload], seconds)
 
     answer(handle)
 

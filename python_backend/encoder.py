@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         return Layout.of(ids, self._pooling, self._device, positions, tile)
 
     def compute(self, batch: Batch) -> Tensor:
-        x: Tensor = self.embeddings(batch)
+        x = ops.residual(self.embeddings(batch))
         *layers, last = self.encoder["layer"].children()
         for layer in layers:
             x = layer(x, batch.packed)
@@ -134,7 +134,6 @@ class Output(nn.Module):
         self.LayerNorm = PostLayerNorm(shape.hidden_size, shape.norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor, rows: Tensor | None = None) -> Tensor:
-        linear, norm = self.dense, self.LayerNorm
-        return ops.linear_post_layer_norm(
-            x, linear.weight, linear.bias, residual, norm.weight, norm.bias, norm.eps, rows
-        )
+        linear, norm = self.dense, self.LayerNorm  # called as functions, for a short query is mostly calls
+        y = ops.linear(x, linear.weight, linear.bias)
+        return ops.post_layer_norm(y, residual, norm.weight, norm.bias, norm.eps, rows)

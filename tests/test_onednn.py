@@ -72,3 +72,13 @@ def test_no_activation_is_fused_that_onednn_lacks() -> None:
 def test_arguments_that_do_not_fit_are_refused(x: tuple[int, int], bias: int, act: str | None, layout: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         ops.linear(torch.zeros(x), LAYOUTS[layout](random(53, 31)), torch.zeros(bias), act)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_packed_weight_decides_the_dtype(shape: tuple[int, int, int]) -> None:
+    """Of what comes from a norm in fp32: rounded, multiplied and given on as if it had come in bf16."""
+    if not onednn.packs(torch.bfloat16):
+        pytest.skip("this CPU does not multiply bf16")
+    x, weight, bias = layer(*shape, torch.bfloat16)
+    packed = ops.pack_linear(weight)
+    assert torch.equal(ops.linear(x.float(), packed, bias), ops.linear(x, packed, bias))
