@@ -93,7 +93,7 @@ def _limits(rows: Rows) -> list[Target]:
     bf16 = Place("ours-bf16", "bare")
     speeds = find(rows, bf16, "sentences_per_s", many(bf16, "mixed"))
     ceiling = find(rows, MACHINE, "gflop_per_s", workload="bf16")
-    flop = workloads.mean_tokens("mixed") * gemm.FLOP_A_TOKEN
+    flop = workloads.mean_tokens("mixed") * gemm.NETWORKS["minilm"].flop_a_token
     share = [sentences * flop / (rate * 1e9) for sentences, rate in pairs(speeds, ceiling)]
     peak = find(rows, HTTP, "peak_rss_mb_total", when="after")
     start = find(rows, HTTP, "cold_start_s")

@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertModel
+from transformers import AutoModel, BertConfig, BertModel, Qwen3Config
 
 from benchmarks import accuracy, calls, contenders, cpu, gemm, plots, report, targets, workloads
 from benchmarks.report import BASELINE, MACHINE, Cell, Place, Row
@@ -90,23 +90,43 @@ def test_neighbours_and_cosines_are_those_that_sentence_transformers_finds() -> 
     assert accuracy.judge(truth * 2, truth) == pytest.approx((1, 1, 1), abs=1e-12)
 
 
-def test_the_ceiling_counts_the_operations_of_minilms_own_linears() -> None:
-    network = BertModel.from_pretrained(MINILM, add_pooling_layer=False, attn_implementation="eager")
+CONFIGS = {
+    "minilm": lambda: BertConfig.from_pretrained(MINILM),
+    "bge-large": lambda: BertConfig(
+        hidden_size=1_024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4_096
+    ),
+    "qwen3-0.6b": lambda: Qwen3Config(
+        hidden_size=1_024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3_072,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", gemm.NETWORKS)
+def test_the_ceiling_counts_the_operations_of_the_networks_own_linears(name: str) -> None:
+    with torch.device("meta"):
+        network = AutoModel.from_config(CONFIGS[name](), attn_implementation="eager")
+        ids = torch.ones(1, 64, dtype=torch.long)
+    network.pooler = None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(input_ids=torch.ones(1, 64, dtype=torch.long))
+        network(input_ids=ids)
     linears = sum(flop for op, flop in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op))
-    assert linears == 64 * gemm.FLOP_A_TOKEN
+    assert linears == 64 * gemm.NETWORKS[name].flop_a_token
 
 
 @pytest.mark.parametrize("dtype", gemm.DTYPES)
 def test_a_ceiling_is_what_the_clock_says_of_its_operations(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "TOKENS", 8)
     ticks = iter([0.0, 0.5, 1.5, 2.0])
-    linears = gemm.Linears(gemm.DTYPES[dtype])
+    linears = gemm.Linears(gemm.NETWORKS["minilm"], gemm.DTYPES[dtype])
     monkeypatch.setattr(gemm.time, "perf_counter", lambda: next(ticks))
     with torch.inference_mode():
         found = gemm.measure(linears, 1.0)["gflop_per_s"]  # two networks, two seconds
-    assert found == pytest.approx(8 * gemm.FLOP_A_TOKEN / 1e9)
+    assert found == pytest.approx(8 * gemm.NETWORKS["minilm"].flop_a_token / 1e9)
 
 
 def results(*speeds: float, p50: float = 5.0, **more: Any) -> list[dict[str, Any]]:
