@@ -119,8 +119,8 @@ class Embedder:
         network = spec.load(spec.network)
         with torch.device("meta"):
             self._network = network(self.model, self.model.shape, self.device).eval()
-            self._layers = [module for module in self._network.modules() if isinstance(module, Linear)]
-        self._head = Head(self.model).eval()
+            self._head = Head(self.model).eval()
+        self._layers = [module for module in self._network.modules() if isinstance(module, Linear)]
         weights.load(self._network, network.naming, directory, self.dtype, self.device)
         for dense, found in zip(self._head.dense, self.model.dense, strict=True):
             weights.load(dense, weights.Naming(), found.directory, self.dtype, self.device)

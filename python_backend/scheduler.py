@@ -30,13 +30,13 @@ ADMITTED = 8  # budgets a lane
 # Measured with MiniLM in fp32 on one thread, under bulk requests: with an eighth a query of 200 tokens takes 20 times
 # as long as alone, with a quarter twice; one of 12 tokens takes the same with either.
 SMALL = 1 / 4
-# While small jobs come, passes over large ones are smaller and leave a core to what reads and answers. Measured with
-# MiniLM on two cores, one query after another under bulk requests: its p99 goes from 40 ms to 13, and bulk is as fast,
-# for threads that wait for each other had been waiting for all the rest too.
 # Tokens of a job, below which to read and answer it costs about as much as to compute it: several of them leave a core
 # to that. Measured with MiniLM on two cores: 128 callers of 12 tokens each are served a sixth faster, and 32 of 100
 # tokens a fifth slower.
 LIGHT = 32
+# While small jobs come, passes over large ones are smaller and leave a core to what reads and answers. Measured with
+# MiniLM on two cores, one query after another under bulk requests: its p99 goes from 40 ms to 13, and bulk is as fast,
+# for threads that wait for each other had been waiting for all the rest too.
 RECENT_SECONDS = 0.1  # that small jobs are taken to keep coming
 SHARED = 1 / 2  # of a budget, for such a pass
 

@@ -97,6 +97,15 @@ def test_what_is_out_of_range_is_noticed(dtype: torch.dtype, monkeypatch: pytest
     assert len(calls) == 1
 
 
+def test_a_short_text_alone_does_not_attend_to_fillers() -> None:
+    for causal in (False, True):
+        q, k, v = drawn((4, 2, 32), 12, torch.float32)
+        packed = Packed(torch.tensor([0, 10, 11, 12], dtype=torch.int32), (10, 1, 1), fillers=2)
+        found = dense_attention.attention(q, k, v, packed, causal, 32**-0.5)
+        assert found.shape == q.shape
+        assert (found[:10] - expected(q[:10], k[:10], v[:10], [10], causal, 32**-0.5)).abs().max() < 3e-6
+
+
 def test_fillers_are_not_attended() -> None:
     q, k, v = drawn((4, 4, 32), 103, torch.float32)
     packed = Packed(torch.tensor([0, 100, 101, 102, 103], dtype=torch.int32), (100, 1, 1, 1), fillers=3)
