@@ -50,7 +50,7 @@ def ours(dtype: str, checkpoint: Path) -> Encode:
     def encode(texts: list[str]) -> Vectors:
         rows = [tokenizer.cut_text(ids, "end", i) for i, ids in enumerate(tokenizer.encode(texts))]
         vectors = np.empty((len(rows), size), np.float32)
-        for some in _passes([row.cost for row in rows], serving.batch_tokens):
+        for some in _passes([row.cost for row in rows], embedder.budget.whole):
             vectors[some] = embedder.embed([rows[i] for i in some], [size] * len(some))
         return vectors
 

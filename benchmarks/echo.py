@@ -53,6 +53,7 @@ def info(name: str) -> bytes:
         "prompt_names": [],
         "default_prompt_name": None,
         "batch_tokens": 16_384,
+        "small_tokens": 4_096,
         "max_request_tokens": 300_000,
         "dtype": "float32",
         "device": "cpu",

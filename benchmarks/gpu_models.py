@@ -269,7 +269,7 @@ class _Ours:
         run.timer.wait()
         self.seconds = time.perf_counter() - begin
         self.kernels = str(self._embedder.kernels)
-        self._budget = serving.batch_tokens
+        self._budget = self._embedder.budget.whole
         self._size = self._embedder.model.dimensions
 
     def __call__(self, work: Batch) -> Vectors:

@@ -41,12 +41,12 @@ class Dispatcher:
         self._client = client
         self._most_waiting = most_waiting
         self._sharers = sharers
-        self._lanes: dict[tuple[str, int], Lanes] = {}
+        self._lanes: dict[tuple[str, int, int], Lanes] = {}
 
     @property
     def waiting(self) -> Mapping[str, int]:
         """Tokens that wait, by model."""
-        return {model: lanes.waiting for (model, _), lanes in self._lanes.items()}
+        return {model: lanes.waiting for (model, *_), lanes in self._lanes.items()}
 
     async def embed(
         self, model: ModelInfo, request: EmbeddingRequest, images: Images | None, caller: Caller
@@ -64,7 +64,7 @@ class Dispatcher:
             return await _unless(caller.left, self._in_turn(lanes, costs, calls, model, request, images, caller))
 
     def _of(self, model: ModelInfo) -> Lanes:
-        key = (model.name, model.batch_tokens)
+        key = (model.name, model.batch_tokens, model.small_tokens)
         if key not in self._lanes:
             self._lanes[key] = Lanes(*key, most_waiting=self._most_waiting, sharers=self._sharers)
         return self._lanes[key]

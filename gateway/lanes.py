@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from triton_embed.gateway.errors import ApiError
 
 BUDGETS = 4  # forward passes' worth of tokens that may be at Triton: the one computed, the next, and what is tokenised
-SMALL = 8  # a call is small that takes at most this part of a forward pass
-SMALL_BUDGETS = 2  # forward passes' worth of small calls, beside the others: with them fewer than the engine admits (8)
+SMALL = 2  # a call is small that takes at most this part of what the engine calls small: its tokens are estimated
+SMALL_CALLS = 16  # of that size, beside the others: with them fewer passes' worth than the engine admits (8)
 CALLS = 112  # of either kind at Triton at once; its own queues hold 256 (max_queue_size), and others may ask it too
 TURNS = 8  # after so many calls of the first lane the second has one
 MEMORY_SECONDS = 10.0  # of computing, over which speed is averaged
@@ -29,11 +29,13 @@ PADDED = 2**20  # the most cells of one call's ids, each row as long as the long
 class Lanes:
     """For one model and one event loop. `most_waiting` tokens may wait; `sharers` is how many processes send to it."""
 
-    def __init__(self, model: str, batch_tokens: int, *, most_waiting: int, sharers: int = 1) -> None:
+    def __init__(
+        self, model: str, batch_tokens: int, small_tokens: int, *, most_waiting: int, sharers: int = 1
+    ) -> None:
         self._model = model
-        self._most_small = batch_tokens // SMALL
+        self._most_small = small_tokens // SMALL
         calls = max(8, CALLS // sharers)
-        self._small = _Window(max(1, SMALL_BUDGETS // sharers) * batch_tokens, calls)
+        self._small = _Window(max(8, SMALL_CALLS // sharers) * self._most_small, calls)
         self._large = _Window(max(2, BUDGETS // sharers) * batch_tokens, calls)
         self._most_waiting = most_waiting
         self._small_lane: _Lane = deque()

@@ -28,6 +28,7 @@ class ModelInfo(BaseModel):
     prompt_names: list[str]
     default_prompt_name: str | None  # of texts for which the caller names none
     batch_tokens: PositiveInt  # of one forward pass
+    small_tokens: int  # of a job that is computed before larger ones
     max_request_tokens: PositiveInt
     dtype: str
     device: str

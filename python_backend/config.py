@@ -33,7 +33,7 @@ class ServingConfig:
     dtype: str = "auto"  # auto: bf16 on a GPU, or on a CPU that multiplies it if vectors stay right; int8: on a CPU
     pooling: str = ""  # must agree with the checkpoint's 1_Pooling, or stand in for it
     max_tokens: int = 0  # 0: what the checkpoint allows; otherwise a lower limit
-    max_batch_tokens: int = 0  # tokens of one forward pass; 0: 1,024 on a CPU, 16,384 on a GPU
+    max_batch_tokens: int = 0  # tokens of one forward pass; 0: what suits the device and the network
     max_request_tokens: int = 300_000
     matryoshka_dimensions: tuple[int, ...] = ()
     is_matryoshka: bool = False
@@ -46,11 +46,6 @@ class ServingConfig:
     cuda_graphs: bool = True  # on a GPU: small batches as one launch
     prefix_reuse: bool = True  # causal models: an instruction met again is not computed again
     cache_bytes: int = 0  # of vectors kept for inputs that come again; 0: none
-
-    @property
-    def batch_tokens(self) -> int:
-        """The token budget of one forward pass."""
-        return self.max_batch_tokens or (1_024 if self.device == "cpu" else 16_384)
 
     @property
     def thread_count(self) -> int:

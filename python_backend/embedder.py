@@ -12,6 +12,7 @@ import torch
 
 from triton_embed.kernels import ops
 from triton_embed.python_backend import precision, weights
+from triton_embed.python_backend.budget import Budget
 from triton_embed.python_backend.config import ModelConfig, ServingConfig
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.graphs import Forward, Graphs
@@ -55,6 +56,8 @@ class Embedder:
             torch.cuda.set_device(self.device)
         self._between: Callable[[], None] | None = None
         self._load(spec, directory)
+        linears = sum(layer.weight.numel() for layer in self._layers)
+        self.budget = Budget.of(self.device, linears, serving.max_batch_tokens)
         guessed = self.device == "cpu" and serving.dtype == "auto" and self.dtype != torch.float32
         expected = self._in_fp32() if guessed else None
         self._pack(serving)

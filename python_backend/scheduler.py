@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from triton_embed.python_backend.budget import Budget
 from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.job import COMPUTED, Flight, Job
 from triton_embed.python_backend.reuse import Reuse
@@ -26,19 +27,13 @@ from triton_embed.python_backend.row import Row
 log = logging.getLogger(__name__)
 
 ADMITTED = 8  # budgets a lane
-# Of a budget: what a small job may cost, and what is computed of small jobs when a large pass pauses for them.
-# Measured with MiniLM in fp32 on one thread, under bulk requests: with an eighth a query of 200 tokens takes 20 times
-# as long as alone, with a quarter twice; one of 12 tokens takes the same with either.
-SMALL = 1 / 4
 # Tokens of a job, below which to read and answer it costs about as much as to compute it: several of them leave a core
 # to that. Measured with MiniLM on two cores: 128 callers of 12 tokens each are served a sixth faster, and 32 of 100
 # tokens a fifth slower.
 LIGHT = 32
-# While small jobs come, passes over large ones are smaller and leave a core to what reads and answers. Measured with
-# MiniLM on two cores, one query after another under bulk requests: its p99 goes from 40 ms to 13, and bulk is as fast,
-# for threads that wait for each other had been waiting for all the rest too.
-RECENT_SECONDS = 0.1  # that small jobs are taken to keep coming
-SHARED = 1 / 2  # of a budget, for such a pass
+# That small jobs are taken to keep coming. Meanwhile passes over large ones are smaller, and leave a core to what reads
+# and answers.
+RECENT_SECONDS = 0.1
 
 Between = Callable[[], None]
 
@@ -85,7 +80,7 @@ class Scheduler:
     def __init__(
         self,
         compute: Compute,
-        batch_tokens: int,
+        budget: Budget,
         delivery: Delivery,
         engine: Executor,
         watch: Watch | None = None,
@@ -94,8 +89,7 @@ class Scheduler:
         self._compute = compute
         self._watch = watch
         self._delivery = delivery
-        self._budget = batch_tokens
-        self._small_cost = int(batch_tokens * SMALL)
+        self._budget = budget
         self._small, self._large = Lane(), Lane()
         self._yielded = False  # large jobs have let small ones go first
         self._paused = 0.0  # seconds of passes in the pauses of others
@@ -110,7 +104,7 @@ class Scheduler:
         """Admit a job; blocks while its lane is full."""
         lane = self._lane_of(job)
         with self._change:
-            self._change.wait_for(lambda: lane.admitted < ADMITTED * self._budget)
+            self._change.wait_for(lambda: lane.admitted < ADMITTED * self._budget.whole)
             if lane is self._small:
                 self._latest_small = time.monotonic()
             cached = self._reuse.join(job)
@@ -132,13 +126,12 @@ class Scheduler:
 
     def _run_engine(self) -> None:
         while (lane := self._next_lane()) is not None:
-            self._room = self._budget
             if lane is self._small:
-                self._pass_small(self._budget)
-            elif time.monotonic() - self._latest_small < RECENT_SECONDS:
-                self._pass(self._take(lane, int(self._budget * SHARED)), self._pause, spare=True)
+                self._pass_small(self._budget.whole)
             else:
-                self._pass(self._take(lane, self._budget), self._pause, spare=False)
+                shared = time.monotonic() - self._latest_small < RECENT_SECONDS
+                self._room = self._budget.shared if shared else self._budget.whole
+                self._pass(self._take(lane, self._room), self._pause, spare=shared)
 
     def _next_lane(self) -> Lane | None:
         """Whose turn it is; None: the scheduler is closing."""
@@ -155,7 +148,7 @@ class Scheduler:
         if not self._small.queue or self._room <= 0:  # without the lock: it is looked at again in the next pause
             return
         began = time.monotonic()
-        self._room -= self._pass_small(self._small_cost)
+        self._room -= self._pass_small(self._budget.small)
         self._paused += time.monotonic() - began
 
     def _pass_small(self, most: int) -> int:
@@ -245,7 +238,7 @@ class Scheduler:
         self._change.notify_all()
 
     def _lane_of(self, job: Job) -> Lane:
-        return self._small if job.cost <= self._small_cost else self._large
+        return self._small if job.cost <= self._budget.small else self._large
 
     def _tell_answered(self, computed: int, in_flight: int, cached: int) -> None:
         if self._watch is not None:

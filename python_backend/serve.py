@@ -69,7 +69,7 @@ class EmbeddingServer:
         family = getattr(pb_utils, "MetricFamily", None)
         self._scheduler = Scheduler(
             self._embedder.embed,
-            serving.batch_tokens,
+            self._embedder.budget,
             self._delivery,
             self._engine,
             family and EngineMetrics(family, serving.name),
@@ -83,7 +83,7 @@ class EmbeddingServer:
             self._embedder.computes_in,
             serving.device,
             self._embedder.kernels,
-            serving.batch_tokens,
+            self._embedder.budget.whole,
         )
 
     def is_ready(self) -> bool:
@@ -192,7 +192,8 @@ class EmbeddingServer:
             "instructions": self.prompt is not None,
             "prompt_names": self._reader.prompt_names,
             "default_prompt_name": model.default_prompt,
-            "batch_tokens": serving.batch_tokens,
+            "batch_tokens": self._embedder.budget.whole,
+            "small_tokens": self._embedder.budget.small,
             "max_request_tokens": serving.max_request_tokens,
             "dtype": self._embedder.computes_in,
             "device": self._embedder.device,

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from triton_embed.gateway import lanes as module
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.lanes import BUDGETS, SMALL, SMALL_BUDGETS, TURNS, Lanes, pieces
+from triton_embed.gateway.lanes import BUDGETS, SMALL, SMALL_CALLS, TURNS, Lanes, pieces
 
 T = TypeVar("T")
 
-MOST_SMALL = 100 // SMALL  # tokens, of `lanes`
+MOST_SMALL = 10  # tokens, of `lanes`
 
 
 def run(use: Callable[[], Awaitable[T]]) -> T:
@@ -26,8 +26,8 @@ def run(use: Callable[[], Awaitable[T]]) -> T:
     return asyncio.run(whole())
 
 
-def lanes(budget: int = 100, most_waiting: int = 10**9, sharers: int = 1) -> Lanes:
-    return Lanes("m", budget, most_waiting=most_waiting, sharers=sharers)
+def lanes(budget: int = 100, small: int = SMALL * MOST_SMALL, most_waiting: int = 10**9, sharers: int = 1) -> Lanes:
+    return Lanes("m", budget, small, most_waiting=most_waiting, sharers=sharers)
 
 
 async def settled() -> None:
@@ -85,7 +85,7 @@ def test_small_calls_have_a_window_too_and_wait_for_each_other_in_order() -> Non
     async def use() -> None:
         door, order = lanes(), list[int]()
         end_large = await door.turn(100, batch=False)
-        ends = [await door.turn(tokens, batch=False) for tokens in [10] * (10 * SMALL_BUDGETS - 1) + [5]]
+        ends = [await door.turn(tokens, batch=False) for tokens in [10] * (SMALL_CALLS - 1) + [5]]
 
         async def late(number: int) -> None:
             await door.turn(10, batch=False)
@@ -109,7 +109,7 @@ def test_small_calls_have_a_window_too_and_wait_for_each_other_in_order() -> Non
 def test_small_calls_take_no_room_from_large_ones() -> None:
     async def use() -> None:
         door = lanes()
-        for _ in range(10 * SMALL_BUDGETS):
+        for _ in range(SMALL_CALLS):
             await door.turn(10, batch=False)
         waiting = [asyncio.create_task(door.turn(10, batch=False)) for _ in range(5)]
         await settled()
@@ -123,7 +123,7 @@ def test_small_calls_take_no_room_from_large_ones() -> None:
     run(use)
 
 
-@pytest.mark.parametrize(("sharers", "large", "small"), [(1, 4, 20), (2, 2, 10), (9, 2, 10)])
+@pytest.mark.parametrize(("sharers", "large", "small"), [(1, 4, 16), (2, 2, 8), (9, 2, 8)])
 def test_those_who_send_to_one_triton_share_the_windows(sharers: int, large: int, small: int) -> None:
     async def use() -> None:
         door = lanes(sharers=sharers)
@@ -139,7 +139,7 @@ def test_those_who_send_to_one_triton_share_the_windows(sharers: int, large: int
 def test_a_small_call_whose_caller_left_takes_no_room() -> None:
     async def use() -> None:
         door = lanes()
-        ends = [await door.turn(10, batch=False) for _ in range(10 * SMALL_BUDGETS)]
+        ends = [await door.turn(10, batch=False) for _ in range(SMALL_CALLS)]
         waiting = [asyncio.create_task(door.turn(10, batch=False)) for _ in range(3)]
         await settled()
         waiting[0].cancel()
@@ -158,7 +158,7 @@ def test_calls_are_bounded_by_number_too(monkeypatch: pytest.MonkeyPatch, size: 
     monkeypatch.setattr(module, "CALLS", 8)
 
     async def use() -> None:
-        door = lanes(budget=8 * 10**5)
+        door = lanes(budget=10**6, small=SMALL * 10**5)
         for _ in range(8):
             assert door.free(size)
             await door.turn(size, batch=False)
@@ -287,9 +287,9 @@ def test_whatever_comes_and_goes_the_window_holds_and_all_are_served(seed: int, 
 
         async def compute(tokens: int, batch: bool, ended: Callable[[], None]) -> None:
             small = tokens <= MOST_SMALL and not batch
-            there, most = at_triton[small], SMALL_BUDGETS if small else BUDGETS
+            there, most = at_triton[small], SMALL_CALLS * MOST_SMALL if small else BUDGETS * 100
             there.append(tokens)
-            within = sum(there) <= most * 100 or len(there) == 1
+            within = sum(there) <= most or len(there) == 1
             for _ in range(chance.randrange(4)):
                 await asyncio.sleep(0)
             there.remove(tokens)
@@ -311,8 +311,8 @@ def test_whatever_comes_and_goes_the_window_holds_and_all_are_served(seed: int, 
         assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in found)
         await asyncio.gather(*sent)
         assert door.free(BUDGETS * 100)
-        ends = [await door.turn(10, batch=False) for _ in range(10 * SMALL_BUDGETS) if door.free(10)]
-        assert len(ends) == 10 * SMALL_BUDGETS
+        ends = [await door.turn(10, batch=False) for _ in range(SMALL_CALLS) if door.free(10)]
+        assert len(ends) == SMALL_CALLS
 
     run(use)
 

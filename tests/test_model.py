@@ -25,6 +25,7 @@ INFO = ModelInfo(
     prompt_names=["query"],
     default_prompt_name=None,
     batch_tokens=1024,
+    small_tokens=256,
     max_request_tokens=300_000,
     dtype="float32",
     device="cpu",

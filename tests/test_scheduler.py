@@ -19,6 +19,7 @@ import pytest
 
 from triton_embed.python_backend import job as job_file
 from triton_embed.python_backend import scheduler as scheduler_file
+from triton_embed.python_backend.budget import Budget
 from triton_embed.python_backend.delivery import Delivery
 from triton_embed.python_backend.job import Job
 from triton_embed.python_backend.row import NO_IDS, Row
@@ -142,7 +143,9 @@ class Running:
         self, compute: Compute, watch: Watch | None = None, budget: int = BUDGET, cache_bytes: int = 0
     ) -> None:
         self.delivery = Delivery()
-        self.scheduler = Scheduler(compute, budget, self.delivery, DaemonExecutor(), watch, cache_bytes)
+        self.scheduler = Scheduler(
+            compute, Budget(budget, budget // 2, budget // 4), self.delivery, DaemonExecutor(), watch, cache_bytes
+        )
         self.submit = self.scheduler.submit
 
     @property

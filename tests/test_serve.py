@@ -145,7 +145,7 @@ def test_info_describes_the_model_without_computing(client: Client) -> None:
     assert info["pooling"] == "cls"
     assert info["matryoshka"] == [20, 40]
     assert info["instructions"] is True
-    assert (info["batch_tokens"], info["max_request_tokens"]) == (1_024, 300_000)
+    assert (info["batch_tokens"], info["small_tokens"], info["max_request_tokens"]) == (4_096, 256, 300_000)
     assert info["default_prompt_name"] is None
 
 

@@ -1,0 +1,25 @@
+"""What a forward pass may hold: by device, by network, and as an operator says."""
+
+import pytest
+
+from triton_embed.python_backend.budget import Budget
+
+MINILM, BGE_BASE = 10_616_832, 84_934_656  # weights of linear layers
+
+
+@pytest.mark.parametrize(
+    ("device", "weights", "stated", "whole", "shared", "small"),
+    [
+        ("cpu", MINILM, 0, 4_096, 512, 256),
+        ("cpu", BGE_BASE, 0, 1_024, 512, 256),
+        ("cuda:0", MINILM, 0, 16_384, 8_192, 4_096),
+        ("cuda:0", BGE_BASE, 0, 16_384, 8_192, 4_096),
+        ("cpu", BGE_BASE, 8_192, 8_192, 512, 256),
+        ("cpu", MINILM, 256, 256, 128, 64),
+        ("cuda:3", MINILM, 1_024, 1_024, 512, 256),
+    ],
+)
+def test_passes_fit_the_device_and_the_network(
+    device: str, weights: int, stated: int, whole: int, shared: int, small: int
+) -> None:
+    assert Budget.of(device, weights, stated) == Budget(whole, shared, small)
