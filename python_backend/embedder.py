@@ -3,7 +3,7 @@
 import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,13 @@ from triton_embed.python_backend.layers import Linear
 from triton_embed.python_backend.prefix import PrefixReuse
 from triton_embed.python_backend.row import Row
 from triton_embed.python_backend.spec import Spec
+from triton_embed.python_backend.threads import Threads
 
 log = logging.getLogger(__name__)
 
 # What Triton's kernels and torch's must agree on before a server starts. Rounding alone leaves more than 0.999 in
 # bf16; a wrong mask or a wrong head does not come near.
 LEAST_COSINE = 0.99
-
-FEW_TOKENS = 256  # of a pass, below which a second core gains less than others lose
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -43,14 +42,13 @@ class Embedder:
     def __init__(self, spec: Spec, directory: Path, serving: ServingConfig) -> None:
         self.model = ModelConfig.from_checkpoint(directory, serving, spec)
         self.device = serving.device
-        self._threads = serving.thread_count
         ops.use(serving.kernels)
         self.kernels = ops.used_on(self.device)
         self.dtype = _dtype(serving, self.kernels)
         with _told(serving):
             ops.require(self.device, self.dtype)
         if self.device == "cpu":
-            torch.set_num_threads(self._threads)
+            self._threads = Threads(serving.thread_count)
             _keep_memory()
         else:
             torch.cuda.set_device(self.device)
@@ -88,27 +86,19 @@ class Embedder:
         """One packed forward: rows -> fp32 [B,E], row b normalised over its first dims[b] values.
 
         On a CPU `between` is called a few times a layer, and may itself call `embed` for what cannot wait. `spare`:
-        leave a core, or for few tokens all but one, to those who read and answer requests meanwhile. Threads that
-        wait for each other after every operation wait for these too, where they share a core.
+        those who read and answer requests need a core meanwhile.
         """
         before, self._between = self._between, between
         pausing = self._network.modules() if between is not None and self.device == "cpu" else ()
         pauses = [module.register_forward_pre_hook(self._pause) for module in pausing]
-        threads = torch.get_num_threads()
-        if self.device == "cpu":
-            _use_threads(self._threads_for(rows) if spare else self._threads)
+        cores = self._threads.of(sum(row.cost for row in rows), spare) if self.device == "cpu" else nullcontext()
         try:
-            return self._embed(self._forward, rows, dims)
+            with cores:
+                return self._embed(self._forward, rows, dims)
         finally:
             for pause in pauses:
                 pause.remove()
             self._between = before
-            if before is not None:  # this was within another pass, which goes on
-                _use_threads(threads)
-
-    def _threads_for(self, rows: Sequence[Row]) -> int:
-        """With a core to spare."""
-        return 1 if sum(row.cost for row in rows) < FEW_TOKENS else max(1, self._threads - 1)
 
     def _embed(self, forward: Forward, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
         hidden, packed = forward(rows)
@@ -203,11 +193,6 @@ def _told(serving: ServingConfig) -> Iterator[None]:
 def _least_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
     """Of vectors [...,n,E] and [n,E] of length 1; NaN, if any of them is."""
     return float((vectors * expected).sum(axis=-1).min())
-
-
-def _use_threads(count: int) -> None:
-    if count != torch.get_num_threads():
-        torch.set_num_threads(count)
 
 
 def _keep_memory() -> None:

@@ -30,7 +30,7 @@ ORDER = {
     " pooling patchify linear accelerated ops",
     "python_backend": "errors json_file shapes row images spec config request checkpoint tokenizer reader long_text"
     " inputs budget layers weights batch prefix rotary patches encoder decoder clip vision qwen2_vl graphs head"
-    " precision embedder delivery engine_metrics job reuse scheduler serve launcher",
+    " precision threads embedder delivery engine_metrics job reuse scheduler serve launcher",
     # What `verify` is made of comes after all that serves.
     "gateway": "settings errors logs tracing items foreign forms schemas model repository fetch media metrics lanes"
     " front pages client dispatch registry service similarity openapi app protocol worker triton_process supervisor"

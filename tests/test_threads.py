@@ -1,0 +1,106 @@
+"""How many threads a pass takes, beside a real process that wants the same core."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from triton_embed.python_backend import threads as threads_file
+from triton_embed.python_backend.threads import FEW_TOKENS, Threads
+
+MOST = 4
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture
+def pinned() -> Iterator[int]:
+    """A core that this thread keeps to."""
+    before = os.sched_getaffinity(0)
+    core = min(before)
+    os.sched_setaffinity(0, {core})
+    yield core
+    os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def beside_a_busy_process(core: int) -> Iterator[None]:
+    code = f"import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as hog:
+        assert hog.stdout
+        hog.stdout.readline()
+        yield
+        hog.kill()
+
+
+def count(threads: Threads, tokens: int, spare: bool = False) -> int:
+    with threads.of(tokens, spare):
+        return torch.get_num_threads()
+
+
+def work(threads: Threads, tokens: int) -> None:
+    with threads.of(tokens, spare=False):
+        until = time.monotonic() + 0.2
+        while time.monotonic() < until:
+            pass
+
+
+def test_all_of_them_unless_others_need_a_core() -> None:
+    threads = Threads(MOST)
+    assert torch.get_num_threads() == MOST
+    for tokens in (1, FEW_TOKENS - 1, FEW_TOKENS, 10_000):
+        assert count(threads, tokens) == MOST
+    assert [count(threads, tokens, spare=True) for tokens in (FEW_TOKENS - 1, FEW_TOKENS)] == [1, MOST - 1]
+    assert count(Threads(1), FEW_TOKENS, spare=True) == 1
+
+
+def test_a_pass_within_another_leaves_it_its_threads() -> None:
+    threads = Threads(MOST)
+    with threads.of(FEW_TOKENS, spare=True):
+        assert count(threads, 5) == MOST
+        assert count(threads, 5, spare=True) == 1
+        assert torch.get_num_threads() == MOST - 1
+    assert torch.get_num_threads() == MOST
+
+
+def test_threads_come_back_after_an_error() -> None:
+    threads = Threads(MOST)
+    with pytest.raises(KeyError), threads.of(5, spare=True):
+        raise KeyError
+    assert torch.get_num_threads() == MOST
+
+
+def test_passes_of_few_tokens_keep_to_one_core_where_they_were_preempted(pinned: int) -> None:
+    threads = Threads(MOST)
+    with beside_a_busy_process(pinned):
+        work(threads, 5)
+    assert count(threads, FEW_TOKENS - 1) == 1
+    assert count(threads, FEW_TOKENS) == MOST  # of many tokens a second core always computes its part
+    assert torch.get_num_threads() == MOST
+
+
+def test_what_many_tokens_met_says_nothing_of_few(pinned: int) -> None:
+    threads = Threads(MOST)
+    with beside_a_busy_process(pinned):
+        work(threads, FEW_TOKENS)
+    assert count(threads, 5) == MOST
+
+
+def test_they_try_again_after_a_while(pinned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_file, "REMEMBERED_SECONDS", 0.3)
+    threads = Threads(MOST)
+    with beside_a_busy_process(pinned):
+        work(threads, 5)
+    assert count(threads, 5) == 1
+    time.sleep(0.3)
+    assert count(threads, 5) == MOST
