@@ -16,6 +16,7 @@ from triton_embed.kernels.packed import Int32s, Packed, bounds, tiles
 from triton_embed.python_backend.row import Ids
 
 FILLER = np.zeros(1, dtype=np.int32)
+LARGE = 512  # tokens of a batch
 ALIGNMENT = 4  # int32s: every array starts at a multiple of 16 bytes, as kernels assume
 
 
@@ -146,10 +147,12 @@ def one_each(rows: int, device: torch.device | str) -> Packed:
 
 
 def filler_count(tokens: int) -> int:
-    """How many tokens to add to a batch on a CPU: up to 3, or up to a quarter of it (an eighth on average).
+    """How many tokens to add to a batch on a CPU: up to 3, up to a quarter of it (an eighth on average), or of a large
+    one half of that.
 
     For every number of tokens that it ever met oneDNN keeps 6 MB of code for MiniLM's layers, which it takes 4 to 10 ms
-    to make, so the numbers are rounded up to four an octave. A pass that fills the token budget needs hardly any.
+    to make, so the numbers are rounded up to four an octave, and to eight from `LARGE` on, where what is added costs
+    more than that. A pass that fills the token budget needs hardly any.
     """
-    step = 1 << max(2, tokens.bit_length() - 3)
+    step = 1 << max(2, tokens.bit_length() - (4 if tokens >= LARGE else 3))
     return -tokens % step

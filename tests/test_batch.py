@@ -66,12 +66,12 @@ def test_a_gpu_gets_nothing_added() -> None:
 
 
 def test_batches_have_few_sizes() -> None:
-    """Four an octave: 4, 8, … 32, then 4 up to each further power of 2."""
+    """4, 8, … 32, then four an octave, and eight from 512 on."""
     added = [filler_count(tokens) for tokens in range(1, 16_385)]
     sizes = sorted({tokens + more for tokens, more in enumerate(added, start=1)})
-    assert all(0 <= more <= max(3, tokens / 4) for tokens, more in enumerate(added, start=1))
-    assert len(sizes) == 8 + 4 * 9
-    assert all(after / before <= 5 / 4 for before, after in pairwise(sizes) if before >= 32)
+    assert all(0 <= more <= max(3, tokens / (4 if tokens < 512 else 8)) for tokens, more in enumerate(added, start=1))
+    assert len(sizes) == 8 + 4 * 4 + 8 * 5
+    assert all(after / before <= (5 / 4 if before < 512 else 9 / 8) for before, after in pairwise(sizes[7:]))
 
 
 def test_positions_of_ones_own() -> None:
