@@ -56,7 +56,7 @@ class Dispatcher:
         What has not been sent when the caller leaves, is cancelled or gets an error, never is.
         """
         costs = estimate(request, images, model)
-        calls = pieces(costs, model.batch_tokens)
+        calls = pieces(costs, model.batch_tokens, model.small_tokens)
         lanes = self._of(model)
         with lanes.admit(sum(costs)):
             if len(calls) == 1 and not request.batch and lanes.free(sum(costs)):

@@ -21,6 +21,7 @@ BUDGETS = 4  # forward passes' worth of tokens that may be at Triton: the one co
 SMALL = 2  # a call is small that takes at most this part of what the engine calls small: its tokens are estimated
 SMALL_CALLS = 16  # of that size, beside the others: with them fewer passes' worth than the engine admits (8)
 CALLS = 112  # of either kind at Triton at once; its own queues hold 256 (max_queue_size), and others may ask it too
+PIECE = 4  # small jobs' worth of tokens: the calls of a request that is too large for one
 TURNS = 8  # after so many calls of the first lane the second has one
 MEMORY_SECONDS = 10.0  # of computing, over which speed is averaged
 PADDED = 2**20  # the most cells of one call's ids, each row as long as the longest: 4 MiB
@@ -211,12 +212,16 @@ class _Speed:
         self._seconds = self._seconds * kept + spent
 
 
-def pieces(costs: Sequence[int], most: int) -> list[Sequence[int]]:
-    """The inputs of a request, by index, in calls of at most `most` tokens, and at least one input each.
+def pieces(costs: Sequence[int], whole: int, small: int) -> list[Sequence[int]]:
+    """The inputs of a request, by index: in one call of at most `whole` tokens, or else in several of at most a few
+    small jobs' tokens, and at least one input each.
 
-    Where they are many, short ones come first, so that neighbours in a forward pass are of a length.
+    Where they are many, short ones come first, so that neighbours in a forward pass are of a length. A query that
+    comes while a call is read and tokenised waits for it: under requests of 2,048 inputs its p99 was twice as long
+    with calls of 4,096 tokens as with those of 1,024.
     """
-    if sum(costs) <= most and len(costs) * max(costs) <= PADDED:
+    most = min(whole, PIECE * small)
+    if sum(costs) <= whole and len(costs) * max(costs) <= PADDED:
         return [range(len(costs))]
     found: list[list[int]] = [[]]
     tokens = 0

@@ -16,7 +16,7 @@ from triton_embed.gateway.dispatch import Caller, Dispatcher, estimate, renumber
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.schemas import EmbeddingRequest
 
-MODEL = INFO.model_copy(update={"batch_tokens": 10, "small_tokens": 2, "max_model_len": 50})
+MODEL = INFO.model_copy(update={"batch_tokens": 10, "small_tokens": 3, "max_model_len": 50})
 
 
 class LeftError(Exception):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from triton_embed.gateway import lanes as module
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.lanes import BUDGETS, SMALL, SMALL_CALLS, TURNS, Lanes, pieces
+from triton_embed.gateway.lanes import BUDGETS, PIECE, SMALL, SMALL_CALLS, TURNS, Lanes, pieces
 
 T = TypeVar("T")
 
@@ -349,18 +349,21 @@ def test_speed_is_that_of_the_busy_time() -> None:
     assert 7_000 < speed.tokens_per_second < 10_100
 
 
-@given(costs=st.lists(st.integers(1, 300), min_size=1, max_size=80), most=st.integers(1, 400))
-def test_pieces_hold_every_input_once_and_no_more_than_they_may(costs: list[int], most: int) -> None:
-    found = pieces(costs, most)
+@given(
+    costs=st.lists(st.integers(1, 300), min_size=1, max_size=80), whole=st.integers(1, 4_000), small=st.integers(1, 400)
+)
+def test_pieces_hold_every_input_once_and_no_more_than_they_may(costs: list[int], whole: int, small: int) -> None:
+    found = pieces(costs, whole, small)
     assert sorted(i for piece in found for i in piece) == list(range(len(costs)))
-    for piece in found:
-        assert len(piece) == 1 or sum(costs[i] for i in piece) <= most
-    if sum(costs) <= most:
+    if sum(costs) <= whole:
         assert found == [range(len(costs))]
+        return
+    for piece in found:
+        assert len(piece) == 1 or sum(costs[i] for i in piece) <= min(whole, PIECE * small)
 
 
 def test_a_long_row_among_short_ones_does_not_pad_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PADDED", 60)
-    found = pieces([3, 40, 1, 2, 50, 1], 10**6)
+    found = pieces([3, 40, 1, 2, 50, 1], 10**6, 10**6)
     assert sorted(i for piece in found for i in piece) == list(range(6))
     assert all(len(piece) == 1 or len(piece) * max([3, 40, 1, 2, 50, 1][i] for i in piece) <= 60 for piece in found)

@@ -721,6 +721,20 @@ def test_small_jobs_get_a_budget_in_all_the_pauses_of_a_pass(engine: Engine, wid
     assert computed(engine)[9] == [1]
 
 
+def test_small_jobs_get_no_more_of_a_shared_pass_than_it_takes_itself(
+    engine: Engine, wide: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come: a shared pass is half a budget, 20 tokens."""
+    monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 60.0)
+    wide.submit(job(before := Caller(), 1, first=1000))
+    before.outcome()
+    engine.pauses = [lambda: [wide.submit(job(Caller(), 6, first=100 + i)) for i in range(10)], *[lambda: None] * 20]
+    wide.submit(job(large := Caller(), 20, 20))
+    large.outcome()
+    wide.close()
+    assert computed(engine)[1:7] == [[0], [100], [101], [102], [103], [104, 105, 106, 107, 108, 109]]
+
+
 def test_a_small_pass_and_a_pass_in_a_pause_are_not_interrupted(engine: Engine, wide: Running) -> None:
     betweens: list[bool] = []
     compute = engine.compute
