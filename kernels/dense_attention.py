@@ -152,8 +152,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, causal: bool, 
     """q [N,H,n,D], k and v [N,G,n,D] -> out [N,n,H,D]; False: scores out of range."""
     count, heads, length, size = q.shape
     pairs = count * k.shape[1]
-    keys = (k - k.mean(dim=2, keepdim=True)).reshape(pairs, length, size)
-    values = v.reshape(pairs, length, size)
+    # Contiguous, as oneDNN takes them: it would copy those of one sequence alone for every product.
+    keys = (k - k.mean(dim=2, keepdim=True)).reshape(pairs, length, size).contiguous()
+    values = v.reshape(pairs, length, size).contiguous()
     buffer = torch.empty(count * heads * min(length, QUERIES) * length, dtype=q.dtype)
     for start in range(0, length, QUERIES):
         end = min(start + QUERIES, length)
