@@ -113,6 +113,8 @@ class EmbeddingServer:
             self._engine.shutdown()
             self._pool.shutdown()
         self._delivery.close()
+        if self._unavailable is None:
+            del self._scheduler  # with its metrics, which Triton has to hear of while the stub can tell it
 
     def _guard(self, readings: Sequence["_Reading"], step: Callable[["_Reading"], None]) -> None:
         """Run one step for each open request; an error ends that request alone."""

@@ -339,17 +339,21 @@ def test_a_query_does_not_wait_for_a_bulk_request(client: Client, triton: Triton
     assert np.median(took) < ended[0] / 10
 
 
+def scrape(triton: Triton) -> list[str]:
+    """The lines of Triton's own /metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{triton._ports[2]}/metrics") as answer:
+        return answer.read().decode().splitlines()
+
+
 def scraped(triton: Triton, name: str, model: str) -> float:
     """A number of Triton's own /metrics."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{triton._ports[2]}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
+    lines = scrape(triton)
     return next(float(line.split()[-1]) for line in lines if line.startswith(f'{name}{{model="{model}"'))
 
 
 def rows_by_source(triton: Triton, model: str) -> Counter[str]:
     """Rows that got a vector, by where it came from."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{triton._ports[2]}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
+    lines = scrape(triton)
     start = f'triton_embed_rows_total{{model="{model}",source="'
     found = (line.removeprefix(start).partition('"} ') for line in lines if line.startswith(start))
     return Counter({source: int(float(value)) for source, _, value in found})
@@ -458,6 +462,31 @@ def test_the_cache_answers_what_comes_again(remembering: Triton, expected: np.nd
     time.sleep(0.1)
     assert 0 < scraped(remembering, "triton_embed_cache_bytes", "bge_tiny") <= 4_000
     client.client.close()
+
+
+def test_an_unloaded_model_takes_its_metrics_with_it(bge_tiny: Path, tmp_path: Path) -> None:
+    """They end while its process can still tell Triton; later is too late, and a crash at its very end."""
+    parameters = {"checkpoint": str(bge_tiny), "threads": "1"}
+    repository.write_model(REPOSITORY, "bge", tmp_path / "models", "bge_tiny", parameters)
+    server = Triton(tmp_path / "models", tmp_path / "log", "--model-control-mode=explicit", "--load-model=bge_tiny")
+
+    def told() -> bool:
+        return any(line.startswith("triton_embed_") for line in scrape(server))
+
+    try:
+        client = tritonclient.http.InferenceServerClient(server.http)
+        found = [told()]
+        client.unload_model("bge_tiny")
+        deadline = time.monotonic() + 20
+        while told() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        found.append(told())
+        client.load_model("bge_tiny")
+        found.append(told())
+        client.close()
+    finally:
+        server.stop()
+    assert found == [True, False, True]
 
 
 def test_identical_requests_at_once(triton: Triton, expected: np.ndarray) -> None:
