@@ -5,7 +5,7 @@ from dataclasses import dataclass
 ON_GPU = 16_384
 # On a CPU a pass is large enough to be fast, and no larger, for who comes next waits for it. Measured on two cores:
 # MiniLM embeds 5 to 10 % more tokens a second in passes of 4,096 than of 1,024, and a fifth more requests of 32 texts,
-# which are calls of their own then; networks of 85 million weights gain nothing.
+# which are calls of their own then; bge-large gains 4 %, Qwen3-0.6B nothing, in passes of 4 and 6 seconds.
 ON_CPU, OF_SMALL_NETWORKS = 1_024, 4_096
 SMALL_NETWORK = 2**25  # weights of linear layers, at most
 # While small jobs come, passes over large ones are smaller. Measured with MiniLM on two cores, one query after another

@@ -69,8 +69,8 @@ class Scheduler:
     """Runs on the engine, an executor of one thread; `close` lets everything admitted be computed first.
 
     Small jobs go before the others: the lanes take turns where both wait, and a pass over rows of large jobs pauses
-    for what came in the meantime, a little at a time until that is a budget in all, so that a stream of small jobs
-    cannot stop it. They never share a pass, for the small ones would wait for all of it.
+    for what came in the meantime, a little at a time until that is as much as the pass may hold itself, so that a
+    stream of small jobs cannot stop it. They never share a pass, for the small ones would wait for all of it.
 
     The engine is given, because torch should be used on no other thread: each thread that runs it gets a pool of
     OpenMP workers of its own, and with more workers than cores they stop spinning and sleep between operations
