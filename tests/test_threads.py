@@ -89,6 +89,22 @@ def test_passes_of_few_tokens_keep_to_one_core_where_they_were_preempted(pinned:
     assert torch.get_num_threads() == MOST
 
 
+@pytest.mark.parametrize(
+    ("preempted", "crowded"),
+    [((3, 3, 3, 3, 3, 3), False), ((6, 0, 6, 0, 0, 6), False), ((6, 6), True), ((9,), True), ((2, 7), True)],
+)
+def test_one_pass_that_was_disturbed_a_little_says_nothing(
+    preempted: tuple[int, ...], crowded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's counter, as it stood before and after each pass."""
+    readings = iter([reading for one in preempted for reading in (100, 100 + one)] + [0] * 2)
+    monkeypatch.setattr(threads_file, "_preemptions", lambda: next(readings))
+    threads = Threads(MOST)
+    for _ in preempted:
+        assert count(threads, 5) == MOST
+    assert count(threads, 5) == (1 if crowded else MOST)
+
+
 def test_what_many_tokens_met_says_nothing_of_few(pinned: int) -> None:
     threads = Threads(MOST)
     with beside_a_busy_process(pinned):
