@@ -291,11 +291,11 @@ def test_a_long_text_may_be_averaged(client: Client, bge_tiny: Any) -> None:
 
 
 def test_a_request_whose_deadline_passed_is_dropped_before_it_is_computed(client: Client, triton: Triton) -> None:
-    """Behind one that takes long; a small one would not wait for it."""
-    asked = client.ids([7] * 200)
+    """Behind one that takes long, for which a small one would not wait."""
+    asked = client.ids([7] * 200, [8] * 200)
     assert client.infer("minilm", asked, timeout_ms=60_000).as_numpy("EMBEDDING") is not None
     other = Client(tritonclient.grpc, triton.grpc)
-    work = other.ids(*[[10 + i] * 200 for i in range(50)])
+    work = other.ids(*[[10 + i] * 200 for i in range(150)])
     busy = threading.Thread(target=other.infer, args=("minilm", work))
     busy.start()
     time.sleep(0.2)
