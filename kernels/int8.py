@@ -16,7 +16,6 @@ class Int8Weight:
     values: Tensor
     scales: Tensor
     dtype: torch.dtype  # of what it was made from
-    is_mkldnn: bool = False
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int8Weight":
@@ -27,19 +26,21 @@ class Int8Weight:
     def shape(self) -> torch.Size:
         return self.values.t().shape
 
+    def fuses(self, act: str | None) -> bool:
+        return act is None
 
-def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    """x [T,K] -> x W^T + b [T,N], in the dtype of x."""
-    y = torch.empty(len(x), weight.values.shape[1], dtype=x.dtype)
-    for start in range(0, len(x), TOKENS):
-        values, scales = _rounded(x[start : start + TOKENS].float())
-        out = y[start : start + TOKENS]
-        products = torch._int_mm(values, weight.values).float().mul_(scales)
-        if bias is None:
-            torch.mul(products, weight.scales, out=out)
-        else:
-            out.copy_(products.mul_(weight.scales).add_(bias))
-    return y
+    def linear(self, x: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
+        """x [T,K] -> x W^T + b [T,N], in the dtype of x."""
+        y = torch.empty(len(x), self.values.shape[1], dtype=x.dtype)
+        for start in range(0, len(x), TOKENS):
+            values, scales = _rounded(x[start : start + TOKENS].float())
+            out = y[start : start + TOKENS]
+            products = torch._int_mm(values, self.values).float().mul_(scales)
+            if bias is None:
+                torch.mul(products, self.scales, out=out)
+            else:
+                out.copy_(products.mul_(self.scales).add_(bias))
+        return y
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:

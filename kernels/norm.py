@@ -132,9 +132,10 @@ def post_layer_norm(
     eps: float,
     rows: Tensor | None = None,
     config: Config | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """See `ops.post_layer_norm`."""
-    return _add_norm(x, residual, rows, weight, bias, None, eps, config)
+    y = _add_norm(x, residual, rows, weight, bias, None, eps, config)
+    return y, y
 
 
 def _add_norm(

@@ -2,19 +2,19 @@
 
 Shapes: T packed tokens, B sequences, H query heads, G key/value heads, D head dim, E hidden, I intermediate.
 The last dimension of every tensor is contiguous. Tensors are fp32, bf16 or fp16; statistics are fp32.
-On a GPU an op is a Triton kernel, on a CPU plain torch (`reference.py`), where `linear` alone has a faster path of its
-own. Nothing falls back: what no kernel can do is a ValueError, unless the operator chose torch (`use`).
+On a GPU an op is a Triton kernel, on a CPU oneDNN's product or a loop that Numba compiles. Nothing falls back: what no
+kernel can do is a ValueError, unless the operator chose plain torch (`reference.py`) with `use`.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from triton_embed.kernels import dense_attention, int8, onednn, reference
+from triton_embed.kernels import onednn, reference
 from triton_embed.kernels.int8 import Int8Weight
 from triton_embed.kernels.packed import Packed
 
@@ -22,6 +22,7 @@ ACTIVATIONS = reference.ACTIVATIONS
 POOLING_MODES = ("cls", "last", "mean", "max")
 KERNELS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOOPED = (torch.float32, torch.bfloat16)  # what a CPU has loops for
 
 _chosen = "auto"
 
@@ -55,7 +56,16 @@ def require(device: torch.device | str, dtype: torch.dtype) -> None:
 
 def _for(x: Tensor) -> Any:
     """The module whose functions serve this tensor."""
-    return reference if _chosen == "torch" or (_chosen == "auto" and not x.is_cuda) else _triton()
+    if _chosen == "torch" or (_chosen == "auto" and not x.is_cuda):
+        return _looped() if _chosen == "auto" and x.dtype in LOOPED else reference
+    return _triton()
+
+
+@cache
+def _looped() -> ModuleType:
+    from triton_embed.kernels import looped  # only here: on a GPU there is no need to load Numba
+
+    return looped
 
 
 @cache
@@ -83,15 +93,8 @@ def varlen_attention(
     _check_attention(q, k, v, packed, prefix)
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window of {window} tokens in {'causal' if causal else 'bidirectional'} attention")
-    if _dense(q) and prefix is None and (window is None or window >= max(packed.lengths)):
-        return dense_attention.attention(q, k, v, packed, causal, scale)
     found: Tensor = _for(q).varlen_attention(q, k, v, packed, causal, window, scale, prefix)
     return found
-
-
-def _dense(q: Tensor) -> bool:
-    """Whether attention is for `dense_attention`: on a CPU, in a dtype that its products are fast in."""
-    return not q.is_cuda and _chosen == "auto" and q.dtype in (torch.float32, torch.bfloat16)
 
 
 def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> int | None:
@@ -190,11 +193,12 @@ def residual(x: Tensor) -> Tensor:
 
 def post_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
-) -> Tensor:
-    """LayerNorm of x + residual without the sum, in the dtype of the residual: for blocks that norm last."""
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x + residual, for blocks that norm last: as x, and the same in the dtype of the residual, which is
+    the next one."""
     _check_sum(x, residual, rows)
     _same_size(x, weight, bias)
-    found: Tensor = _for(x).post_layer_norm(x, residual, weight, bias, eps, rows)
+    found: tuple[Tensor, Tensor] = _for(x).post_layer_norm(x, residual, weight, bias, eps, rows)
     return found
 
 
@@ -231,9 +235,24 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return found
 
 
-def linear(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """act(x @ weight.T + bias): [T,K] -> [T,N], weight [N,K] as it is, from `pack_linear` or from
-    `Int8Weight`. One from `pack_linear` decides the dtype, else x does.
+class PackedWeight(Protocol):
+    """A weight [N,K] laid out for products on a CPU, which stands where the tensor does."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def fuses(self, act: str | None) -> bool:
+        """Whether `linear` applies this activation."""
+
+    def linear(self, x: Tensor, bias: Tensor | None, act: str | None) -> Tensor: ...
+
+
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, act: str | None = None) -> Tensor:
+    """act(x @ weight.T + bias): [T,K] -> [T,N], weight [N,K] as it is or from `pack_linear`, which then decides the
+    dtype; else x does.
 
     On a GPU a plain product is cuBLAS's; with an activation the table of the architecture says whose.
     """
@@ -241,11 +260,12 @@ def linear(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None, act: str
         _known(act, ACTIVATIONS)
     if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"linear over x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias is not None}")
-    if x.dtype == torch.float32 and (isinstance(weight, Int8Weight) or weight.is_mkldnn):
-        x = x.to(weight.dtype)  # what norms give stands in the dtype of the residual
-    if isinstance(weight, Int8Weight):
-        y = int8.linear(x, weight, bias)
-        return y if act is None else activation(y, act)
+    if x.dtype == torch.float32 and (not isinstance(weight, Tensor) or weight.is_mkldnn):
+        x = x.to(weight.dtype)
+    if not isinstance(weight, Tensor):
+        fused = act if weight.fuses(act) else None
+        y = weight.linear(x, bias, fused)
+        return y if act == fused else activation(y, act or "")
     if weight.is_mkldnn:
         if onednn.fuses(act):
             return onednn.linear(x, weight, bias, act)
@@ -268,11 +288,14 @@ def linear_sizes(device: torch.device | str) -> list[int]:
     return [*limits, max(limits, default=0) + 1]
 
 
-def pack_linear(weight: Tensor, in_int8: bool = False) -> Tensor | Int8Weight:
+def pack_linear(weight: Tensor, in_int8: bool = False) -> Tensor | PackedWeight:
     """A weight [N,K] in the layout `linear` reads fastest on its device, or rounded for a CPU; once, after loading."""
     if in_int8:
         return Int8Weight.pack(weight)
-    return onednn.pack(weight) if weight.device.type == "cpu" and used_on("cpu") == "torch" else weight
+    if weight.device.type != "cpu" or used_on("cpu") != "torch":
+        return weight
+    packed: PackedWeight | None = _looped().pack_linear(weight) if _chosen == "auto" else None
+    return packed or onednn.pack(weight)
 
 
 def segment_pool(
@@ -315,7 +338,7 @@ def _check_sum(x: Tensor, residual: Tensor | None, rows: Tensor | None) -> None:
         return
     if x.shape[1:] != residual.shape[1:] or len(x) != len(residual if rows is None else rows):
         raise ValueError(f"shapes {tuple(x.shape)} and {tuple(residual.shape)} differ")
-    if _for(x) is not reference or residual.dtype != torch.float32:
+    if x.is_cuda or _chosen == "triton" or residual.dtype != torch.float32:
         _same_place(x, residual)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +17,13 @@ class Packed:
     """Where each sequence of a packed batch lies: B sequences, T tokens in all, no padding.
 
     `cu_seqlens` [B+1] int32 lives on the device; `lengths` is the same fact on the host, so that no op has to
-    wait for the device to learn a shape. Every length is at least 1. The last `fillers` sequences are one token each
-    and nobody's: what is computed for them does not matter. `plans` is where an op keeps what it works out from the
-    lengths, for the other layers.
+    wait for the device to learn a shape. Every length is at least 1.
     """
 
     cu_seqlens: torch.Tensor
     lengths: tuple[int, ...]
-    fillers: int = 0
     _bounds: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
     _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_lengths(

@@ -184,9 +184,10 @@ def add_layer_norm(
 
 def post_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """See `ops.post_layer_norm`."""
-    return add_layer_norm(x, residual, weight, bias, eps, rows)[0]
+    y, _ = add_layer_norm(x, residual, weight, bias, eps, rows)
+    return y.to(x.dtype), y
 
 
 def embed_layer_norm(

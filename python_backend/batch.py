@@ -15,8 +15,6 @@ from torch import Tensor
 from triton_embed.kernels.packed import Int32s, Packed, bounds, tiles
 from triton_embed.python_backend.row import Ids
 
-FILLER = np.zeros(1, dtype=np.int32)
-LARGE = 512  # tokens of a batch
 ALIGNMENT = 4  # int32s: every array starts at a multiple of 16 bytes, as kernels assume
 
 
@@ -38,32 +36,25 @@ class Batch:
 @dataclass(frozen=True)
 class Layout:
     """A batch on the host: the arrays that Batch is made of, and its rows' lengths. `tile`: tokens of a tile of
-    attention (`ops.tile_tokens`). `fillers`: see Packed."""
+    attention (`ops.tile_tokens`)."""
 
     arrays: Mapping[str, Int32s]
     lengths: tuple[int, ...]
     tile: int | None
-    fillers: int = 0
 
     @classmethod
     def of(
         cls,
         rows: Sequence[Ids],
         pooling: str,
-        device: str,
         positions: Sequence[npt.NDArray[np.int64]] | None = None,
         tile: int | None = None,
     ) -> "Layout":
         """Lay the rows end to end, in the order given. `positions` [A,n] of each row; without them a row counts from 0
-        on one axis. On a CPU, one-token rows follow that belong to nobody: see `filler_count`.
+        on one axis.
 
         ValueError: no row, or an empty one.
         """
-        fillers = filler_count(sum(map(len, rows))) if device == "cpu" else 0
-        if fillers:
-            rows = [*rows, *[FILLER] * fillers]
-            if positions is not None:
-                positions = [*positions, *[np.zeros((len(positions[0]), 1), dtype=np.int64)] * fillers]
         lengths = tuple(map(len, rows))
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every row needs at least one token, got lengths {list(lengths)}")
@@ -78,7 +69,7 @@ class Layout:
             arrays["states"] = np.arange(len(rows) + 1)
         if tile is not None:
             arrays |= {"bounds": bounds(lengths), "tiles": tiles(lengths, tile)}
-        return cls({name: array.astype(np.int32, copy=False) for name, array in arrays.items()}, lengths, tile, fillers)
+        return cls({name: array.astype(np.int32, copy=False) for name, array in arrays.items()}, lengths, tile)
 
     def padded(self, tokens: int, rows: int) -> "Layout":
         """The same batch in arrays of a size that depends on `tokens` and `rows` alone, for recorded passes.
@@ -134,7 +125,7 @@ class Layout:
         return self._batch(found)
 
     def _batch(self, found: Mapping[str, Tensor]) -> Batch:
-        packed = Packed(found["cu_seqlens"], self.lengths, self.fillers)
+        packed = Packed(found["cu_seqlens"], self.lengths)
         if self.tile is not None:
             packed = Packed.laid_out(found["cu_seqlens"], self.lengths, found["bounds"], found["tiles"], self.tile)
         states = Packed(found["states"], (1,) * len(self.lengths)) if "states" in found else packed
@@ -144,15 +135,3 @@ class Layout:
 def one_each(rows: int, device: torch.device | str) -> Packed:
     """The layout of one state a row."""
     return Packed.from_lengths([1] * rows, device)
-
-
-def filler_count(tokens: int) -> int:
-    """How many tokens to add to a batch on a CPU: up to 3, up to a quarter of it (an eighth on average), or of a large
-    one half of that.
-
-    For every number of tokens that it ever met oneDNN keeps 6 MB of code for MiniLM's layers, which it takes 4 to 10 ms
-    to make, so the numbers are rounded up to four an octave, and to eight from `LARGE` on, where what is added costs
-    more than that. A pass that fills the token budget needs hardly any.
-    """
-    step = 1 << max(2, tokens.bit_length() - (4 if tokens >= LARGE else 3))
-    return -tokens % step

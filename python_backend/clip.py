@@ -82,7 +82,7 @@ class TextTower(nn.Module):
     def lay_out(self, rows: Sequence[Ids]) -> Layout:
         size, weight = self._size, self.embeddings["token_embedding"].get_parameter("weight")
         tile = ops.tile_tokens(self._heads, self._heads, size // self._heads, weight.dtype, self._device)
-        return Layout.of(rows, "last", self._device, tile=tile)
+        return Layout.of(rows, "last", tile=tile)
 
     def forward(self, batch: Batch) -> Tensor:
         x = self.embeddings["token_embedding"](batch.ids)

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         tile = ops.tile_tokens(
             shape.heads, shape.kv_heads, shape.head_dim, self.embed_tokens.weight.dtype, self._device
         )
-        return Layout.of(ids, self._pooling, self._device, positions, tile)
+        return Layout.of(ids, self._pooling, positions, tile)
 
     def compute(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
         return self.decode(batch, self.embed_tokens(batch.ids), prefix)

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 # bf16; a wrong mask or a wrong head does not come near.
 LEAST_COSINE = 0.99
 
+WITHOUT = "the parameter kernels: torch does without our kernels"
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -57,20 +59,15 @@ class Embedder:
         linears = sum(layer.weight.numel() for layer in self._layers)
         self.budget = Budget.of(self.device, linears, serving.max_batch_tokens)
         guessed = self.device == "cpu" and serving.dtype == "auto" and self.dtype != torch.float32
-        expected = self._in_fp32() if guessed else None
+        expected = self._in_fp32(serving) if guessed else None
         self._pack(serving)
-        if expected is not None:
-            cosine = _least_cosine(self._vectors(self._network), expected)
-            right = cosine >= precision.LEAST_COSINE
-            log.log(
-                logging.INFO if right else logging.WARNING,
-                "%s: vectors in %s have cosines of at least %.5f to those in fp32%s",
-                *(serving.name, _name(self.dtype), cosine, "" if right else ", which is served instead"),
-            )
-            if not right:
-                self.dtype = torch.float32
-                self._load(spec, directory)
-                self._pack(serving)
+        if expected is not None and not self._right(serving, expected):
+            log.warning("%s: fp32 is served instead", serving.name)
+            self.dtype = torch.float32
+            self._load(spec, directory)
+            self._pack(serving)
+            if not self._right(serving, expected):
+                raise ConfigError(f"{serving.name}: this CPU computes other vectors than plain torch; {WITHOUT}")
         self.computes_in = "int8" if serving.dtype == "int8" else _name(self.dtype)
         with _told(serving):
             self._forward = self._prepare(serving)
@@ -102,10 +99,7 @@ class Embedder:
 
     def _embed(self, forward: Forward, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
         hidden, packed = forward(rows)
-        # A network may add rows of its own, to give libraries sizes they know.
-        fillers = len(packed.lengths) - len(rows)
-        vectors = self._head(hidden, packed, [*dims, *[self.model.dimensions] * fillers])[: len(rows)]
-        result: npt.NDArray[np.float32] = vectors.cpu().numpy()
+        result: npt.NDArray[np.float32] = self._head(hidden, packed, dims).cpu().numpy()
         return result
 
     def _load(self, spec: Spec, directory: Path) -> None:
@@ -165,9 +159,20 @@ class Embedder:
     def _vectors(self, forward: Forward) -> npt.NDArray[np.float32]:
         return np.concatenate([self._embed(forward, *sample) for sample in self._samples()])
 
-    def _in_fp32(self) -> npt.NDArray[np.float32]:
-        with precision.in_fp32(self._network):
-            return self._vectors(self._network)
+    def _in_fp32(self, serving: ServingConfig) -> npt.NDArray[np.float32]:
+        """By plain torch, whatever serves."""
+        ops.use("torch")
+        try:
+            with precision.in_fp32(self._network):
+                return self._vectors(self._network)
+        finally:
+            ops.use(serving.kernels)
+
+    def _right(self, serving: ServingConfig, expected: npt.NDArray[np.float32]) -> bool:
+        cosine = _least_cosine(self._vectors(self._network), expected)
+        said = serving.name, _name(self.dtype), cosine
+        log.info("%s: vectors in %s have cosines of at least %.5f to plain torch's in fp32", *said)
+        return cosine >= precision.LEAST_COSINE
 
     def _samples(self) -> list[tuple[list[Row], list[int]]]:
         """Batches to try, with their sizes: texts of random tokens, two of which begin alike, and pictures."""
@@ -186,7 +191,7 @@ def _told(serving: ServingConfig) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, ImportError) as error:
-        way = "; the parameter kernels: torch does without Triton's" if ops.used_on(serving.device) == "triton" else ""
+        way = f"; {WITHOUT}" if ops.used_on(serving.device) == "triton" else ""
         raise ConfigError(f"{serving.name}: {error}{way}") from error
 
 

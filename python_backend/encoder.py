@@ -48,14 +48,15 @@ class Encoder(nn.Module):
         positions = [self._positions(one) for one in ids] if self._shape.first_position else None
         heads, size = self._shape.heads, self._shape.hidden_size
         tile = ops.tile_tokens(heads, heads, size // heads, self.embeddings.word_embeddings.weight.dtype, self._device)
-        return Layout.of(ids, self._pooling, self._device, positions, tile)
+        return Layout.of(ids, self._pooling, positions, tile)
 
     def compute(self, batch: Batch) -> Tensor:
-        x = ops.residual(self.embeddings(batch))
+        x = self.embeddings(batch)
+        residual = ops.residual(x)
         *layers, last = self.encoder["layer"].children()
         for layer in layers:
-            x = layer(x, batch.packed)
-        y: Tensor = last(x, batch.packed, batch.pooled)
+            x, residual = layer(x, residual, batch.packed)
+        y: Tensor = last(x, residual, batch.packed, batch.pooled)[1]
         return y
 
     def _positions(self, ids: Ids) -> npt.NDArray[np.int64]:
@@ -101,11 +102,12 @@ class Layer(nn.Module):
         )
         self.output = Output(shape.intermediate_size, shape)
 
-    def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor, packed: Packed, pooled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`pooled`: compute these rows alone, for nothing reads the others any more."""
-        attended = self.attention["self"](x, packed, pooled)
-        x = self.attention["output"](attended, x, pooled)
-        y: Tensor = self.output(self.intermediate["dense"](x), x)
+        x, residual = self.attention["output"](self.attention["self"](x, packed, pooled), residual, pooled)
+        y: tuple[Tensor, Tensor] = self.output(self.intermediate["dense"](x), residual)
         return y
 
 
@@ -126,14 +128,14 @@ class Attention(nn.Module):
 
 
 class Output(nn.Module):
-    """Projection back to E, plus the residual, then LayerNorm."""
+    """Projection back to E, plus the residual, then LayerNorm: what goes on, and the next residual."""
 
     def __init__(self, inputs: int, shape: EncoderShape) -> None:
         super().__init__()
         self.dense = Linear(inputs, shape.hidden_size)
         self.LayerNorm = PostLayerNorm(shape.hidden_size, shape.norm_eps)
 
-    def forward(self, x: Tensor, residual: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         linear, norm = self.dense, self.LayerNorm  # called as functions, for a short query is mostly calls
         y = ops.linear(x, linear.weight, linear.bias)
         return ops.post_layer_norm(y, residual, norm.weight, norm.bias, norm.eps, rows)

@@ -48,7 +48,8 @@ class PatchEmbedding(Linear):
         super().pack()  # few products, of the pixels themselves
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight if self.weight.dim() == 2 else self.weight.flatten(1), None)
+        weight = self.weight.flatten(1) if isinstance(self.weight, Tensor) and self.weight.dim() > 2 else self.weight
+        return ops.linear(x, weight, None)
 
 
 class Projection(Linear):
@@ -79,9 +80,9 @@ class LayerNorm(nn.Module):
 
 
 class PostLayerNorm(LayerNorm):
-    """LayerNorm of x + residual, for blocks that go on from what it gives."""
+    """LayerNorm of x + residual, and the same as the next residual, for blocks that go on from what it gives."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, rows: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.post_layer_norm(x, residual, self.weight, self.bias, self.eps, rows)
 
 

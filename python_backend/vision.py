@@ -4,13 +4,13 @@ Modules are named as the checkpoints name their tensors.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
-from triton_embed.python_backend.batch import filler_count
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.layers import LayerNorm, Linear, PatchEmbedding
 from triton_embed.python_backend.patches import Patches
@@ -42,12 +42,8 @@ class VisionTower(nn.Module):
         grids = [self._patches.grid(picture) for picture in pictures]
         positions = torch.cat([self._patches.positions(grid) for grid in grids], dim=1)
         lengths = [grid.count for grid in grids]
-        if self._device == "cpu" and (fillers := filler_count(len(patches))):
-            patches = nn.functional.pad(patches, (0, 0, 0, fillers))
-            positions = nn.functional.pad(positions, (0, fillers))
-            lengths.append(fillers)
-        proj = self.patch_embed["proj"]
-        x: Tensor = proj(patches.to(proj.get_parameter("weight").dtype))
+        proj: Any = self.patch_embed["proj"]
+        x: Tensor = proj(patches.to(proj.weight.dtype))
         heads, size = self._heads, x.shape[1]
         tile = ops.tile_tokens(heads, heads, size // heads, x.dtype, self._device)
         packed = Packed.from_lengths(lengths, self._device, tile)
@@ -57,7 +53,7 @@ class VisionTower(nn.Module):
         for block in self.blocks:
             x, residual = block(x, residual, angles, packed)
         merged: Tensor = self.merger(x, residual)
-        return merged[: sum(grid.count for grid in grids) // self.merger.patches]
+        return merged
 
 
 class Block(nn.Module):

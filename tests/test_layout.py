@@ -26,8 +26,8 @@ OTHERS = [*sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks")
 
 # A file imports only those before it in its folder.
 ORDER = {
-    "kernels": "packed functions blocks launch reference onednn int8 dense_attention attention norm rotary activation"
-    " pooling patchify linear accelerated ops",
+    "kernels": "packed functions blocks launch reference onednn int8 simd loops rows panels dense_attention looped"
+    " attention norm rotary activation pooling patchify linear accelerated ops",
     "python_backend": "errors json_file shapes row images spec config request checkpoint tokenizer reader long_text"
     " inputs budget layers weights batch prefix rotary patches encoder decoder clip vision qwen2_vl graphs head"
     " precision threads embedder delivery engine_metrics job reuse scheduler serve launcher",
@@ -50,6 +50,7 @@ TESTED_ELSEWHERE = {
     "kernels/reference.py": "test_ops.py",
     "kernels/functions.py": "interpreted/test_activation.py",
     "kernels/accelerated.py": "interpreted/test_networks.py",
+    "kernels/looped.py": "test_ops.py",
     "gateway/triton_process.py": "test_supervisor.py",
     "gateway/protocol.py": "test_worker.py",
     "gateway/service.py": "test_app.py",
@@ -156,11 +157,14 @@ def test_a_file_imports_ours_by_our_prefix_and_only_what_comes_before_it(path: P
 
 
 def test_kernels_import_torch_and_each_other_through_ops_alone() -> None:
-    assert told([found for found in third_party("kernels") if found.top not in {"torch", "triton", "numpy"}]) == []
+    loops = {"kernels/simd.py": {"numba", "llvmlite"}, "kernels/loops.py": {"numba", "llvmlite"}}
+    allowed = {"torch", "triton", "numpy"}
+    others = [found for found in third_party("kernels") if found.top not in allowed]
+    assert told([found for found in others if found.top not in loops.get(found.file, set())]) == []
     ours = [found for found in all_imports("kernels") if found.ours]
     assert told([found for found in ours if not found.module.startswith("kernels/")]) == []
-    shared = {f"kernels/{name}.py" for name in ("packed", "functions", "blocks", "launch")}
-    doors = {"kernels/ops.py", "kernels/accelerated.py"}
+    shared = {f"kernels/{name}.py" for name in ("packed", "functions", "blocks", "launch", "simd", "loops", "panels")}
+    doors = {"kernels/ops.py", "kernels/accelerated.py", "kernels/looped.py"}
     assert told([found for found in ours if found.file not in doors and found.module not in shared]) == []
 
 
@@ -168,6 +172,11 @@ def test_triton_is_imported_once_a_gpu_asks_for_it() -> None:
     """`ops`, which every process imports, leads to it lazily alone."""
     assert "triton" in at_once(ROOT / "kernels" / "accelerated.py")
     assert "triton" not in at_once(ROOT / "kernels" / "ops.py")
+
+
+def test_numba_is_imported_once_a_cpu_asks_for_it() -> None:
+    assert "numba" in at_once(ROOT / "kernels" / "looped.py")
+    assert "numba" not in at_once(ROOT / "kernels" / "ops.py")
 
 
 def test_kernels_is_no_package_of_its_own() -> None:

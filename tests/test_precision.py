@@ -16,8 +16,9 @@ from sentence_transformers import SentenceTransformer
 from test_vectors import expected, items_of, png
 
 from conftest import MINILM, Family
-from triton_embed.kernels import ops
+from triton_embed.kernels import looped, ops
 from triton_embed.python_backend import embedder, precision
+from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.request import Item
 
 Tiny = Callable[[str], Family]
@@ -105,16 +106,24 @@ def test_a_residual_in_fp32_is_nearer_to_the_truth(monkeypatch: pytest.MonkeyPat
 def test_bf16_that_loses_too_much_is_not_served(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(precision, "LEAST_COSINE", 1.1)
+    compare, lost = embedder._least_cosine, iter([0.5])
+    monkeypatch.setattr(embedder, "_least_cosine", lambda *vectors: min(compare(*vectors), next(lost, 1.0)))
     with caplog.at_level(logging.WARNING):
         ours = in_dtype(tiny("bge-bert-cls"), "auto")
         assert ours.embedder.dtype == torch.float32
-    assert "fp32, which is served instead" in caplog.text
+    assert "fp32 is served instead" in caplog.text
     case = next(case for case in CASES if case.name == "bge-bert-cls")
     items = items_of("bge")[:8]
     rows = ours.rows(*(Item(item["text"]) for item in items))
     found = ours.embedder.embed(rows, [ours.model.dimensions] * len(rows))
     assert np.abs(found - expected(case, ours.directory, items).vectors).max() < 2e-5
+
+
+@FAST
+def test_loops_that_this_cpu_gets_wrong_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looped.dense_attention, "attention", lambda q, k, v, *_: v.clone())
+    with pytest.raises(ConfigError, match="other vectors than plain torch; the parameter kernels: torch does without"):
+        _ = Family("minilm", MINILM, dtype="auto").embedder
 
 
 def sentences(count: int) -> list[str]:

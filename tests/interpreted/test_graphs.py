@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_networks import Family, family  # noqa: F401 - the latter is a fixture
 from torch import Tensor
 
-from triton_embed.python_backend import batch, graphs
+from triton_embed.python_backend import graphs
 from triton_embed.python_backend.batch import Batch, Layout
 from triton_embed.python_backend.embedder import Embedder
 from triton_embed.python_backend.graphs import Graphs, size_of
@@ -92,7 +92,6 @@ def test_a_replayed_batch_gives_transformers_vectors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours, rows, wanted = family.ours, family.rows, family.vectors
-    monkeypatch.setattr(batch, "filler_count", lambda tokens: 0)  # a GPU's batches have none
     recorder = Recorder(ours, monkeypatch)
     monkeypatch.setattr(graphs, "TOKENS", (16, 48))
     monkeypatch.setattr(graphs, "ROWS", (1, 16))
@@ -115,7 +114,7 @@ def test_a_replayed_batch_gives_transformers_vectors(
 
 def test_rows_of_a_padded_batch_that_are_nobodys_are_left_alone() -> None:
     """They have no tokens, and so no attention: whatever memory held before must reach no vector."""
-    layout = Layout.of([np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)], "last", "cuda", tile=4)
+    layout = Layout.of([np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)], "last", tile=4)
     padded = layout.padded(16, 8)
     packed = padded.view(padded.buffer()).packed
     assert packed.cu_seqlens.diff().tolist() == [3, 2, *[0] * 6]

@@ -44,7 +44,7 @@ OPS: dict[str, tuple[Callable[..., Sum], Callable[..., Tensor]]] = {
     # ours: (x, residual, weight, bias, eps, rows, config) -> y and the sum; torch's
     "rms": (lambda x, r, w, b, *rest: add_rms_norm(x, r, w, *rest), rms_norm),
     "layer": (add_layer_norm, layer_norm),
-    "post": (lambda *given: (post_layer_norm(*given), None), layer_norm),
+    "post": (lambda *given: (post_layer_norm(*given)[0], None), layer_norm),
 }
 
 

@@ -1,0 +1,88 @@
+"""Every op of a CPU under the names and signatures of `reference.py`: loops, and torch for what no loop does."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from triton_embed.kernels import dense_attention, reference, rows
+from triton_embed.kernels.packed import Packed
+from triton_embed.kernels.panels import PanelWeight
+from triton_embed.kernels.reference import activation, linear, patchify
+from triton_embed.kernels.rows import (
+    add_layer_norm,
+    add_rms_norm,
+    embed_layer_norm,
+    gated_activation,
+    post_layer_norm,
+    qk_norm_rope_,
+)
+
+__all__ = [
+    "activation",
+    "add_layer_norm",
+    "add_rms_norm",
+    "embed_layer_norm",
+    "gated_activation",
+    "linear",
+    "pack_linear",
+    "patchify",
+    "pooled_attention",
+    "post_layer_norm",
+    "qk_norm_rope_",
+    "segment_pool",
+    "varlen_attention",
+]
+
+
+pack_linear = PanelWeight.pack
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """See `ops.varlen_attention`."""
+    if prefix is not None or (window is not None and window < max(packed.lengths)) or not _words(q):
+        return reference.varlen_attention(q, k, v, packed, causal, window, scale, prefix)
+    return dense_attention.attention(q, k, v, packed, causal, scale)
+
+
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed,
+    rows: Tensor,
+    window: int | None,
+    scale: float,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """See `ops.pooled_attention`."""
+    if prefix is not None or (window is not None and window < max(packed.lengths)) or not _words(q):
+        return reference.pooled_attention(q, k, v, packed, rows, window, scale, prefix)
+    return dense_attention.attention(q, k, v, packed, False, scale, rows)
+
+
+def segment_pool(
+    x: Tensor,
+    packed: Packed,
+    mode: str,
+    dims: Sequence[int],
+    norm: Callable[[Tensor], Tensor] | None = None,
+    l2: bool = True,
+) -> Tensor:
+    """See `ops.segment_pool`."""
+    if norm is not None:
+        return reference.segment_pool(x, packed, mode, dims, norm, l2)
+    return rows.segment_pool(x, packed, mode, dims, l2)
+
+
+def _words(q: Tensor) -> bool:
+    return q.dtype == torch.float32 or q.shape[2] % 2 == 0
