@@ -168,30 +168,40 @@ def embed_layer_norm(
 def _norm_rope(a):
     qkv, size, stride, count, width = a[0], a[1], a[2], a[3], a[4]
     query_heads, heads, room = a[5], a[6], a[13]  # heads of queries, of queries and keys
-    eps = np.float32(fraction(a[11]))
-    x = a[12] + thread() * 5 * room * 4
-    y, weights, cos, sin = x + room * 4, x + 2 * room * 4, x + 3 * room * 4, x + 4 * room * 4
-    half = width // 2
+    eps, half, row = np.float32(fraction(a[11])), width // 2, room * 4
+    x = a[12] + thread() * 7 * row
+    # Halves are read up to a whole register: behind x and the weights there is more of this thread's.
+    q_weight, k_weight, cos, sin, y, z = x + row, x + 2 * row, x + 3 * row, x + 4 * row, x + 5 * row, x + 6 * row
+    for i in range(0, room, COUNT):  # where there is no weight
+        store(splat(np.float32(1)), q_weight + i * 4, 4)
+        store(splat(np.float32(1)), k_weight + i * 4, 4)
+    if a[9]:
+        read(a[9], 4, q_weight, width)
+    if a[10]:
+        read(a[10], 4, k_weight, width)
     begin, end = share(count)
     for token in range(begin, end):
         read(a[7] + token * half * 4, 4, cos, half)
         read(a[8] + token * half * 4, 4, sin, half)
         for head in range(heads):
             address = qkv + (token * stride + head * width) * size
-            weight = a[9] if head < query_heads else a[10]
+            normed, weight = (a[9], q_weight) if head < query_heads else (a[10], k_weight)
             read(address, size, x, width)
-            if weight:
-                read(weight, 4, weights, width)
-                _normalise(x, weights, weights, width, eps, False)
-            for i in range(0, half, COUNT):
-                at = i * 4
-                one, other = load(x + at, 4), load(x + half * 4 + at, 4)
+            scale = splat(np.float32(1))
+            if normed:
+                sums = splat(np.float32(0))
+                for i in range(0, width, COUNT):
+                    value = load(x + i * 4, 4)
+                    sums = sums + value * value
+                scale = splat(np.float32(1) / np.sqrt(total(sums) / np.float32(width) + eps))
+            for at in range(0, half * 4, COUNT * 4):
+                one = load(x + at, 4) * scale * load(weight + at, 4)
+                other = load(x + half * 4 + at, 4) * scale * load(weight + half * 4 + at, 4)
                 c, s = load(cos + at, 4), load(sin + at, 4)
                 store(one * c - other * s, y + at, 4)
-                # What lies behind the half in x is not read any more but by the last register.
-                store(other * c + one * s, weights + at, 4)
+                store(other * c + one * s, z + at, 4)
             write(y, address, size, half)
-            write(weights, address + half * size, size, half)
+            write(z, address + half * size, size, half)
 
 
 def qk_norm_rope_(
@@ -211,7 +221,7 @@ def qk_norm_rope_(
         *(qkv, qkv.itemsize, qkv.stride(0), count, width, query, query + key),
         *(cos.contiguous(), sin.contiguous()),
         *(None if weight is None else weight.float() for weight in (q_weight, k_weight)),
-        *(float(eps), scratch(5 * whole(width)), whole(width)),
+        *(float(eps), scratch(7 * whole(width)), whole(width)),
     )
     return qkv
 
