@@ -6,6 +6,7 @@ Keys and values are laid out in panels, as `panels.py` has them.
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from triton_embed.kernels.loops import Loop, fraction, pointer, scratch, thread, threads, write
@@ -26,7 +27,8 @@ from triton_embed.kernels.simd import (
     total,
 )
 
-ROWS = 8  # queries at a time
+# Queries at a time: their sums should stay in registers, of which AVX2 has half as many, half as wide.
+ROWS = 8 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 2
 
 
 def attention(
@@ -104,7 +106,7 @@ _product, _product_pairs = (tile(ROWS, PANEL // COUNT, pairs) for pairs in (Fals
 
 @helper
 def _multiply(x, stride, item, y, inner, into, pitch):
-    """8 rows of words, `stride` bytes apart, times one panel -> fp32, `pitch` bytes apart."""
+    """ROWS rows of words, `stride` bytes apart, times one panel -> fp32, `pitch` bytes apart."""
     if item == 2:
         _product_pairs(x, stride, y, PANEL * WORD, inner, into, pitch)
     else:

@@ -35,7 +35,7 @@ GRAIN = 16_384  # elements that a thread should have: below it a second one cost
 _OPENMP = ctypes.CDLL(torch._C.__file__)
 for _name in ("omp_get_thread_num", "omp_get_num_threads"):
     binding.add_symbol(_name, ctypes.cast(_OPENMP[_name], ctypes.c_void_p).value)
-_parallel = _OPENMP["GOMP_parallel"]
+_parallel = _OPENMP["GOMP_parallel"]  # GCC's name, which Intel's and LLVM's have too
 _parallel.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
 _parallel.restype = None
 _thread = types.ExternalFunction("omp_get_thread_num", types.int32())

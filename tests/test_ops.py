@@ -650,3 +650,19 @@ WRONG: dict[str, Callable[[], object]] = {
 def test_shapes_that_do_not_fit_are_refused(case: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         WRONG[case]()
+
+
+def test_a_torch_without_openmp_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise AttributeError("undefined symbol: GOMP_parallel")
+
+    monkeypatch.setattr(ops, "_looped", missing)
+    with pytest.raises(
+        ValueError, match="has no OpenMP for loops to run on; the parameter kernels: torch does without"
+    ):
+        ops.require("cpu", torch.float32)
+    ops.use("torch")
+    try:
+        ops.require("cpu", torch.float32)
+    finally:
+        ops.use("auto")
