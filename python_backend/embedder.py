@@ -51,7 +51,6 @@ class Embedder:
             ops.require(self.device, self.dtype)
         if self.device == "cpu":
             self._threads = Threads(serving.thread_count)
-            _keep_memory()
         else:
             torch.cuda.set_device(self.device)
         self._between: Callable[[], None] | None = None
@@ -68,6 +67,8 @@ class Embedder:
             self._pack(serving)
             if not self._right(serving, expected):
                 raise ConfigError(f"{serving.name}: this CPU computes other vectors than plain torch; {WITHOUT}")
+        if self.device == "cpu":
+            _keep_memory()  # only now: what loading has freed is given back
         self.computes_in = "int8" if serving.dtype == "int8" else _name(self.dtype)
         with _told(serving):
             self._forward = self._prepare(serving)
