@@ -28,7 +28,6 @@ from triton_embed.kernels.simd import COUNT, helper, load, store
 
 log = logging.getLogger(__name__)
 
-DTYPES = (torch.float32, torch.bfloat16)
 GRAIN = 16_384  # elements that a thread should have: below it a second one costs more than it takes over
 
 # Of whatever OpenMP torch brought along: a second one would have threads of its own, which wait by spinning.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_loops import fenced
 from test_ops import assert_close, random
 from transformers.activations import ACT2FN
 
@@ -117,3 +118,11 @@ def test_packing_leaves_the_weight_alone_and_keeps_its_shape() -> None:
     weight, ours = packed(96, 30)
     assert ours.shape == weight.shape
     assert torch.equal(weight, random(96, 30, dtype=torch.bfloat16, seed=1))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 11])
+def test_nothing_behind_the_last_token_is_read(tokens: int) -> None:
+    """A violation is a segmentation fault."""
+    _, ours = packed(32, 64)
+    x = random(tokens, 64, dtype=torch.bfloat16)
+    assert torch.equal(ops.linear(fenced(x), ours, None), ops.linear(x, ours, None))
