@@ -48,7 +48,7 @@ def ours(dtype: str, checkpoint: Path) -> Encode:
     size = embedder.model.dimensions
 
     def encode(texts: list[str]) -> Vectors:
-        rows = [tokenizer.cut_text(ids, "end", i) for i, ids in enumerate(tokenizer.encode(texts))]
+        rows = [tokenizer.truncate_text(ids, "end", i) for i, ids in enumerate(tokenizer.encode(texts))]
         vectors = np.empty((len(rows), size), np.float32)
         for some in _passes([row.cost for row in rows], embedder.budget.whole):
             vectors[some] = embedder.embed([rows[i] for i in some], [size] * len(some))

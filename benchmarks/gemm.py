@@ -11,7 +11,10 @@ from torch import Tensor
 
 from benchmarks.worker import answer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# oneDNN refuses bf16 on CPUs without avx512 or avx_ne_convert.
+DTYPES = {"fp32": torch.float32}
+if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    DTYPES["bf16"] = torch.bfloat16
 TOKENS = 1024
 
 

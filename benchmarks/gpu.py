@@ -1,11 +1,12 @@
-"""The kernels and the families on one GPU, by one command, without a network and from a bare checkout.
+"""GPU benchmark of the kernels and the model families: one command, no network, no installed package.
 
-`python -m benchmarks.gpu --out DIR` writes DIR/results.json, after every row, and plots; a table of what was measured
-beside what is wanted comes last. Stages: machine (versions, the two ceilings), kernels (every op against float64),
-attention (beside torch's libraries), ops (shares of the copy bandwidth), models (end to end beside transformers),
-plots. Figures are medians of 20 or more with random data; every timed kernel is checked first. A stage or a row that
-fails is recorded and the others go on. `--tune` writes the block sizes of `kernels/tables/` instead. `--dry-run`
-rehearses it all on a CPU with tiny sizes and plain torch: its figures mean nothing.
+`python -m benchmarks.gpu --out DIR` updates DIR/results.json after every row, draws plots, and finally prints a table
+that compares each measurement with its target. Stages: machine (versions and the two ceilings), kernels (every op
+against float64), attention (compared with torch's libraries), ops (share of the copy bandwidth), models (end to end,
+compared with transformers), plots. Figures are medians of at least 20 repeats on random data; every timed kernel is
+checked first. If a stage or a row fails, the error is recorded and the run continues. `--tune` writes the block sizes
+in `kernels/tables/` instead. `--dry-run` runs everything on a CPU with tiny sizes and plain torch; its figures mean
+nothing.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from benchmarks import gpu_report as report  # noqa: E402
 Stage = Callable[[Run], Iterable[Row]]
 
 
-# Each stage is imported when it begins: what cannot be imported is then one stage's failure.
+# Each stage imports its module when it starts, so that an import error fails only that stage.
 def machine(run: Run) -> Iterable[Row]:
     from benchmarks.gpu_machine import machine
 
@@ -79,7 +80,7 @@ STAGES: dict[str, Stage] = {stage.__name__: stage for stage in (machine, tune, k
 
 
 def perform(run: Run, names: list[str], stages: Mapping[str, Stage] = STAGES) -> None:
-    """Every stage in turn; its rows are on disk before the next is asked for."""
+    """Run the stages in order; write each row to disk before computing the next one."""
     for name in names:
         begin = time.monotonic()
         stage: dict[str, Any] = {"rows": []}
@@ -91,7 +92,7 @@ def perform(run: Run, names: list[str], stages: Mapping[str, Stage] = STAGES) ->
                 print(f"{time.monotonic() - run.begin:5.0f} s  {name:9}  {report.line(row)}", flush=True)
                 stage["seconds"] = time.monotonic() - begin
                 write(run)
-        except Exception as error:  # noqa: BLE001 - what one stage meets must not cost the others
+        except Exception as error:  # noqa: BLE001 - a failing stage must not stop the others
             stage["error"] = "".join(traceback.format_exception(error))
             print(f"{time.monotonic() - run.begin:5.0f} s  {name:9}  FAILED: {error!r}", flush=True)
         stage["seconds"] = time.monotonic() - begin
@@ -99,50 +100,53 @@ def perform(run: Run, names: list[str], stages: Mapping[str, Stage] = STAGES) ->
 
 
 def write(run: Run) -> None:
-    """Replaced in one step: whoever stops the benchmark finds a whole file."""
+    """Replace results.json atomically, so that an interrupted benchmark leaves a complete file."""
     file = run.out / "results.json"
     fresh = file.with_suffix(".tmp")
     fresh.write_text(json.dumps(run.results, indent=1) + "\n")
     fresh.replace(file)
 
 
-def chosen(options: argparse.Namespace) -> list[str]:
-    """The machine is always measured, for shares are of its ceilings, unless it is skipped by name."""
-    wanted = set(options.only or ([] if options.tune else STAGES.keys() - {"tune"})) | {"machine"}
-    wanted |= {"tune"} if options.tune else set()
-    return [name for name in STAGES if name in wanted and name not in options.skip]
+def selected_stages(options: argparse.Namespace) -> list[str]:
+    """Return the stages to run, in order.
+
+    The machine stage always runs unless it is skipped by name, because shares are computed from its ceilings.
+    """
+    names = set(options.only or ([] if options.tune else STAGES.keys() - {"tune"})) | {"machine"}
+    names |= {"tune"} if options.tune else set()
+    return [name for name in STAGES if name in names and name not in options.skip]
 
 
-def _names(text: str) -> list[str]:
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in found if name not in STAGES]:
-        raise argparse.ArgumentTypeError(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
-    return found
+def _stage_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in STAGES]:
+        raise argparse.ArgumentTypeError(f"unknown stage: {', '.join(unknown)}; available stages: {', '.join(STAGES)}")
+    return names
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where results.json and the plots go")
-    add("--only", type=_names, metavar="A,B", help=f"these stages: {', '.join(STAGES)}")
-    add("--skip", type=_names, default=[], metavar="C", help="all but these")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and the plots")
+    add("--only", type=_stage_names, metavar="A,B", help=f"run only these stages: {', '.join(STAGES)}")
+    add("--skip", type=_stage_names, default=[], metavar="C", help="skip these stages")
     add("--tune", action="store_true", help="find block sizes and write them to kernels/tables/ (and to DIR)")
-    add("--dry-run", action="store_true", help="tiny sizes on a CPU, to see that everything runs")
-    add("--minutes", type=float, default=8, help="models that would end later are not begun (%(default)s)")
+    add("--dry-run", action="store_true", help="use tiny sizes on a CPU to check that everything runs")
+    add("--minutes", type=float, default=8, help="do not start models that would finish later than this (%(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
     if not options.dry_run and not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu: no GPU is here; --dry-run rehearses on the CPU")
+        sys.exit("benchmarks.gpu: no GPU found; use --dry-run to run tiny sizes on the CPU")
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     if options.dry_run:
         torch.set_num_threads(1)
         from triton_embed.kernels import ops
 
-        ops.use("torch")  # as precise as what is asked of the kernels
+        ops.use("torch")  # as accurate as the kernels must be
     else:
         torch.cuda.set_device(device)
     from benchmarks import gpu_machine
@@ -162,15 +166,15 @@ def main() -> None:
         "stages": {},
     }
     print(run.results["gpu"], run.results["versions"], sep="\n", flush=True)
-    names = chosen(options)
+    names = selected_stages(options)
     perform(run, names)
     run.results["seconds"] = time.monotonic() - begin
     write(run)
-    print("\n".join(["", *report.faults(run.results), *report.remarks(run.results)]))
+    print("\n".join(["", *report.failures(run.results), *report.summary(run.results)]))
     if {"attention", "ops", "models"} & set(names):
         print(f"\n{report.table(run.results)}")
     if options.dry_run:
-        print("a rehearsal: these figures mean nothing")
+        print("dry run: these figures mean nothing")
     print(f"written: {options.out / 'results.json'}")
 
 

@@ -80,8 +80,8 @@ def models(run: Run) -> Iterator[Row]:
     for model in MODELS:
         about = {"model": model.name}
         needed = 0.0 if run.dry else model.parameters_b * 1e9 * (6.5 if model.large else 11)
-        if run.left < run.size(model.seconds, 0):
-            yield about | {"metric": "all", "skipped": f"{run.left:.0f} s left, {model.seconds} wanted"}
+        if run.seconds_left < run.size(model.seconds, 0):
+            yield about | {"metric": "all", "skipped": f"{run.seconds_left:.0f} s left, {model.seconds} wanted"}
         elif run.free_memory() < needed:
             yield about | {"metric": "all", "skipped": f"{needed / 1e9:.0f} GB of memory wanted"}
         else:
@@ -144,7 +144,7 @@ def _ours_measured(compared: "_Compared") -> Iterator[Row]:
 
 def _variant_measured(compared: "_Compared", name: str, changed: dict[str, Any]) -> Iterator[Row]:
     run, model = compared.run, compared.model
-    if run.left < run.size(VARIANT_SECONDS, 0):
+    if run.seconds_left < run.size(VARIANT_SECONDS, 0):
         yield {"metric": "variant", "skipped": "no time left"}
         return
     with _ours(compared, **changed) as embedder:
@@ -171,7 +171,7 @@ def _padded_measured(compared: "_Compared", size: int) -> Iterator[Row]:
     """transformers at a batch size; at the first, one query too."""
     run, model, work, rivals = compared.run, compared.model, compared.work, compared.rivals
     about = {"metric": "corpus", "engine": "transformers", "batch": size}
-    if run.left < run.size(VARIANT_SECONDS, 0):
+    if run.seconds_left < run.size(VARIANT_SECONDS, 0):
         yield about | {"skipped": "no time left"}
         return
     yield attempt(

@@ -141,10 +141,10 @@ def kernels(run: Run) -> Iterator[Row]:
     firsts = list({(case.op, case.first_of): case for case in reversed(everything)}.values())[::-1]
     todo = [(case, torch.bfloat16) for case in everything]
     todo += [(case, dtype) for dtype in OTHER_DTYPES for case in firsts]
-    stop = run.left * (1 - SHARE)
+    stop = run.seconds_left * (1 - SHARE)
     for case, dtype in todo:
         about = {"op": case.op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
-        if run.left < stop:
+        if run.seconds_left < stop:
             yield about | {"skipped": "no time left"}
         else:
             yield attempt(about, lambda case=case, dtype=dtype: check(run, case, dtype))  # type: ignore[misc]

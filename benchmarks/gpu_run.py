@@ -1,4 +1,4 @@
-"""What every stage of the GPU benchmark is given: the device, the time that is left, and one way to fail."""
+"""State shared by all stages of the GPU benchmark: the device, the remaining time, and error handling per row."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Run:
-    """`dry`: a rehearsal on a CPU with tiny sizes, whose figures mean nothing."""
+    """One run of the benchmark. `dry`: a dry run on a CPU with tiny sizes, whose figures mean nothing."""
 
     device: torch.device
     out: Path
@@ -26,15 +26,15 @@ class Run:
     begin: float = field(default_factory=time.monotonic)
 
     @property
-    def left(self) -> float:
-        """Seconds."""
+    def seconds_left(self) -> float:
+        """Seconds until the deadline; negative after it."""
         return self.deadline - time.monotonic()
 
     def size(self, real: int, dry: int) -> int:
         return dry if self.dry else real
 
     def free_memory(self) -> int:
-        """Bytes left on the device."""
+        """Release cached device memory and return the free bytes on the device."""
         if self.device.type == "cpu":
             return 1 << 33
         torch.cuda.empty_cache()
@@ -42,8 +42,8 @@ class Run:
 
 
 def attempt(about: Row, measure: Callable[[], Row]) -> Row:
-    """One row: what is measured, or why it could not be, so that the others go on."""
+    """Return one row: the measurement, or the error that prevented it, so that the other rows still run."""
     try:
         return about | measure()
-    except Exception as error:  # noqa: BLE001 - whatever a kernel, a library or the memory of a GPU can raise
+    except Exception as error:  # noqa: BLE001 - kernels, libraries and GPU memory can raise anything
         return about | {"error": f"{type(error).__name__}: {error}"[:600]}

@@ -72,13 +72,13 @@ class Configured:
 
 
 def tune(run: Run) -> Iterator[Row]:
-    table = blocks.of(run.device)
+    table = blocks.table_for(run.device)
     file = blocks.DIRECTORY / f"{table.architecture}.json"
     stated: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
     todo = entries(run)
     for i, entry in enumerate(todo):
         about = {"kernel": entry.kernel, "up_to": dict(entry.up_to)}
-        share = run.left / (len(todo) - i)
+        share = run.seconds_left / (len(todo) - i)
         row = attempt(about, lambda entry=entry, share=share: _tune(run, entry, table, share))  # type: ignore[misc]
         if row.get("changed"):
             place(stated.setdefault(entry.kernel, []), entry.up_to, row["new"])
@@ -87,8 +87,8 @@ def tune(run: Run) -> Iterator[Row]:
     (run.out / file.name).write_text(written)
     if not run.dry:
         file.write_text(written)
-    blocks.of.cache_clear()
-    blocks.table.cache_clear()
+    blocks.table_for.cache_clear()
+    blocks.load_table.cache_clear()
 
 
 def entries(run: Run) -> list[Entry]:
@@ -162,7 +162,7 @@ def _tune(run: Run, entry: Entry, table: blocks.Table, seconds: float) -> Row:
     """The old config first, then the others until the time is up."""
     stop = time.monotonic() + seconds
     sizes = {**dict.fromkeys(("tokens", "outputs", "inputs", "width", "itemsize", "half"), 1), **entry.up_to}
-    old = table.choice(entry.kernel, **sizes)
+    old = table.find_config(entry.kernel, **sizes)
     trials = [_Trial(run, case) for case in entry.cases]
     choices: list[Config | None] = [old, *(config for config in entry.configs if config != old)]
     if entry.torch and old is not None:

@@ -1,4 +1,4 @@
-"""The routes: what HTTP clients see. One straight line each: read, check, ask Triton, write."""
+"""The routes. Each is a straight line: read, validate, call Triton, write."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,17 +14,17 @@ from starlette.responses import Response
 
 from triton_embed.gateway import openapi, pages, schemas, similarity
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.front import Drain, Front, api_error, http_error
+from triton_embed.gateway.front import Drain, GatewayMiddleware, api_error, http_error
 from triton_embed.gateway.metrics import CONTENT_TYPE, Metrics
-from triton_embed.gateway.registry import Card, Registry
+from triton_embed.gateway.registry import ModelEntry, Registry
 from triton_embed.gateway.schemas import Embeddings
-from triton_embed.gateway.service import Answering, Gateway
+from triton_embed.gateway.service import Exchange, Gateway
 from triton_embed.gateway.settings import Settings
 from triton_embed.gateway.tracing import Tracing
 
 router = APIRouter()
 
-# What /get_server_info tells: no secrets, addresses or paths.
+# Settings that /get_server_info shows: no secrets, addresses or paths.
 PUBLIC = {
     "max_inputs",
     "max_request_tokens",
@@ -39,7 +39,7 @@ PUBLIC = {
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The gateway as an ASGI app; Triton may come up before it or after."""
+    """Return the gateway as an ASGI app. Triton may start before or after it."""
     metrics = Metrics(shared=settings.workers > 1, triton=settings.triton_metrics)
     tracing = Tracing(settings) if settings.otlp_endpoint else None
     drain = Drain()
@@ -68,8 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
     if tracing is not None:
-        app.add_middleware(tracing.around)
-    app.add_middleware(Front, settings=settings, metrics=metrics, drain=drain)
+        app.add_middleware(tracing.middleware)
+    app.add_middleware(GatewayMiddleware, settings=settings, metrics=metrics, drain=drain)
     app.state.tracing, app.state.drain = tracing, drain
     return app
 
@@ -77,64 +77,64 @@ def create_app(settings: Settings) -> FastAPI:
 @router.post("/v1/embeddings", **openapi.EMBEDDINGS)
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings(request: Request) -> Response:
-    async with _gateway(request).deadline(request) as answering:
-        asked = await answering.read(schemas.parse_embeddings)
-        name, asked, reply = await answering.embed(asked)
-        with answering.stage("encode"):
-            body = schemas.embeddings_json(reply, asked, name)
-        return _json_bytes(body, answering)
+    async with _gateway(request).deadline(request) as exchange:
+        embedding = await exchange.read(schemas.parse_embeddings)
+        name, embedding, reply = await exchange.embed(embedding)
+        with exchange.stage("encode"):
+            body = schemas.embeddings_json(reply, embedding, name)
+        return _json_bytes(body, exchange)
 
 
 @router.post("/encode", **openapi.ENCODE)
 async def encode(request: Request) -> Response:
-    async with _gateway(request).deadline(request) as answering:
-        asked = await answering.read(schemas.parse_encode)
-        _, asked, reply = await answering.embed(asked)
-        with answering.stage("encode"):
-            body = schemas.encode_json(reply, asked)
-        return _json_bytes(body, answering)
+    async with _gateway(request).deadline(request) as exchange:
+        embedding = await exchange.read(schemas.parse_encode)
+        _, embedding, reply = await exchange.embed(embedding)
+        with exchange.stage("encode"):
+            body = schemas.encode_json(reply, embedding)
+        return _json_bytes(body, exchange)
 
 
 @router.post("/v1/rerank", **openapi.RERANK)
 @router.post("/rerank", include_in_schema=False)
 async def rerank(request: Request) -> Response:
-    async with _gateway(request).deadline(request) as answering:
-        ranking = await answering.read(similarity.parse_rerank)
-        name, _, reply = await answering.embed(ranking.request)
-        with answering.stage("encode"):
+    async with _gateway(request).deadline(request) as exchange:
+        ranking = await exchange.read(similarity.parse_rerank)
+        name, _, reply = await exchange.embed(ranking.request)
+        with exchange.stage("encode"):
             body = similarity.rerank_json(reply, ranking, name)
-        return _json_bytes(body, answering)
+        return _json_bytes(body, exchange)
 
 
 @router.post("/v1/score", **openapi.SCORE)
 @router.post("/score", include_in_schema=False)
 async def score(request: Request) -> Response:
-    async with _gateway(request).deadline(request) as answering:
-        scoring = await answering.read(similarity.parse_score)
-        name, _, reply = await answering.embed(scoring.request)
-        with answering.stage("encode"):
+    async with _gateway(request).deadline(request) as exchange:
+        scoring = await exchange.read(similarity.parse_score)
+        name, _, reply = await exchange.embed(scoring.request)
+        with exchange.stage("encode"):
             body = similarity.score_json(reply, scoring, name)
-        return _json_bytes(body, answering)
+        return _json_bytes(body, exchange)
 
 
 @router.post("/tokenize", **openapi.TOKENIZE)
 @router.post("/v1/tokenize", include_in_schema=False)
 async def tokenize(request: Request) -> Response:
     gateway = _gateway(request)
-    async with gateway.deadline(request) as answering:
-        model, asked = await answering.model(await answering.read(schemas.parse_tokenize))
-        ids = await gateway.client.tokenize(model.name, asked, "image" in model.modalities)
+    async with gateway.deadline(request) as exchange:
+        model, embedding = await exchange.model(await exchange.read(schemas.parse_tokenize))
+        ids = await gateway.client.tokenize(model.name, embedding, "image" in model.modalities)
         counts = [len(row) for row in ids]
-        tokens, count = (ids[0], counts[0]) if asked.single else (ids, counts)
-        name = asked.model or gateway.settings.served_model_name or model.name
+        tokens, count = (ids[0], counts[0]) if embedding.single else (ids, counts)
+        name = embedding.model or gateway.settings.served_model_name or model.name
         return _json({"tokens": tokens, "count": count, "max_model_len": model.max_model_len, "model": name})
 
 
 @router.get("/v1/models", **openapi.MODELS)
 async def models(request: Request) -> Response:
     registry = _gateway(request).registry
-    cards = sorted(registry.cards, key=lambda card: card.info is None)
-    return _json({"object": "list", "data": [_describe(card, registry) for card in cards]})
+    entries = sorted(registry.entries, key=lambda entry: entry.info is None)
+    return _json({"object": "list", "data": [_describe(entry, registry) for entry in entries]})
 
 
 @router.get("/v1/models/{model:path}", **openapi.MODEL)
@@ -164,26 +164,26 @@ async def server_info(request: Request) -> Response:
 @router.get("/ready", include_in_schema=False)
 @router.get("/ping", include_in_schema=False)
 async def health(request: Request) -> Response:
-    trouble = await _gateway(request).trouble()
-    return _json({"status": "unavailable", "reason": trouble}, 503) if trouble else _json({"status": "healthy"})
+    reason = await _gateway(request).why_unavailable()
+    return _json({"status": "unavailable", "reason": reason}, 503) if reason else _json({"status": "healthy"})
 
 
 @router.get("/health_generate", **openapi.HEALTH_GENERATE)
 async def health_generate(request: Request) -> Response:
     gateway = _gateway(request)
-    if trouble := await gateway.trouble():
-        return _json({"status": "unavailable", "reason": trouble}, 503)
-    cards = [card for card in gateway.registry.cards if card.info or card.broken]
-    answers = await asyncio.gather(*(gateway.probe(card) for card in cards), return_exceptions=True)
-    found = {card.name: _verdict(answer) for card, answer in zip(cards, answers, strict=True)}
-    healthy = all(verdict in ("ok", "busy") for verdict in found.values())
-    return _json({"status": "healthy" if healthy else "unavailable", "models": found}, 200 if healthy else 503)
+    if reason := await gateway.why_unavailable():
+        return _json({"status": "unavailable", "reason": reason}, 503)
+    entries = [entry for entry in gateway.registry.entries if entry.info or entry.broken]
+    replies = await asyncio.gather(*(gateway.probe(entry) for entry in entries), return_exceptions=True)
+    states = {entry.name: _state(reply) for entry, reply in zip(entries, replies, strict=True)}
+    healthy = all(state in ("ok", "busy") for state in states.values())
+    return _json({"status": "healthy" if healthy else "unavailable", "models": states}, 200 if healthy else 503)
 
 
 @router.get("/metrics", **openapi.METRICS)
 async def metrics(request: Request) -> Response:
     gateway = _gateway(request)
-    gateway.metrics.serving(gateway.registry.ready)
+    gateway.metrics.set_models(gateway.registry.ready)
     return Response(await gateway.metrics.scrape(), media_type=CONTENT_TYPE)
 
 
@@ -192,19 +192,19 @@ def _gateway(request: Request) -> Gateway:
     return gateway
 
 
-def _describe(card: Card, registry: Registry) -> dict[str, Any]:
-    """OpenAI's model card, and what helps to choose one."""
-    info = card.info
+def _describe(entry: ModelEntry, registry: Registry) -> dict[str, Any]:
+    """Return OpenAI's model object with the facts that help to choose a model."""
+    info = entry.info
     described: dict[str, Any] = {
-        "id": registry.public_name(card),
+        "id": registry.public_name(entry),
         "object": "model",
-        "created": card.created,
+        "created": entry.created,
         "owned_by": "triton-embed",
         "ready": info is not None,
-        "checkpoint": info.checkpoint if info else card.checkpoint,
+        "checkpoint": info.checkpoint if info else entry.checkpoint,
     }
     if info is None:
-        return {**described, "reason": card.reason}
+        return {**described, "reason": entry.reason}
     fields = {
         "dimensions",
         "max_model_len",
@@ -218,17 +218,17 @@ def _describe(card: Card, registry: Registry) -> dict[str, Any]:
     return {**described, **info.model_dump(include=fields)}
 
 
-def _verdict(answer: Embeddings | BaseException) -> str:
-    if isinstance(answer, Embeddings):
+def _state(reply: Embeddings | BaseException) -> str:
+    if isinstance(reply, Embeddings):
         return "ok"
-    if not isinstance(answer, ApiError):
-        raise answer
-    return "busy" if answer.status == 429 else answer.message
+    if not isinstance(reply, ApiError):
+        raise reply
+    return "busy" if reply.status == 429 else reply.message
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
 
 
-def _json_bytes(body: bytes, answering: Answering) -> Response:
-    return Response(body, headers=answering.headers(), media_type="application/json")
+def _json_bytes(body: bytes, exchange: Exchange) -> Response:
+    return Response(body, headers=exchange.headers(), media_type="application/json")

@@ -1,4 +1,4 @@
-"""The scores that model cards print, beside the same scores made of our vectors."""
+"""Scores published on model cards, and the same scores computed from our vectors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Vector = npt.NDArray[np.float32]
 
 
 class Input(BaseModel):
-    """One query or document of a card: a text, an image's URL, or both in one vector."""
+    """One query or document of a card: a text, the URL of an image, or both in one vector."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,33 +30,33 @@ class Input(BaseModel):
         return self
 
     def __str__(self) -> str:
-        """Short, in one line."""
+        """Return a short form in one line."""
         words = " ".join(self.text.split())
         text = f"{words[:29]}…" if len(words) > 30 else words
         return " + ".join(filter(None, (text and f'"{text}"', self.image.rpartition("/")[2][:40])))
 
 
 class CardScores(BaseModel):
-    """Scores that one page prints for one checkpoint: queries down, documents across, None where it prints none."""
+    """The scores of one page for one checkpoint: a row per query, a column per document, None for missing scores."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint: str  # Hugging Face id
     source: str
     kind: Literal["cosine", "cosine x 100", "logits"]
-    logit_scale: PositiveFloat | None = None  # of kind logits: the factor before the cosine
-    decimals: PositiveInt  # that the page prints
+    logit_scale: PositiveFloat | None = None  # for logits: the factor of the cosine
+    decimals: PositiveInt  # printed on the page
     tolerance: PositiveFloat  # in the unit of the scores
     queries: list[Input]
     documents: list[Input]
     scores: list[list[float | None]]
 
     @model_validator(mode="after")
-    def _fits(self) -> "CardScores":
+    def _is_consistent(self) -> "CardScores":
         if [len(row) for row in self.scores] != [len(self.documents)] * len(self.queries):
             raise ValueError("scores are not queries x documents")
         if (self.kind == "logits") != (self.logit_scale is not None):
-            raise ValueError("logit_scale goes with the kind logits")
+            raise ValueError("logit_scale is for kind logits only")
         return self
 
     @property
@@ -66,13 +66,13 @@ class CardScores(BaseModel):
 
     @property
     def scale(self) -> float:
-        """What a cosine is multiplied with."""
+        """The factor of a cosine."""
         return self.logit_scale or (100.0 if self.kind == "cosine x 100" else 1.0)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A score of a card and ours; None: there is no vector for one of the two."""
+    """A score of a card and ours, which is None if a vector is missing."""
 
     query: Input
     document: Input
@@ -86,21 +86,21 @@ class Pair:
 
 
 def read_cards() -> list[CardScores]:
-    """Every entry of cards.json."""
+    """Read every entry of cards.json."""
     return TypeAdapter(list[CardScores]).validate_json(FILE.read_bytes())
 
 
 def cards_of(cards: Sequence[CardScores], checkpoint: str) -> list[CardScores]:
-    """The entries of a checkpoint, given its id or the last part of it, in any case."""
-    wanted = checkpoint.lower()
-    return [card for card in cards if wanted in (card.checkpoint.lower(), card.checkpoint.lower().rpartition("/")[2])]
+    """Return the entries of a checkpoint by its id, or the last part of its id, in any case."""
+    name = checkpoint.lower()
+    return [card for card in cards if name in (card.checkpoint.lower(), card.checkpoint.lower().rpartition("/")[2])]
 
 
 def compare(card: CardScores, vectors: Mapping[Input, Vector]) -> Iterator[Pair]:
-    """Every score that the card prints, beside ours. `vectors` are of unit length."""
+    """Yield every score of a card with ours. `vectors` have unit length."""
     for query, row in zip(card.queries, card.scores, strict=True):
         for document, score in zip(card.documents, row, strict=True):
             if score is not None:
-                found = query in vectors and document in vectors
-                ours = card.scale * float(vectors[query].astype(float) @ vectors[document]) if found else None
+                complete = query in vectors and document in vectors
+                ours = card.scale * float(vectors[query].astype(float) @ vectors[document]) if complete else None
                 yield Pair(query, document, score, ours, card.tolerance)

@@ -1,4 +1,4 @@
-"""`triton-embed`: serve models, fetch and add checkpoints. Where the gateway and the engine's files meet."""
+"""`triton-embed`: serve models, download and add checkpoints, verify a model."""
 
 import argparse
 import asyncio
@@ -15,24 +15,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from triton_embed.gateway import logs, repository, verify
+from triton_embed.gateway.locations import CHECKPOINTS, FAMILIES, MODELS
 from triton_embed.gateway.repository import Checkpoint, RepositoryError
 from triton_embed.python_backend.errors import ConfigError
 
 if TYPE_CHECKING:
     from triton_embed.python_backend.config import ModelConfig
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout: this package is installed in place
-MODELS = ROOT / "model_repository"
-CHECKPOINTS = ROOT / "checkpoints"
 CHAT_TEMPLATES = ("gme-qwen2-vl",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-# What people type for --dtype -> config.pbtxt's word.
+# Spellings of --dtype -> value in config.pbtxt.
 DTYPES = {"half": "float16", "float": "float32", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Exit code 0: stopped as asked; 1: it failed, with one sentence; 2: the command line is wrong."""
+    """Run a command. Exit code 0: success or stopped by a signal; 1: failure; 2: wrong command line."""
     options = _parser().parse_args(arguments)
     logs.configure(options.log_level)
     try:
@@ -46,16 +44,16 @@ def serve(options: argparse.Namespace) -> int:
     from triton_embed.gateway.settings import SettingsError, read_settings
 
     names = ("host", "port", "api_key", "served_model_name", "workers", "log_format", "cors_origins")
-    stated = {name: value for name in names if (value := getattr(options, name)) is not None}
+    overrides = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
-        settings = read_settings(log_level=options.log_level, **stated)
+        settings = read_settings(log_level=options.log_level, **overrides)
     except SettingsError as error:
         sys.exit(f"triton-embed: {error}")
     logs.configure(settings.log_level, settings.log_format)
     with tempfile.TemporaryDirectory(prefix="triton-embed-") as scratch:
         source, models = _models(options, Path(scratch))
-        repository.check_place(source)
-        # After what can be refused at once: these imports take a second.
+        repository.check_path(source)
+        # These imports take a second, so errors of the command line come first.
         import uvloop
 
         from triton_embed.gateway.supervisor import ServeError, Supervisor
@@ -79,7 +77,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def download(options: argparse.Namespace) -> int:
-    """Fetch a checkpoint into checkpoints/<org>/<name>."""
+    """Download a checkpoint into checkpoints/<org>/<name>."""
     from triton_embed.python_backend import checkpoint
 
     directory = checkpoint.download(options.id, options.checkpoints)
@@ -88,56 +86,62 @@ def download(options: argparse.Namespace) -> int:
 
 
 def add_model(options: argparse.Namespace) -> int:
-    """Write a model directory for a checkpoint into a repository, where every later start finds it."""
+    """Add a model directory for a checkpoint to a repository."""
     target = options.model_repository.absolute()
-    repository.check_place(target)
+    repository.check_path(target)
     checkpoint = _checkpoint(options.checkpoint, options.checkpoints)
     name = options.name or repository.model_name(checkpoint.title)
-    repository.check_name(name, target)  # before gigabytes are downloaded
+    repository.check_name(name, target)  # before downloading gigabytes
     for other in repository.loaded_by(checkpoint, target):
-        logging.warning("%s loads this checkpoint already: each needs memory of its own", other)
+        logging.warning("%s already loads this checkpoint: each model needs its own memory", other)
     try:
-        # Not inside: a directory that is no whole model stops tritonserver.
+        # Not inside the repository: an incomplete model directory stops tritonserver.
+        if target == MODELS:
+            target.parent.mkdir(parents=True, exist_ok=True)  # the user's data directory may not exist yet
         with tempfile.TemporaryDirectory(prefix="triton-embed-", dir=target.parent) as scratch:
-            family, model = _write(checkpoint, MODELS, Path(scratch), name, {})
+            family, model = _write(checkpoint, FAMILIES, Path(scratch), name, {})
             directory = repository.install(Path(scratch) / name, target)
     except OSError as error:
         raise RepositoryError(f"{target / name} cannot be written: {error.strerror or error}") from None
-    sizes = "or any smaller size" if model.matryoshka is True else f"or one of {model.matryoshka}"
-    logging.info("%s: family %s, pooling %s, %d tokens of a text", name, family, model.pooling, model.max_tokens)
+    sizes = "or fewer" if model.matryoshka is True else f"or one of {model.matryoshka}"
+    logging.info("%s: family %s, pooling %s, up to %d tokens per text", name, family, model.pooling, model.max_tokens)
     logging.info("%d dimensions%s", model.dimensions, f", {sizes}" if model.matryoshka else "")
-    logging.info("clients call it %s", ", ".join(dict.fromkeys((name, *checkpoint.names))))
+    logging.info("names for clients: %s", ", ".join(dict.fromkeys((name, *checkpoint.names))))
     logging.info("written to %s", directory)
-    root = options.checkpoints.absolute() if checkpoint.stated == checkpoint.id else None
-    alone, among_all = _serving_commands(name, target, root)
+    root = options.checkpoints.absolute() if checkpoint.parameter == checkpoint.id else None
+    alone, with_others = _serving_commands(name, target, root)
     logging.info("serve it alone: %s", alone)
-    logging.info("or with all models there: %s", among_all)
+    logging.info("or with all models of that repository: %s", with_others)
     return 0
 
 
 def _serving_commands(name: str, models: Path, checkpoints: Path | None) -> tuple[str, str]:
-    """(the command that serves this model alone, Triton's own for all); `checkpoints` is where its id is looked up."""
+    """Return (the command that serves this model alone, Triton's command for all models).
+
+    Args:
+        checkpoints: Where the model's id is looked up.
+    """
     gateway = ["triton-embed", "serve", f"--model={name}"]
-    gateway += [f"--model-repository={models}"] if models != MODELS else []
+    gateway += [f"--model-repository={models}"] if models != FAMILIES else []
     gateway += [f"--checkpoints={checkpoints}"] if checkpoints not in (None, CHECKPOINTS) else []
     triton = shlex.join(["tritonserver", f"--model-repository={models}"])
-    if checkpoints not in (None, models.parent / "checkpoints"):  # where the engine looks by itself
+    if checkpoints not in (None, models.parent / "checkpoints"):  # the engine's default
         triton = f"TRITON_EMBED_CHECKPOINTS={shlex.quote(str(checkpoints))} {triton}"
     return shlex.join(gateway), triton
 
 
 def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, tuple[str, ...]]:
-    """(repository, models to load): the checked-in repository, or a generated one where something is overridden."""
+    """Return (repository, models to load): the given repository, or a generated one if parameters are overridden."""
     overrides = _overrides(options)
     if options.model_path is None and not overrides:
         return options.model_repository, tuple(options.model) or ("*",)
     if options.model_path is None:
-        names = options.model or repository.families(options.model_repository)
+        names = options.model or repository.model_names(options.model_repository)
         for name in names:
             repository.write_model(options.model_repository, name, scratch, name, overrides)
         return scratch, tuple(names)
     if options.model:
-        raise RepositoryError("--model names models of --model-repository; with --model-path it has no meaning")
+        raise RepositoryError("--model selects from --model-repository and cannot be combined with --model-path")
     checkpoint = _checkpoint(options.model_path, options.checkpoints)
     name = repository.model_name(checkpoint.title)
     family, _ = _write(checkpoint, options.model_repository, scratch, name, overrides)
@@ -145,19 +149,19 @@ def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, tuple[str
     return scratch, (name,)
 
 
-def _checkpoint(given: str, root: Path) -> Checkpoint:
-    """A directory anywhere, else an id, whose files belong under `root`; nothing is downloaded yet."""
-    directory = Path(given).expanduser()
+def _checkpoint(name: str, root: Path) -> Checkpoint:
+    """Return a checkpoint by its directory, or by its id, whose files are under `root`. Nothing is downloaded yet."""
+    directory = Path(name).expanduser()
     if directory.is_dir():
         directory = directory.resolve()
         return Checkpoint(directory, str(directory), _id_of(directory, root.resolve()))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-        raise RepositoryError(f"{given} is neither a directory nor an id like Qwen/Qwen3-Embedding-0.6B")
-    return Checkpoint(root / given, given, given)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise RepositoryError(f"{name} is neither a directory nor an id like Qwen/Qwen3-Embedding-0.6B")
+    return Checkpoint(root / name, name, name)
 
 
 def _id_of(directory: Path, root: Path) -> str:
-    """The Hugging Face id that a place tells: <root>/<org>/<name>, or the hub's own cache; empty for any other."""
+    """Return the Hugging Face id of a directory: <root>/<org>/<name>, or one of the hub's cache; else empty."""
     if directory.parent.parent == root:
         return f"{directory.parent.name}/{directory.name}"
     cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+$", str(directory))
@@ -167,39 +171,46 @@ def _id_of(directory: Path, root: Path) -> str:
 def _write(
     checkpoint: Checkpoint, source: Path, target: Path, name: str, overrides: Mapping[str, str]
 ) -> tuple[str, "ModelConfig"]:
-    """Write `target/name` from the family in `source` that serves a checkpoint, downloaded if it has to be.
+    """Write `target/name` for a checkpoint from the family in `source` that serves it. Download the checkpoint first.
 
-    Returns the family, and what the engine will read in the checkpoint. RepositoryError or ConfigError: it will not
-    load it.
+    Returns:
+        The family, and the engine's configuration of the checkpoint.
+
+    Raises:
+        RepositoryError, ConfigError: if the engine would refuse to load it.
     """
     from triton_embed.python_backend import checkpoint as files
 
-    if checkpoint.stated == checkpoint.id:
+    if checkpoint.parameter == checkpoint.id:
         files.download(checkpoint.id, checkpoint.directory.parent.parent)
     family = repository.family_of(checkpoint.directory, source)
     repository.check_weights(checkpoint)
     files.weight_files(checkpoint.directory)
-    parameters = repository.facts(checkpoint, family, source, name)
-    made = repository.write_model(source, family, target, name, {**parameters, **overrides})
-    return family, _engine_reads(checkpoint.directory, made)
+    parameters = repository.checkpoint_parameters(checkpoint, family, source, name)
+    directory = repository.write_model(source, family, target, name, {**parameters, **overrides})
+    return family, _model_config(checkpoint.directory, directory)
 
 
-def _engine_reads(checkpoint: Path, made: Path) -> "ModelConfig":
-    """What the engine reads in a checkpoint by a model directory. ConfigError: the two do not agree."""
+def _model_config(checkpoint: Path, model: Path) -> "ModelConfig":
+    """Return the engine's configuration of a checkpoint in a model directory.
+
+    Raises:
+        ConfigError: if the two disagree.
+    """
     from triton_embed.python_backend.config import ModelConfig, ServingConfig
 
-    # The family's file leads to the one that imports it. Only inside Triton is there any; nothing of it is used here.
+    # model.py imports this module indirectly. It exists only inside Triton, and nothing of it is used here.
     sys.modules.setdefault("triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
-    family = runpy.run_path(str(made / "1" / "model.py"))["TritonPythonModel"]
-    stated = repository.read_config(made.parent, made.name).parameters
-    parameters = {key: {"string_value": value.string_value} for key, value in stated.items()}
-    config = json.dumps({"name": made.name, "parameters": parameters})
-    serving = ServingConfig.from_triton({"model_config": config, "model_repository": str(made)})
+    family = runpy.run_path(str(model / "1" / "model.py"))["TritonPythonModel"]
+    declared = repository.read_config(model.parent, model.name).parameters
+    parameters = {key: {"string_value": value.string_value} for key, value in declared.items()}
+    config = json.dumps({"name": model.name, "parameters": parameters})
+    serving = ServingConfig.from_triton({"model_config": config, "model_repository": str(model)})
     return ModelConfig.from_checkpoint(checkpoint, serving, family.spec)
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
-    """config.pbtxt parameters that flags set."""
+    """Return the parameters of config.pbtxt that flags set."""
     parameters: dict[str, str] = {}
     if options.dtype:
         parameters["dtype"] = DTYPES.get(options.dtype, options.dtype)
@@ -208,8 +219,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
     if options.cache_mb:
         parameters["cache_bytes"] = str(options.cache_mb * 2**20)
     try:
-        stated = json.loads(options.json_model_override_args)
-        for key, value in stated.items():
+        overrides = json.loads(options.json_model_override_args)
+        for key, value in overrides.items():
             if key == "matryoshka_dimensions":
                 parameters[key] = ",".join(str(int(size)) for size in value)
             elif key == "is_matryoshka":
@@ -220,7 +231,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
                     "matryoshka_dimensions and is_matryoshka can"
                 )
     except (AttributeError, TypeError, json.JSONDecodeError) as error:
-        raise RepositoryError(f"--json-model-override-args is not a JSON object of them: {error}") from None
+        raise RepositoryError(f"--json-model-override-args is not a JSON object of these keys: {error}") from None
     return parameters
 
 
@@ -230,7 +241,9 @@ def _parser() -> argparse.ArgumentParser:
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="debug shows Triton's whole log")
-    common.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where checkpoints are kept")
+    common.add_argument(
+        "--checkpoints", type=Path, default=CHECKPOINTS, help="directory of checkpoints (default %(default)s)"
+    )
 
     command = commands.add_parser("serve", parents=[common], help="serve embeddings until stopped")
     command.set_defaults(run=serve)
@@ -239,11 +252,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--api-key",
         metavar="KEY[,KEY]",
-        help="ask clients for one of these keys; in TRITON_EMBED_API_KEY they stay out of the process list",
+        help="require one of these keys; TRITON_EMBED_API_KEY keeps them out of the process list",
     )
-    command.add_argument("--cors-origins", metavar="ORIGIN[,ORIGIN]", help="whose pages may read answers; * for any")
-    command.add_argument("--workers", type=int, metavar="N", help="processes of the gateway (default 1)")
-    command.add_argument("--log-format", choices=LOG_FORMATS, help="json: one object a line (default text)")
+    command.add_argument(
+        "--cors-origins", metavar="ORIGIN[,ORIGIN]", help="origins whose pages may read responses (CORS); * for any"
+    )
+    command.add_argument("--workers", type=int, metavar="N", help="gateway processes (default 1)")
+    command.add_argument("--log-format", choices=LOG_FORMATS, help="json: one object per line (default text)")
     command.add_argument(
         "--model",
         action="append",
@@ -251,14 +266,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="load only this model of the repository; repeatable",
     )
-    command.add_argument("--model-repository", type=Path, default=MODELS)
+    command.add_argument("--model-repository", type=Path, default=FAMILIES)
     command.add_argument(
         "--model-path", metavar="DIR_OR_ID", help="serve this checkpoint: a directory, or an id to download"
     )
-    command.add_argument("--served-model-name", metavar="NAME", help="what clients call the model")
+    command.add_argument("--served-model-name", metavar="NAME", help="name of the model for clients")
     command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16", "int8", *DTYPES))
     command.add_argument(
-        "--cache-mb", type=int, metavar="N", help="vectors kept for inputs that come again, of each model (default 0)"
+        "--cache-mb", type=int, metavar="N", help="memory for vectors of repeated inputs, per model (default 0)"
     )
     command.add_argument(
         "--kernels", choices=("auto", "torch"), help="auto: Triton kernels on a GPU; torch: none anywhere"
@@ -269,10 +284,10 @@ def _parser() -> argparse.ArgumentParser:
         default="{}",
         help="""as '{"matryoshka_dimensions": [128, 256]}' or '{"is_matryoshka": true}'""",
     )
-    command.add_argument("--is-embedding", action="store_true", help="accepted: it is all this server does")
-    command.add_argument("--chat-template", choices=CHAT_TEMPLATES, help="accepted: the family knows its own template")
+    command.add_argument("--is-embedding", action="store_true", help="accepted: this server only embeds")
+    command.add_argument("--chat-template", choices=CHAT_TEMPLATES, help="accepted: each family has its template")
     command.add_argument(
-        "--trust-remote-code", action=_NoRemoteCode, help="accepted, and without effect: no remote code is ever run"
+        "--trust-remote-code", action=_NoRemoteCode, help="accepted without effect: no remote code is run"
     )
     for service, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         command.add_argument(f"--triton-{service}-port", type=int, default=port, metavar="PORT")
@@ -284,8 +299,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("add-model", parents=[common], help="add a checkpoint to a model repository")
     command.set_defaults(run=add_model)
     command.add_argument("checkpoint", metavar="ID_OR_DIR", help="a directory, or an id to download")
-    command.add_argument("--name", help="of the new model (default: after the checkpoint)")
-    command.add_argument("--model-repository", type=Path, default=MODELS, metavar="DIR", help="where it is written")
+    command.add_argument("--name", help="name of the new model (default: from the checkpoint)")
+    command.add_argument("--model-repository", type=Path, default=MODELS, metavar="DIR", help="repository to write to")
 
     command = commands.add_parser("verify", parents=[common], help="check a model against its card and transformers")
     command.set_defaults(run=verify.run)
@@ -298,7 +313,7 @@ class _NoRemoteCode(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        sys.stderr.write("--trust-remote-code: no remote code is ever run; the families are built in\n")
+        sys.stderr.write("--trust-remote-code: no remote code is run; the families are built in\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One request, one inference: the only file that speaks to Triton, and the one that reads its errors.
+"""The gRPC client of tritonserver, and the translation of its errors.
 
-A call that was sent is never cancelled, because cancelling one can kill tritonserver 2.51: each runs in a task of
-its own, shielded from its caller, and a deadline only ends the wait for it. gRPC's own stubs are used rather than
-tritonclient's class: they keep the status code apart from the text and copy the tensors once less.
+A call that was sent is never cancelled, because cancelling one can kill tritonserver 2.51: each call runs in a separate
+task, shielded from its caller, and a deadline only ends the wait for it. gRPC's generated stubs are used rather than
+tritonclient's class: they keep the status code apart from the text and copy tensors one time less.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 T = TypeVar("T")
 Metadata = Sequence[tuple[str, str]]
 
-CONTROL_SECONDS = 2.0  # for questions that cost Triton no compute
+CONTROL_SECONDS = 2.0  # for calls without compute
 DRAIN_SECONDS = 3.0
 FLOAT32, INT32 = np.dtype("<f4"), np.dtype("<i4")
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # A Triton that is back is noticed at once; gRPC would wait up to two minutes.
+    # gRPC would wait up to two minutes before it reconnects to a restarted Triton.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
@@ -42,13 +42,13 @@ class IndexEntry:
 
     name: str
     version: str
-    state: str  # READY, LOADING, UNLOADING, UNAVAILABLE, or empty for one never loaded
+    state: str  # READY, LOADING, UNLOADING, UNAVAILABLE, or empty if it was never loaded
 
 
 class TritonClient:
-    """Calls to one tritonserver. Open it inside a running event loop and close it there.
+    """Calls to one tritonserver. Create and close it in a running event loop.
 
-    Every method raises ApiError: 503 when Triton or the model does not answer, 504 past the deadline.
+    Every method raises ApiError: 503 if Triton or the model does not answer, 504 after the deadline.
     """
 
     def __init__(self, target: str, *, repository_header: str = "") -> None:
@@ -59,19 +59,19 @@ class TritonClient:
         self._running: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
-        """Let running calls end, for a few seconds; closing the channel cancels those that have not."""
+        """Wait a few seconds for running calls, then close the channel, which cancels the rest."""
         if self._running:
             await asyncio.wait(self._running, timeout=DRAIN_SECONDS)
         await self._channel.close()
 
     async def live(self) -> bool:
-        """Whether tritonserver answers."""
+        """Return whether tritonserver is live."""
         request = service_pb2.ServerLiveRequest()
         reply = await self._call("", lambda: self._stub.ServerLive(request), CONTROL_SECONDS)
         return bool(reply.live)
 
     async def index(self) -> list[IndexEntry]:
-        """Every model of the repository, loaded or not."""
+        """Return every model of the repository, loaded or not."""
         request = service_pb2.RepositoryIndexRequest()
         reply = await self._call(
             "", lambda: self._stub.RepositoryIndex(request, metadata=self._repository_metadata), CONTROL_SECONDS
@@ -79,13 +79,13 @@ class TritonClient:
         return [IndexEntry(model.name, model.version, model.state) for model in reply.models]
 
     async def config(self, model: str) -> dict[str, str]:
-        """The string parameters of a loaded model's config.pbtxt."""
+        """Return the string parameters of a loaded model's config.pbtxt."""
         request = service_pb2.ModelConfigRequest(name=model)
         reply = await self._call(model, lambda: self._stub.ModelConfig(request), CONTROL_SECONDS)
         return {key: value.string_value for key, value in reply.config.parameters.items()}
 
     async def info(self, model: str) -> bytes:
-        """What a model says about itself: a JSON object, answered without compute."""
+        """Return a model's INFO output: a JSON object, computed without a forward pass."""
         request = service_pb2.ModelInferRequest(model_name=model)
         _add_ids(request, [[0]])
         request.outputs.add(name="INFO")
@@ -103,16 +103,21 @@ class TritonClient:
         metadata: Metadata = (),
         ended: Callable[[], None] | None = None,
     ) -> Embeddings:
-        """Vectors of some inputs of a request, in the order of `rows`; what the model says of them counts from 0.
+        """Embed some inputs of a request.
 
-        A model that takes images must be given `images`, those of every input, even where there are none: requests
-        with different sets of tensors never share a batch. After `seconds` without compute the model drops the work.
-        `ended` is called when the call has, whatever became of its caller. ApiError 400: the model refuses them; 429:
-        its queue is full.
+        Args:
+            rows: Indices of the inputs; the result has their order. Indices in the model's messages count from 0.
+            images: The images of every input of the request. Required for a model that takes images, even if there are
+                none: requests with different sets of tensors never share a batch.
+            seconds: The model drops the request if its compute has not begun by then.
+            ended: Called when the call has ended, even if its caller has gone.
+
+        Raises:
+            ApiError: 400 if the model refuses an input; 429 if its queue is full.
         """
         infer = service_pb2.ModelInferRequest(model_name=model)
         _add_inputs(infer, request, rows, images)
-        report, receipt = request.faults.report, request.form.receipt
+        report, receipt = request.errors.report, request.vector_format.receipt
         for name in ("EMBEDDING", "TOKENS", "DROPPED", *["ERROR"] * report, *["REUSED"] * receipt):
             infer.outputs.add(name=name)
         _add_parameters(infer, request.parameters(rows))
@@ -130,7 +135,7 @@ class TritonClient:
         )
 
     async def tokenize(self, model: str, request: EmbeddingRequest, takes_images: bool) -> list[list[int]]:
-        """The ids of each text as the model sees them, uncut."""
+        """Return the token ids of each text as the model sees them, without truncation."""
         infer = service_pb2.ModelInferRequest(model_name=model)
         rows = range(request.count)
         _add_inputs(infer, request, rows, [()] * request.count if takes_images else None)
@@ -147,7 +152,7 @@ class TritonClient:
         seconds: float | None,
         ended: Callable[[], None] | None = None,
     ) -> T:
-        """Run one call to its end, whatever becomes of the caller; wait `seconds` for it, or as long as it takes."""
+        """Run one call to its end even if the caller is cancelled. Wait `seconds` for it, or until it ends."""
         task = asyncio.create_task(_finish(start))
         self._running.add(task)
         task.add_done_callback(self._forget)
@@ -164,7 +169,7 @@ class TritonClient:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled():
-            task.exception()  # seen: nobody may be waiting for it any more
+            task.exception()  # mark it as retrieved: the caller may have gone
 
 
 async def _finish(start: Callable[[], Awaitable[T]]) -> T:
@@ -174,15 +179,16 @@ async def _finish(start: Callable[[], Awaitable[T]]) -> T:
 def _add_inputs(
     infer: Any, request: EmbeddingRequest, rows: Sequence[int], images: Sequence[Sequence[bytes]] | None
 ) -> None:
-    """TEXT [n,1] in UTF-8, and IMAGE [n,k], k the most images of an input, an empty cell for none; or INPUT_IDS."""
+    """Add TEXT [n,1] in UTF-8 and IMAGE [n,k], padded with empty cells to the most images of an input; or INPUT_IDS."""
     if request.ids:
         _add_ids(infer, [request.ids[i] for i in rows])
         return
     _add_bytes(infer, "TEXT", (len(rows), 1), [request.texts[i].encode() for i in rows])
     if images is not None:
-        mine = [images[i] for i in rows]
-        width = max(1, *map(len, mine))
-        _add_bytes(infer, "IMAGE", (len(rows), width), [x for row in mine for x in (*row, *[b""] * (width - len(row)))])
+        selected = [images[i] for i in rows]
+        width = max(1, *map(len, selected))
+        cells = [cell for row in selected for cell in (*row, *[b""] * (width - len(row)))]
+        _add_bytes(infer, "IMAGE", (len(rows), width), cells)
 
 
 def _add_parameters(infer: Any, parameters: Mapping[str, int | str]) -> None:
@@ -194,13 +200,13 @@ def _add_parameters(infer: Any, parameters: Mapping[str, int | str]) -> None:
 
 
 def _add_bytes(infer: Any, name: str, shape: tuple[int, int], cells: Sequence[bytes]) -> None:
-    """BYTES: each cell after its length, row by row."""
+    """Add a BYTES tensor: each cell after its length, row by row."""
     infer.inputs.add(name=name, datatype="BYTES", shape=shape)
     infer.raw_input_contents.append(b"".join(len(cell).to_bytes(4, "little") + cell for cell in cells))
 
 
 def _add_ids(infer: Any, rows: Sequence[Sequence[int]]) -> None:
-    """INT32 [n,L]: each row padded with -1."""
+    """Add INPUT_IDS [n,L], INT32: each row padded with -1."""
     padded = np.full((len(rows), max(1, *map(len, rows))), -1, INT32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
@@ -216,7 +222,7 @@ def _output(reply: Any, name: str) -> bytes:
 
 
 def _cells(content: bytes) -> Iterator[bytes]:
-    """BYTES: each cell after its length."""
+    """Yield the cells of a BYTES tensor: each follows its length."""
     at = 0
     while at < len(content):
         end = at + 4 + int.from_bytes(content[at : at + 4], "little")
@@ -229,7 +235,7 @@ def _counts(reply: Any, name: str, rows: int) -> npt.NDArray[np.int32]:
 
 
 def _translate(error: grpc.aio.AioRpcError, model: str) -> ApiError:
-    """What a caller may know of a gRPC error. Only the model's own sentences are passed on, never Triton's."""
+    """Return the public form of a gRPC error. Only the model's own messages are passed on, never Triton's."""
     details = error.details() or ""
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
@@ -237,10 +243,10 @@ def _translate(error: grpc.aio.AioRpcError, model: str) -> ApiError:
         case grpc.StatusCode.UNAVAILABLE if "Exceeds maximum queue size" in details:
             return ApiError(429, f"The queue of model '{model}' is full, try again shortly")
         case grpc.StatusCode.UNAVAILABLE if details.startswith(f"Model '{model}' "):
-            # The first line is for callers, the others are for the operator.
+            # The first line is for callers, the rest for the operator.
             return ApiError(503, details.splitlines()[0], code="model_not_ready")
         case grpc.StatusCode.CANCELLED:
-            return ApiError(504, f"Model '{model}' did not come to this request in time")
+            return ApiError(504, f"Deadline exceeded before model '{model}' started this request")
         case grpc.StatusCode.NOT_FOUND:
             return ApiError(503, f"Model '{model}' is not loaded", code="model_not_ready")
         case grpc.StatusCode.UNAVAILABLE:

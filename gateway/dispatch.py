@@ -1,4 +1,4 @@
-"""One request -> one or several calls, each in its turn -> one answer."""
+"""Split a request into Triton calls, queue them, and merge the results."""
 
 import asyncio
 import contextlib
@@ -11,14 +11,14 @@ import numpy as np
 
 from triton_embed.gateway.client import Metadata, TritonClient
 from triton_embed.gateway.errors import ApiError, invalid
-from triton_embed.gateway.lanes import Lanes, pieces
+from triton_embed.gateway.lanes import Admission, split
 from triton_embed.gateway.model import ModelInfo
 from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 
 T = TypeVar("T")
 
-# What is not known before a model has read it. Too high holds work back for a moment, too low sends it early.
-LETTERS_A_TOKEN = 4  # of ASCII text; other scripts come close to a token a letter
+# Estimates of what only the model knows. Too high delays work for a moment, too low sends it early.
+CHARACTERS_PER_TOKEN = 4  # of ASCII text; other scripts have about one token per character
 SPECIAL_TOKENS = 4
 IMAGE_TOKENS = 768
 
@@ -26,118 +26,134 @@ Images = Sequence[Sequence[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """Who waits for an answer: until when (by the event loop's clock), what identifies the trace, when they left."""
+class CallContext:
+    """The caller's side of a request: its deadline on the event loop's clock, and the metadata of its trace.
+
+    `disconnected` returns, or raises, when the caller has disconnected.
+    """
 
     deadline: float
     metadata: Metadata = ()
-    left: Callable[[], Awaitable[None]] | None = None  # returns or raises when they have
+    disconnected: Callable[[], Awaitable[None]] | None = None
 
 
 class Dispatcher:
-    """For every model of one gateway; `most_waiting` tokens of each may wait, `sharers` gateways share a Triton."""
+    """The dispatcher of every model of one gateway.
 
-    def __init__(self, client: TritonClient, *, most_waiting: int, sharers: int) -> None:
+    Args:
+        max_pending_tokens: Tokens that may wait per model.
+        gateway_count: Gateway processes that share one Triton.
+    """
+
+    def __init__(self, client: TritonClient, *, max_pending_tokens: int, gateway_count: int) -> None:
         self._client = client
-        self._most_waiting = most_waiting
-        self._sharers = sharers
-        self._lanes: dict[tuple[str, int, int], Lanes] = {}
+        self._max_pending_tokens = max_pending_tokens
+        self._gateway_count = gateway_count
+        self._admissions: dict[tuple[str, int, int], Admission] = {}
 
     @property
-    def waiting(self) -> Mapping[str, int]:
+    def pending_tokens(self) -> Mapping[str, int]:
         """Tokens that wait, by model."""
-        return {model: lanes.waiting for (model, *_), lanes in self._lanes.items()}
+        return {model: admission.pending_tokens for (model, *_), admission in self._admissions.items()}
 
     async def embed(
-        self, model: ModelInfo, request: EmbeddingRequest, images: Images | None, caller: Caller
+        self, model: ModelInfo, request: EmbeddingRequest, images: Images | None, context: CallContext
     ) -> Embeddings:
-        """The answer to a whole request. ApiError 429: too much is waiting; and what the client raises.
+        """Return the embeddings of a whole request.
 
-        What has not been sent when the caller leaves, is cancelled or gets an error, never is.
+        Calls that have not been sent when the caller disconnects, is cancelled or gets an error are never sent.
+
+        Raises:
+            ApiError: 429 if too much is waiting, and whatever the client raises.
         """
         costs = estimate(request, images, model)
-        calls = pieces(costs, model.batch_tokens, model.small_tokens)
-        lanes = self._of(model)
-        with lanes.admit(sum(costs)):
-            if len(calls) == 1 and not request.batch and lanes.free(sum(costs)):
-                return await self._call(lanes, sum(costs), model, request, calls[0], images, caller)
-            return await _unless(caller.left, self._in_turn(lanes, costs, calls, model, request, images, caller))
+        calls = split(costs, model.batch_tokens, model.small_tokens)
+        admission = self._admission_of(model)
+        with admission.admit(sum(costs)):
+            if len(calls) == 1 and not request.batch and admission.can_send_now(sum(costs)):
+                return await self._call(admission, sum(costs), model, request, calls[0], images, context)
+            queued = self._call_all(admission, costs, calls, model, request, images, context)
+            return await _unless_disconnected(context.disconnected, queued)
 
-    def _of(self, model: ModelInfo) -> Lanes:
+    def _admission_of(self, model: ModelInfo) -> Admission:
         key = (model.name, model.batch_tokens, model.small_tokens)
-        if key not in self._lanes:
-            self._lanes[key] = Lanes(*key, most_waiting=self._most_waiting, sharers=self._sharers)
-        return self._lanes[key]
+        if key not in self._admissions:
+            self._admissions[key] = Admission(
+                *key, max_pending_tokens=self._max_pending_tokens, gateway_count=self._gateway_count
+            )
+        return self._admissions[key]
 
-    async def _in_turn(
+    async def _call_all(
         self,
-        lanes: Lanes,
+        admission: Admission,
         costs: Sequence[int],
         calls: Sequence[Sequence[int]],
         model: ModelInfo,
         request: EmbeddingRequest,
         images: Images | None,
-        caller: Caller,
+        context: CallContext,
     ) -> Embeddings:
-        gate = asyncio.Lock()  # one of a request's calls waits in the lane at a time: others pass between them
+        lock = asyncio.Lock()  # only one call of a request waits in a lane at a time, so that others get between them
 
         async def call(rows: Sequence[int]) -> Embeddings:
             cost = sum(costs[i] for i in rows)
-            return await self._call(lanes, cost, model, request, rows, images, caller, gate)
+            return await self._call(admission, cost, model, request, rows, images, context, lock)
 
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(call(rows)) for rows in calls]
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-        return _merged(calls, [task.result() for task in tasks])
+        except BaseExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+        return _merge(calls, [task.result() for task in tasks])
 
     async def _call(
         self,
-        lanes: Lanes,
+        admission: Admission,
         cost: int,
         model: ModelInfo,
         request: EmbeddingRequest,
         rows: Sequence[int],
         images: Images | None,
-        caller: Caller,
-        gate: asyncio.Lock | None = None,
+        context: CallContext,
+        lock: asyncio.Lock | None = None,
     ) -> Embeddings:
         while True:
-            async with gate or contextlib.nullcontext():
-                ended = await lanes.turn(cost, batch=request.batch)
-            seconds = caller.deadline - asyncio.get_running_loop().time()
+            async with lock or contextlib.nullcontext():
+                release = await admission.acquire(cost, batch=request.batch)
+            seconds = context.deadline - asyncio.get_running_loop().time()
             try:
                 reply = await self._client.embed(
-                    model.name, request, rows, images, seconds=seconds, metadata=caller.metadata, ended=ended
+                    model.name, request, rows, images, seconds=seconds, metadata=context.metadata, ended=release
                 )
                 break
             except ApiError as error:
-                if error.status == 429 and await lanes.another_has_ended():
-                    continue  # Triton's queue is shorter than the line that it is sent
-                raise self._told(error, lanes, request, rows) from None
+                if error.status == 429 and await admission.wait_for_call_end():
+                    continue  # Triton's queue is shorter than our window
+                raise self._public_error(error, admission, request, rows) from None
             except Exception:
-                ended()  # it may not have begun
+                release()  # the call may not have begun
                 raise
-        errors = [renumbered(message, rows) for message in reply.errors]
+        errors = [renumber(message, rows) for message in reply.errors]
         return replace(reply, errors=errors)
 
-    def _told(self, error: ApiError, lanes: Lanes, request: EmbeddingRequest, rows: Sequence[int]) -> ApiError:
-        """What a caller is told of a call that failed."""
+    def _public_error(
+        self, error: ApiError, admission: Admission, request: EmbeddingRequest, rows: Sequence[int]
+    ) -> ApiError:
+        """Return the error of one call in the terms of the whole request."""
         if error.status == 429:
-            return lanes.full()
+            return admission.overloaded()
         if error.status == 400 and "nput at index" in error.message:
-            return invalid(renumbered(error.message, rows), request.param)
+            return invalid(renumber(error.message, rows), request.param)
         return error
 
 
 def estimate(request: EmbeddingRequest, images: Images | None, model: ModelInfo) -> list[int]:
-    """Tokens that each input will about cost."""
+    """Return the estimated tokens of each input."""
     if request.ids:
         costs = [max(1, len(row)) for row in request.ids]
     else:
-        added = SPECIAL_TOKENS + len(request.prompt.instruction or "") // LETTERS_A_TOKEN
-        costs = [added + (len(text) // LETTERS_A_TOKEN if text.isascii() else len(text)) for text in request.texts]
+        added = SPECIAL_TOKENS + len(request.prompt.instruction or "") // CHARACTERS_PER_TOKEN
+        costs = [added + (len(text) // CHARACTERS_PER_TOKEN if text.isascii() else len(text)) for text in request.texts]
     if request.long_text != "mean":
         costs = [min(cost, model.max_model_len) for cost in costs]
     if request.images and images:
@@ -145,15 +161,15 @@ def estimate(request: EmbeddingRequest, images: Images | None, model: ModelInfo)
     return costs
 
 
-def renumbered(message: str, rows: Sequence[int]) -> str:
-    """What a model says of the inputs of one call, in the numbers that the caller knows."""
+def renumber(message: str, rows: Sequence[int]) -> str:
+    """Replace the index of an input within one call by its index in the request."""
     if isinstance(rows, range):
         return message
-    return re.sub(r"(?i)(input at index )(\d+)", lambda found: f"{found[1]}{rows[int(found[2])]}", message)
+    return re.sub(r"(?i)(input at index )(\d+)", lambda match: f"{match[1]}{rows[int(match[2])]}", message)
 
 
-def _merged(calls: Sequence[Sequence[int]], replies: Sequence[Embeddings]) -> Embeddings:
-    """The answers of several calls in the order of the request."""
+def _merge(calls: Sequence[Sequence[int]], replies: Sequence[Embeddings]) -> Embeddings:
+    """Return the replies of several calls as one, in the order of the request."""
     if len(calls) == 1:
         return replies[0]
     count = sum(map(len, calls))
@@ -170,17 +186,17 @@ def _merged(calls: Sequence[Sequence[int]], replies: Sequence[Embeddings]) -> Em
     return Embeddings(vectors, tokens, dropped, errors, reused)
 
 
-async def _unless(left: Callable[[], Awaitable[None]] | None, work: Coroutine[None, None, T]) -> T:
-    """What `work` gives, or what `left` raises, whichever comes first."""
-    if left is None:
+async def _unless_disconnected(disconnected: Callable[[], Awaitable[None]] | None, work: Coroutine[None, None, T]) -> T:
+    """Return the result of `work`, or raise what `disconnected` raises, whichever comes first."""
+    if disconnected is None:
         return await work
-    working, leaving = asyncio.create_task(work), asyncio.ensure_future(left())
+    working, watching = asyncio.create_task(work), asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            leaving.result()
+            watching.result()
         return await working
     finally:
-        for task in (working, leaving):
+        for task in (working, watching):
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(working, watching, return_exceptions=True)

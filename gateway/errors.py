@@ -1,11 +1,11 @@
-"""What goes wrong, as callers see it: one exception, one body in OpenAI's form, one table of statuses."""
+"""Errors as callers see them: one exception, one body in OpenAI's form, one table of statuses."""
 
 from collections.abc import Mapping
 
 import orjson
 from starlette.responses import Response
 
-# status → (type, code), in the words of OpenAI's API where it has them
+# status -> (type, code), OpenAI's where its API has them
 STATUSES: dict[int, tuple[str, str | None]] = {
     400: ("invalid_request_error", None),
     401: ("authentication_error", "invalid_api_key"),
@@ -21,9 +21,12 @@ STATUSES: dict[int, tuple[str, str | None]] = {
 
 
 class ApiError(Exception):
-    """Ends a request with `status`. The message reaches the caller as it is: no stacks, paths or secrets.
+    """An error that ends a request with `status`. Callers read the message: no stacks, paths or secrets.
 
-    `param` names the request field at fault; `code` replaces the status's own code; `headers` join the response.
+    Args:
+        param: The request field that is wrong.
+        code: Replaces the code of the status.
+        headers: Added to the response.
     """
 
     def __init__(
@@ -43,15 +46,15 @@ class ApiError(Exception):
         self.headers = headers
 
     def body(self) -> dict[str, str | None]:
-        """What every OpenAI client reads under `error`."""
+        """Return the object that OpenAI clients read under `error`."""
         kind, code = STATUSES.get(self.status, STATUSES[400 if self.status < 500 else 500])
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code or code}
 
     def response(self) -> Response:
-        """The whole answer."""
+        """Return the HTTP response."""
         return Response(orjson.dumps({"error": self.body()}), self.status, self.headers, "application/json")
 
 
 def invalid(message: str, param: str | None) -> ApiError:
-    """400: the caller can mend it by changing `param`."""
+    """Return a 400 that the caller can fix by changing `param`."""
     return ApiError(400, message, param=param)

@@ -1,8 +1,8 @@
-"""GET of URLs that strangers name, without lending them this machine's place in the network.
+"""GET of URLs that callers name, without giving callers access to this machine's network (SSRF).
 
-Only public addresses are connected to. The rule sits where sockets are opened: whatever a URL, a redirect or a name
-server says, the host is resolved there once, every address is judged, and the connection goes to a judged address
-and not to the name again. Proxies, cookies and credentials are never used; TLS is checked against the host's name.
+Only public addresses are connected to. The rule is enforced where sockets are opened: whatever a URL, a redirect or a
+name server says, the host is resolved there once, every address is checked, and the connection goes to a checked
+address, not to the name again. Proxies, cookies and credentials are never used; TLS is verified for the host's name.
 """
 
 import asyncio
@@ -15,10 +15,10 @@ import httpcore2
 import httpx2
 
 IMAGE_BYTES = 20 * 2**20
-TOTAL_SECONDS = 5.0  # from the first look-up to the last byte, redirects included
-ATTEMPT_SECONDS = 2.0  # for one address of a host that has several
+TOTAL_SECONDS = 5.0  # from the first name lookup to the last byte, redirects included
+ATTEMPT_SECONDS = 2.0  # per address of a host
 REDIRECTS = 3
-AT_ONCE = 16  # fetches of the whole gateway
+MAX_FETCHES = 16  # concurrent fetches of the whole gateway
 
 REDIRECTED = frozenset({301, 302, 303, 307, 308})
 HEADERS = (
@@ -26,45 +26,54 @@ HEADERS = (
     (b"Accept", b"image/*,*/*;q=0.5"),
     (b"Accept-Encoding", b"identity"),
 )
-# One reason for both, so that nobody learns which names and addresses exist inside.
+# One reason for both, so that callers cannot learn which internal names and addresses exist.
 NOT_PUBLIC = "its host is unknown or not public"
-# Global to `ipaddress`, on some Python or all, and yet no place of a public web server.
+# Networks that `ipaddress` calls global in some or all Python versions, but that hold no public web server.
 RESERVED = [
     ip_network(text)
     for text in (
         "192.0.0.0/24",  # IETF assignments; Oracle's metadata service is 192.0.0.192
         "192.88.99.0/24",  # 6to4 relays
-        "168.63.129.16/32",  # Azure's platform service, in every machine of theirs
+        "168.63.129.16/32",  # Azure's platform service, on every Azure machine
         "2001::/23",  # IETF assignments; Teredo, which wraps IPv4
         "2002::/16",  # 6to4, which wraps IPv4
         "3fff::/20",  # documentation
     )
 ]
-# The only part of IPv6 that is handed out: outside lie NAT64, IPv4-mapped, site-local and what may yet come.
+# The only allocated part of IPv6. Outside are NAT64, IPv4-mapped and site-local addresses, and future ranges.
 GLOBAL_UNICAST = ip_network("2000::/3")
 
 
 class FetchError(Exception):
-    """Nothing was fetched. The text is one of a few reasons, with `it` for what the URL names; callers may see it."""
+    """A failed fetch. The text is one of a few public reasons, in which "it" is the file behind the URL."""
 
 
 class Fetcher:
-    """One for each gateway. `allowed` names hosts, as `host` or `host:port`, whose addresses need not be public."""
+    """The fetcher of one gateway.
+
+    Args:
+        allowed: Hosts, as `host` or `host:port`, whose addresses need not be public.
+    """
 
     def __init__(self, allowed: Collection[str] = (), tls: ssl.SSLContext | None = None) -> None:
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls or httpcore2.default_ssl_context(),
             max_connections=None,
-            max_keepalive_connections=0,  # a connection kept open would outlive its check
+            max_keepalive_connections=0,  # a reused connection would outlive its check
             network_backend=PublicNetwork(allowed),
         )
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(MAX_FETCHES)
 
     async def close(self) -> None:
         await self._pool.aclose()
 
     async def get(self, url: str) -> bytes:
-        """The body, at most IMAGE_BYTES of it, within TOTAL_SECONDS of its turn. FetchError otherwise."""
+        """Return the body of a URL.
+
+        Raises:
+            FetchError: if it is larger than IMAGE_BYTES, takes longer than TOTAL_SECONDS once a fetch slot is
+                free, or cannot be fetched.
+        """
         async with self._slots:
             try:
                 async with asyncio.timeout(TOTAL_SECONDS):
@@ -72,8 +81,8 @@ class Fetcher:
             except TimeoutError:
                 raise FetchError(f"it took longer than {TOTAL_SECONDS:g} s") from None
             except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, OSError) as error:
-                distrusted = any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error))
-                reason = "could not prove who it is" if distrusted else "did not answer"
+                untrusted = any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error))
+                reason = "has no valid certificate" if untrusted else "did not answer"
                 raise FetchError(f"its host {reason}") from None
 
     async def _follow(self, url: httpx2.URL) -> bytes:
@@ -81,15 +90,15 @@ class Fetcher:
             target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
             headers = [(b"Host", url.netloc), *HEADERS]
             async with self._pool.stream("GET", target, headers=headers) as response:
-                told = {name.lower(): value for name, value in response.headers}
-                if response.status not in REDIRECTED or b"location" not in told:
-                    return await _read(response, told)
-            url = _redirected(url, told[b"location"].decode(errors="replace"))
+                received = {name.lower(): value for name, value in response.headers}
+                if response.status not in REDIRECTED or b"location" not in received:
+                    return await _read(response, received)
+            url = _redirected(url, received[b"location"].decode(errors="replace"))
         raise FetchError(f"it was redirected more than {REDIRECTS} times")
 
 
 class PublicNetwork(httpcore2.AsyncNetworkBackend):
-    """Opens connections to public addresses, and to any address of an allowed host."""
+    """A network backend that connects to public addresses, and to any address of an allowed host."""
 
     def __init__(self, allowed: Collection[str] = ()) -> None:
         self._allowed = frozenset(allowed)
@@ -103,7 +112,11 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        """A connection to the first address that answers. FetchError: one of them is not public, or there is none."""
+        """Connect to the first address that answers.
+
+        Raises:
+            FetchError: if the host has no address, or one that is not public.
+        """
         name = f"[{host}]" if ":" in host else host
         addresses = await _resolve(host, port)
         allowed = name in self._allowed or f"{name}:{port}" in self._allowed
@@ -118,9 +131,9 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether a stranger could reach this address without us.
+    """Return whether an address is reachable from the public internet.
 
-    IANA's special-purpose registries, by way of `ipaddress` where it knows them; IPv6 that wraps IPv4 never is.
+    The rules are IANA's special-purpose registries, partly through `ipaddress`. IPv6 that wraps IPv4 is never public.
     """
     if address.version == 6 and address not in GLOBAL_UNICAST:
         return False
@@ -128,10 +141,10 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 async def _resolve(host: str, port: int) -> list[IPv4Address | IPv6Address]:
-    """Every address of a host, the system's favourite first; also of one written as decimal, octal or hex."""
+    """Return every address of a host, preferred first. Hosts written as decimal, octal or hex numbers resolve too."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return [ip_address(entry[4][0]) for entry in found]
+        entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return [ip_address(entry[4][0]) for entry in entries]
     except (OSError, ValueError):
         return []
 
@@ -161,7 +174,7 @@ def _redirected(origin: httpx2.URL, location: str) -> httpx2.URL:
 
 
 def _checked(url: httpx2.URL) -> httpx2.URL:
-    if url.host.startswith(".") or (url.port or 0) >= 2**16:  # no parser's business, but sockets raise for them
+    if url.host.startswith(".") or (url.port or 0) >= 2**16:  # parsers accept these, sockets raise
         raise httpx2.InvalidURL("no such host or port")
     if url.scheme not in ("http", "https") or not url.raw_host:
         raise FetchError("only http and https URLs are fetched")
@@ -174,7 +187,7 @@ async def _read(response: httpcore2.Response, headers: dict[bytes, bytes]) -> by
     if response.status != 200:
         raise FetchError(f"its host answered with status {response.status}")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise FetchError("its host sent it compressed, unasked")
+        raise FetchError("its host sent it compressed without being asked to")
     body = bytearray()
     async for chunk in response.aiter_stream():
         body += chunk

@@ -1,7 +1,7 @@
-"""Token ids of OpenAI's encodings, as clients made for OpenAI send them: back to text, with tiktoken.
+"""Token ids of OpenAI's encodings, decoded to text with tiktoken.
 
-tiktoken downloads its tables when they are first asked for. A server does not: an operator puts them where
-TIKTOKEN_CACHE_DIR says, under the names tiktoken gives them there.
+tiktoken downloads its tables on first use. A server must not: the operator stores them in TIKTOKEN_CACHE_DIR under
+tiktoken's own file names.
 """
 
 import hashlib
@@ -14,11 +14,19 @@ from typing import Any
 from triton_embed.gateway.errors import invalid
 
 ENCODINGS = ("cl100k_base", "o200k_base")
-URL = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"  # what tiktoken's file names are made of
+# tiktoken names a cached table by the hash of its URL.
+URL = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 
 
 def decode(ids: Sequence[int], encoding: str, tables: str, index: int, param: str) -> str:
-    """The text of one input's ids; `tables` is TIKTOKEN_CACHE_DIR. ApiError 400: no tables, or ids not of theirs."""
+    """Return the text of one input's token ids.
+
+    Args:
+        tables: TIKTOKEN_CACHE_DIR.
+
+    Raises:
+        ApiError: 400 if the tables are missing or an id is not in them.
+    """
     codec = _codec(encoding, tables)
     try:
         text: str = codec.decode(ids)
@@ -31,7 +39,11 @@ def decode(ids: Sequence[int], encoding: str, tables: str, index: int, param: st
 
 @cache
 def _codec(encoding: str, tables: str) -> Any:
-    """tiktoken's own. ApiError 400 where it would not find its table and go looking for it elsewhere."""
+    """Return tiktoken's encoding.
+
+    Raises:
+        ApiError: 400 if its table is missing, which tiktoken would download.
+    """
     name = hashlib.sha1(URL.format(encoding).encode(), usedforsecurity=False).hexdigest()
     if not tables or not (Path(tables) / name).is_file() or importlib.util.find_spec("tiktoken") is None:
         raise invalid(

@@ -1,4 +1,4 @@
-"""What a vector may look like in an answer: cut to a size, as floats, as base64, or as small integers."""
+"""Formats of a vector in a response: truncated dimensions, floats, base64, or quantized integers."""
 
 from base64 import b64encode
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ OUTPUT_DTYPES: Final = ("float", "int8", "uint8", "binary", "ubinary")
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """How the caller wants its vectors. `sizes` empty: whole; `several`: one vector for each of `sizes`."""
+class VectorFormat:
+    """The format a caller wants. `sizes` empty: all dimensions; `several`: one vector for each of `sizes`."""
 
     base64: bool = False
     output_dtype: str = "float"
@@ -22,28 +22,28 @@ class Form:
     several: bool = False
     receipt: bool = False
 
-    def of(self, vectors: Floats) -> tuple[list[Any], list[Any] | None]:
-        """(what stands for each row in JSON, the scale of each row where there is one)."""
+    def encode(self, vectors: Floats) -> tuple[list[Any], list[Any] | None]:
+        """Return the JSON value of each row, and the scale of each row if the format has one."""
         if not self.several:
-            return self._of(vectors, self.sizes[0] if self.sizes else vectors.shape[1])
-        made = [self._of(vectors, size) for size in self.sizes]
-        rows = [list(row) for row in zip(*(values for values, _ in made), strict=True)]
-        if made[0][1] is None:
+            return self._encode(vectors, self.sizes[0] if self.sizes else vectors.shape[1])
+        by_size = [self._encode(vectors, size) for size in self.sizes]
+        rows = [list(row) for row in zip(*(values for values, _ in by_size), strict=True)]
+        if by_size[0][1] is None:
             return rows, None
-        return rows, [list(row) for row in zip(*(scales or () for _, scales in made), strict=True)]
+        return rows, [list(row) for row in zip(*(scales or () for _, scales in by_size), strict=True)]
 
-    def _of(self, vectors: Floats, size: int) -> tuple[list[Any], list[Any] | None]:
-        vectors = cut(vectors, size)
+    def _encode(self, vectors: Floats, size: int) -> tuple[list[Any], list[Any] | None]:
+        vectors = truncate(vectors, size)
         if self.output_dtype != "float":
-            values, scales = quantise(vectors, self.output_dtype)
+            values, scales = quantize(vectors, self.output_dtype)
             return list(values), None if scales is None else scales.tolist()
         if self.base64:
             return [b64encode(row).decode() for row in vectors], None
         return list(vectors), None
 
 
-def cut(vectors: Floats, size: int) -> Floats:
-    """The first `size` values of each row, normalised again: what Matryoshka training is for."""
+def truncate(vectors: Floats, size: int) -> Floats:
+    """Return the first `size` values of each row, normalized again (Matryoshka embeddings)."""
     if size == vectors.shape[1]:
         return vectors
     part = vectors[:, :size]
@@ -52,12 +52,13 @@ def cut(vectors: Floats, size: int) -> Floats:
     return shortened
 
 
-def quantise(vectors: Floats, dtype: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
-    """Small integers of each row, and the scale of each where it has one.
+def quantize(vectors: Floats, dtype: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
+    """Return each row as small integers, and the scale of each row if the dtype has one.
 
-    int8: value / scale, rounded, where scale is the row's greatest magnitude / 127; uint8: 128 more. A cosine needs no
-    scale. ubinary: a bit a value, 1 above zero, the first the highest of its byte, the last byte filled with zeros;
-    binary: 128 less. The bits are sentence-transformers' (`quantize_embeddings`), whose int8 needs calibration texts.
+    int8: value / scale, rounded, where scale is the row's largest magnitude / 127. uint8: int8 + 128. A cosine needs no
+    scale. ubinary: one bit per value, 1 if positive, most significant bit first, the last byte padded with zeros.
+    binary: ubinary - 128. The bits are those of sentence-transformers' `quantize_embeddings`; its int8 differs, because
+    it needs calibration texts.
     """
     if dtype in ("binary", "ubinary"):
         bits = np.packbits(vectors > 0, axis=1)

@@ -1,9 +1,8 @@
-"""Around the routes: the request's id, keys, CORS, counters, limits, the log's line, and the one boundary that no
-exception passes.
+"""The gateway's middleware: request ids, API keys, CORS, counters, limits, access log, and the last exception handler.
 
-    Front: id, time limit of the body, counters, log   →   CORS   →   keys, draining, exceptions   →   the app
+    id, time limit of the body, counters, log  ->  CORS  ->  API key, draining, exceptions  ->  the app
 
-CORS lies outside of what refuses, so that a page may read a refusal, and a preflight needs no key.
+CORS is outside of the API key, so that a page can read a refusal and a preflight needs no key.
 """
 
 import asyncio
@@ -29,38 +28,39 @@ from triton_embed.gateway.settings import Settings
 log = logging.getLogger(__name__)
 access = logging.getLogger("triton_embed.access")
 
-PROBES = frozenset({"/health", "/health_generate", "/ready", "/ping"})
-KEYLESS = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico"})  # what a browser opens before it has a key
-KEYLESS_UNDER = ("/health", "/ready", "/ping", "/docs/")  # load balancers have no key, nor have assets
-EXPOSED = ("x-request-id", "x-truncated-inputs", "retry-after", "server-timing")  # what a page may read of an answer
-CLIENT_GONE = 499  # nginx's number, seen in metrics and log only
-LINGER_SECONDS = 2.0  # how long what is left of a refused body is read: closing at once resets, and loses the answer
+PROBE_PATHS = frozenset({"/health", "/health_generate", "/ready", "/ping"})
+KEYLESS_PATHS = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico"})  # a browser opens these before it has a key
+KEYLESS_PREFIXES = ("/health", "/ready", "/ping", "/docs/")  # load balancers and static files have no key
+EXPOSED_HEADERS = ("x-request-id", "x-truncated-inputs", "retry-after", "server-timing")  # pages may read these (CORS)
+CLIENT_CLOSED_REQUEST = 499  # nginx's status, only in metrics and log
+# How long the rest of a rejected body is read: closing at once would reset the connection and lose the response.
+LINGER_SECONDS = 2.0
 STOPPING = "The server is stopping"
-EXCHANGE = "triton_embed.exchange"  # where a scope holds its _Exchange
+CYCLE = "triton_embed.cycle"  # key of the _RequestCycle in a scope
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class Drain:
-    """The end of a gateway: once it is stopping, probes say so; once it has expired, nothing is waited for any more."""
+    """The shutdown of a gateway: while stopping, probes fail; once expired, requests without a response get a 503."""
 
     def __init__(self) -> None:
         self.stopping = False
         self.expired = False
-        self.waiting: dict[asyncio.Task[object], _Exchange] = {}
+        self.in_flight: dict[asyncio.Task[object], _RequestCycle] = {}
 
     def expire(self) -> None:
-        """Answer 503 to everyone who has no answer yet."""
+        """Send a 503 to every request without a response."""
         self.stopping = self.expired = True
-        for task, exchange in self.waiting.items():
-            if not exchange.status:
+        for task, cycle in self.in_flight.items():
+            if not cycle.status:
                 task.cancel()
 
 
-class Front:
+class GatewayMiddleware:
     """The outermost layer of the app.
 
-    Routes leave what the log tells of a request in its state: `request.state.model`, `.inputs` and `.tokens`.
+    Routes store what the access log reports in `request.state.model`, `.inputs` and `.tokens`.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, drain: Drain) -> None:
@@ -69,52 +69,52 @@ class Front:
         self._body_seconds = settings.body_timeout
         self._metrics = metrics
         self._drain = drain
-        # In text a line for every request would hide those a person waits for.
+        # In text format, a line per request would hide the lines a person looks for.
         self._access_level = logging.INFO if settings.log_format == "json" else logging.DEBUG
-        self._entrance: ASGIApp = self._enter
+        self._inner: ASGIApp = self._handle
         if settings.origins:
-            self._entrance = CORSMiddleware(
-                self._enter,
+            self._inner = CORSMiddleware(
+                self._handle,
                 allow_origins=settings.origins,
                 allow_methods=("GET", "POST"),
                 allow_headers=("*",),
-                expose_headers=EXPOSED,
+                expose_headers=EXPOSED_HEADERS,
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
-        exchange = scope[EXCHANGE] = _Exchange(scope, receive, send, self._body_seconds, self._drain)
-        token = request_id.set(exchange.id)
+        start = time.perf_counter()
+        cycle = scope[CYCLE] = _RequestCycle(scope, receive, send, self._body_seconds, self._drain)
+        token = request_id.set(cycle.id)
         try:
             with self._metrics.in_flight.track_inprogress():
-                await self._entrance(scope, exchange.receive, exchange.send)
+                await self._inner(scope, cycle.receive, cycle.send)
         except ClientDisconnect:
-            exchange.status = CLIENT_GONE
+            cycle.status = CLIENT_CLOSED_REQUEST
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.answered(route, exchange.status)
+            self._metrics.count_request(route, cycle.status)
             if access.isEnabledFor(self._access_level):
-                self._tell(scope, route, exchange.status, time.perf_counter() - began)
+                self._log_access(scope, route, cycle.status, time.perf_counter() - start)
             request_id.reset(token)
 
-    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, whatever happens behind."""
-        exchange: _Exchange = scope[EXCHANGE]
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app, and turn every exception into a response."""
+        cycle: _RequestCycle = scope[CYCLE]
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - coroutines run in tasks
-        self._drain.waiting[task] = exchange
+        self._drain.in_flight[task] = cycle
         try:
             if self._drain.expired:
                 raise ApiError(503, STOPPING)
-            if self._drain.stopping and scope["path"] in PROBES:
+            if self._drain.stopping and scope["path"] in PROBE_PATHS:
                 await _unavailable()(scope, receive, send)
-            elif self._admits(scope):
+            elif self._is_authorized(scope):
                 await self._app(scope, receive, send)
             else:
-                await _no_entry().response()(scope, receive, send)
+                await _unauthorized().response()(scope, receive, send)
         except ClientDisconnect:
             raise
         except asyncio.CancelledError:
@@ -126,22 +126,22 @@ class Front:
             await error.response()(scope, receive, send)
         except Exception:
             log.exception("%s %s failed", scope["method"], getattr(scope.get("route"), "path", "unknown"))
-            if not exchange.status:
-                await ApiError(500, "The gateway failed to answer").response()(scope, receive, send)
+            if not cycle.status:
+                await ApiError(500, "The gateway failed to process the request").response()(scope, receive, send)
         finally:
-            del self._drain.waiting[task]
+            del self._drain.in_flight[task]
 
-    def _admits(self, scope: Scope) -> bool:
+    def _is_authorized(self, scope: Scope) -> bool:
         path = scope["path"]
-        if not self._keys or path in KEYLESS or path.startswith(KEYLESS_UNDER):
+        if not self._keys or path in KEYLESS_PATHS or path.startswith(KEYLESS_PREFIXES):
             return True
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        given = _digest(key.strip())
-        # All of them, found or not: the time it takes tells nothing.
-        fits = [secrets.compare_digest(given, known) for known in self._keys]
-        return any(fits) and scheme.lower() == b"bearer"
+        digest = _digest(key.strip())
+        # Compare with every key, so that the time reveals nothing.
+        matches = [secrets.compare_digest(digest, accepted) for accepted in self._keys]
+        return any(matches) and scheme.lower() == b"bearer"
 
-    def _tell(self, scope: Scope, route: str, status: int, seconds: float) -> None:
+    def _log_access(self, scope: Scope, route: str, status: int, seconds: float) -> None:
         state = scope.get("state", {})
         client = scope.get("client")
         fields = {
@@ -154,33 +154,37 @@ class Front:
             "tokens": state.get("tokens"),
             "client": client[0] if client else None,
         }
-        told = "%(method)s %(route)s %(status)s in %(seconds)s s"
+        message = "%(method)s %(route)s %(status)s in %(seconds)s s"
         if fields["model"]:
-            told += ", %(model)s: %(inputs)s inputs, %(tokens)s tokens"
-        access.log(self._access_level, told, fields, extra={"fields": fields})
+            message += ", %(model)s: %(inputs)s inputs, %(tokens)s tokens"
+        access.log(self._access_level, message, fields, extra={"fields": fields})
 
 
-class _Exchange:
-    """One request and its answer, as they pass."""
+class _RequestCycle:
+    """One request and its response as ASGI messages."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, body_seconds: float, drain: Drain) -> None:
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        self.id = given.decode() if _ID.fullmatch(given) else secrets.token_hex(16)
-        self.status = 0  # 0: no answer has begun
+        sent_id = headers.get(b"x-request-id", b"")
+        self.id = sent_id.decode() if _ID.fullmatch(sent_id) else secrets.token_hex(16)
+        self.status = 0  # 0: the response has not begun
         self._receive = receive
         self._send = send
         self._drain = drain
         self._body_seconds = body_seconds
         self._deadline = asyncio.get_running_loop().time() + body_seconds
-        self._body_left = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
-        # Such a client sends nothing before it is asked to, by the first `receive`.
-        self._unasked = headers.get(b"expect", b"").lower() == b"100-continue"
+        self._body_pending = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        # Such a client sends its body only after the first `receive`, which sends 100 Continue.
+        self._awaits_continue = headers.get(b"expect", b"").lower() == b"100-continue"
 
     async def receive(self) -> Message:
-        """ApiError 408: the body takes too long to arrive."""
-        self._unasked = False
-        if not self._body_left:
+        """Receive the next message.
+
+        Raises:
+            ApiError: 408 if the body takes too long to arrive.
+        """
+        self._awaits_continue = False
+        if not self._body_pending:
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -191,35 +195,39 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
-            if self._body_left or self._drain.stopping:
+            if self._body_pending or self._drain.stopping:
                 headers.append((b"connection", b"close"))
             await self._send({**message, "headers": headers})
             self.status = message["status"]
-        elif self._body_left and not self._unasked and not message.get("more_body"):
+        elif self._body_pending and not self._awaits_continue and not message.get("more_body"):
             await self._send({**message, "more_body": True})
-            await self._read_on()
+            await self._discard_body()
             await self._send({"type": "http.response.body"})
         else:
             await self._send(message)
 
     async def _next(self) -> Message:
         message = await self._receive()
-        self._body_left = bool(message.get("more_body"))  # a client that is gone sends no more either
+        self._body_pending = bool(message.get("more_body"))  # false also after a disconnect
         return message
 
-    async def _read_on(self) -> None:
+    async def _discard_body(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
-                while self._body_left:
+                while self._body_pending:
                     await self._next()
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, whatever its Content-Type. ApiError 413 as soon as it is known to pass `limit` bytes."""
+    """Read the whole body, whatever its Content-Type.
+
+    Raises:
+        ApiError: 413 as soon as the body is known to exceed `limit` bytes.
+    """
     body = bytearray()
     if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
-        raise ApiError(400, f"The request body must not be compressed, and its Content-Encoding is '{coding[:100]}'")
-    if _declared(request) <= limit:
+        raise ApiError(400, f"The request body must not be compressed, but its Content-Encoding is '{coding[:100]}'")
+    if _content_length(request) <= limit:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
@@ -230,36 +238,36 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def api_error(_: Request, error: Exception) -> Response:
-    """The handler of ApiError."""
-    assert isinstance(error, ApiError)  # noqa: S101 - what it is registered for
+    """Handle an ApiError."""
+    assert isinstance(error, ApiError)  # noqa: S101 - registered for this type
     return error.response()
 
 
 async def http_error(request: Request, error: Exception) -> Response:
-    """The handler of routing's own refusals: no such path, or not with this method."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
-    what = {404: "There is no", 405: "Not allowed here:"}.get(error.status_code, "Refused:")
-    message = f"{what} {request.method} {request.url.path[:200]}"
+    """Handle routing errors: unknown path or wrong method."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
+    problem = {404: "Not found:", 405: "Method not allowed:"}.get(error.status_code, "Refused:")
+    message = f"{problem} {request.method} {request.url.path[:200]}"
     return ApiError(error.status_code, message, headers=error.headers).response()
 
 
-def _declared(request: Request) -> int:
-    """What Content-Length says; 0 where it says nothing that is a number of bytes."""
-    stated = request.headers.get("content-length", "")
-    return int(stated) if re.fullmatch(r"[0-9]{1,18}", stated) else 0
+def _content_length(request: Request) -> int:
+    """Return the Content-Length, or 0 if it is missing or not a number of bytes."""
+    value = request.headers.get("content-length", "")
+    return int(value) if re.fullmatch(r"[0-9]{1,18}", value) else 0
 
 
 def _digest(key: bytes) -> bytes:
-    """Keys of one length: comparing them tells nothing of their own."""
+    """Return a digest of fixed length, so that comparing keys does not reveal their length."""
     return hashlib.sha256(key).digest()
 
 
-def _no_entry() -> ApiError:
+def _unauthorized() -> ApiError:
     message = "Incorrect API key provided: send it as 'Authorization: Bearer KEY'"
     return ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _unavailable() -> Response:
-    """In the form of the probes' own answers."""
+    """Return a 503 in the form of a probe's response."""
     body = orjson.dumps({"status": "unavailable", "reason": STOPPING})
     return Response(body, 503, media_type="application/json")

@@ -1,6 +1,6 @@
-"""What one input may be beside a string or token ids: an object of text and images, or a list of content parts.
+"""Inputs that are objects of text and images, or lists of content parts.
 
-Images stay what the caller sent - a data: URI, base64 or an http(s) URL - until media.py makes bytes of them.
+Images stay references (data: URI, base64 or http(s) URL) until the media loader turns them into bytes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from triton_embed.gateway.errors import ApiError, invalid
 
-WORDS: Final[dict[type, str]] = {
+JSON_TYPES: Final[dict[type, str]] = {
     str: "a string",
     bool: "a boolean",
     int: "an integer",
@@ -21,7 +21,7 @@ WORDS: Final[dict[type, str]] = {
 }
 PROMPT_KEYS = ("instruction", "prompt_name", "input_type")
 KEYS = ("text", "image", "image_url", *PROMPT_KEYS)
-# Cohere's and Voyage's words for the two sides of a search.
+# Accepted values, among them Cohere's and Voyage's -> the side of a search.
 INPUT_TYPES: Final[dict[str, str]] = {
     "query": "query",
     "document": "document",
@@ -29,15 +29,15 @@ INPUT_TYPES: Final[dict[str, str]] = {
     "search_query": "query",
     "search_document": "document",
 }
-PART_TYPES = ("text", "image_url", "image")  # of OpenAI's messages, and of Qwen's
-IMAGE_URL_KEYS = ("url", "detail")  # `detail` asks OpenAI for a resolution: the model's own rules say that here
+PART_TYPES = ("text", "image_url", "image")  # of OpenAI's and Qwen's messages
+IMAGE_URL_KEYS = ("url", "detail")  # `detail` is ignored: the model's own rules decide the resolution
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """How the caller wants an input to be prompted: at most one of the first two, as far as anybody has checked."""
+    """The prompt of an input. `instruction` and `prompt_name` exclude each other."""
 
     instruction: str | None = None
     prompt_name: str | None = None
@@ -47,9 +47,9 @@ class Prompt:
         return self != NO_PROMPT
 
     def parameters(self) -> dict[str, str]:
-        """What travels to the model: only what was given."""
-        given = {"instruction": self.instruction, "prompt_name": self.prompt_name}
-        return {name: value for name, value in given.items() if value is not None}
+        """Return the request parameters for the model, without those that are unset."""
+        parameters = {"instruction": self.instruction, "prompt_name": self.prompt_name}
+        return {name: value for name, value in parameters.items() if value is not None}
 
 
 NO_PROMPT = Prompt()
@@ -57,55 +57,68 @@ NO_PROMPT = Prompt()
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One input; `text` or `images` may be empty, not both."""
+    """One input. `text` or `images` may be empty, but not both."""
 
     text: str
     images: tuple[str, ...] = ()
     prompt: Prompt = NO_PROMPT
 
 
-NO_ITEM = Item("")  # in the place of one that is at fault
+NO_ITEM = Item("")  # placeholder of an invalid input
 
 
 @dataclass(frozen=True, slots=True)
-class Faults:
-    """The inputs of a request that cannot be embedded, by index.
+class InputErrors:
+    """The errors of a request's inputs, by index.
 
-    The first of them ends the request, unless the caller asked for a `report` of them all.
+    The first error ends the request, unless the caller wants a `report` of all of them.
     """
 
     report: bool = False
-    found: dict[int, ApiError] = field(default_factory=dict)
+    by_index: dict[int, ApiError] = field(default_factory=dict)
 
     def add(self, index: int, error: ApiError) -> None:
-        """ApiError: `error` itself, where nobody asked for a report. The first one of an input counts."""
+        """Record the first error of an input.
+
+        Raises:
+            ApiError: `error` itself, unless errors are reported.
+        """
         if not self.report:
             raise error
-        self.found.setdefault(index, error)
+        self.by_index.setdefault(index, error)
 
-    def attempt(self, index: int, step: Callable[[], T], instead: T) -> T:
-        """What `step` gives, or `instead` when it finds fault with the input."""
+    def attempt(self, index: int, parse: Callable[[], T], default: T) -> T:
+        """Return what `parse` returns, or `default` if it raises an ApiError, which is recorded."""
         try:
-            return step()
+            return parse()
         except ApiError as error:
             self.add(index, error)
-            return instead
+            return default
 
 
 def is_part(item: Any) -> bool:
-    """Whether an object is a content part rather than an input of its own."""
+    """Return whether an object is a content part rather than an input."""
     return type(item) is dict and "type" in item
 
 
-def read_items(given: Sequence[Any], param: str, faults: Faults) -> list[Item]:
-    """Every input of a list of strings, objects and lists of content parts. ApiError 400 names index and key."""
-    return [faults.attempt(i, partial(_item, i, item, param), NO_ITEM) for i, item in enumerate(given)]
+def read_items(values: Sequence[Any], param: str, errors: InputErrors) -> list[Item]:
+    """Parse a list of strings, objects and lists of content parts.
+
+    Raises:
+        ApiError: 400 naming index and key.
+    """
+    return [errors.attempt(i, partial(_item, i, value, param), NO_ITEM) for i, value in enumerate(values)]
 
 
 def read_prompt(fields: dict[str, Any], param: str | None = None, where: str = "") -> Prompt:
-    """The three keys that say how to prompt. An empty prompt_name is no prompt at all, not even the model's default.
+    """Parse the three keys of a prompt. An empty prompt_name means no prompt, not even the model's default.
 
-    `param` and `where` name an input rather than the request. ApiError 400: of the wrong kind, or contradictory.
+    Args:
+        param: Name of the field to report, if it is not the key itself.
+        where: Prefix of messages that names an input.
+
+    Raises:
+        ApiError: 400 if a value has the wrong type or contradicts another.
     """
     instruction, name, side = (_text(fields, key, param, where) for key in PROMPT_KEYS)
     instruction, side = instruction or None, side or None
@@ -123,30 +136,34 @@ def read_prompt(fields: dict[str, Any], param: str | None = None, where: str = "
     return Prompt(instruction, None if instruction else name, side)
 
 
-def refused(index: int, item: Any, wanted: str, param: str) -> ApiError:
-    """An input of the wrong kind."""
-    return invalid(f"Input at index {index} must be {wanted}, got {WORDS[type(item)]}", param)
+def wrong_type(index: int, item: Any, expected: str, param: str) -> ApiError:
+    """Return the error of an input of the wrong type."""
+    return invalid(f"Input at index {index} must be {expected}, got {JSON_TYPES[type(item)]}", param)
 
 
-def check_keys(where: str, given: dict[str, Any], known: Sequence[str], param: str) -> None:
-    """ApiError 400 for the first key that is not `known`."""
-    for key in given:
-        if key not in known:
-            raise invalid(f"{where} has an unknown key '{key[:100]}'; known are {', '.join(known)}", param)
+def check_keys(where: str, fields: dict[str, Any], allowed: Sequence[str], param: str) -> None:
+    """Check that an object has allowed keys only.
+
+    Raises:
+        ApiError: 400 for the first other key.
+    """
+    for key in fields:
+        if key not in allowed:
+            raise invalid(f"{where} has an unknown key '{key[:100]}'; allowed keys are {', '.join(allowed)}", param)
 
 
-def _item(index: int, given: Any, param: str) -> Item:
+def _item(index: int, value: Any, param: str) -> Item:
     where = f"Input at index {index}"
-    if type(given) is str:
-        item = Item(given)
-    elif is_part(given):
-        raise invalid(f"{where} is a content part: put the parts of one input in a list of their own", param)
-    elif type(given) is dict:
-        item = _object(where, given, param)
-    elif type(given) is list:
-        item = _parts(where, given, param)
+    if type(value) is str:
+        item = Item(value)
+    elif is_part(value):
+        raise invalid(f"{where} is a content part: put the parts of one input in a list", param)
+    elif type(value) is dict:
+        item = _object(where, value, param)
+    elif type(value) is list:
+        item = _parts(where, value, param)
     else:
-        raise refused(index, given, "a string, an object or a list of content parts", param)
+        raise wrong_type(index, value, "a string, an object or a list of content parts", param)
     if item.text and not item.text.isspace():
         return item
     if not item.images:
@@ -154,29 +171,29 @@ def _item(index: int, given: Any, param: str) -> Item:
     return Item("", item.images, item.prompt)
 
 
-def _object(where: str, given: dict[str, Any], param: str) -> Item:
-    check_keys(where, given, KEYS, param)
+def _object(where: str, fields: dict[str, Any], param: str) -> Item:
+    check_keys(where, fields, KEYS, param)
     return Item(
-        _string(where, "text", given.get("text"), param),
+        _string(where, "text", fields.get("text"), param),
         (
-            *_images(where, "image", given.get("image"), param),
-            *_images(where, "image_url", given.get("image_url"), param),
+            *_images(where, "image", fields.get("image"), param),
+            *_images(where, "image_url", fields.get("image_url"), param),
         ),
-        read_prompt(given, param, f"{where}: ") if any(key in given for key in PROMPT_KEYS) else NO_PROMPT,
+        read_prompt(fields, param, f"{where}: ") if any(key in fields for key in PROMPT_KEYS) else NO_PROMPT,
     )
 
 
-def _parts(where: str, given: list[Any], param: str) -> Item:
-    """Texts are joined by line breaks; images come before the text, wherever they stood: so the models were trained."""
+def _parts(where: str, parts: list[Any], param: str) -> Item:
+    """Parse content parts. Texts are joined by line breaks, and images come first: the models were trained this way."""
     texts: list[str] = []
     images: list[str] = []
-    for i, part in enumerate(given):
+    for i, part in enumerate(parts):
         here = f"{where}, content part {i}"
         if not is_part(part):
             raise invalid(f"{here} must be an object with a type", param)
         kind = part["type"]
         if kind not in PART_TYPES:
-            raise invalid(f"{here} has no type that is known here: {', '.join(PART_TYPES)}", param)
+            raise invalid(f"{here} must have one of the types {', '.join(PART_TYPES)}", param)
         check_keys(here, part, ("type", kind), param)
         if part.get(kind) is None:
             raise invalid(f"{here} has no {kind}", param)
@@ -190,7 +207,7 @@ def _parts(where: str, given: list[Any], param: str) -> Item:
 def _text(fields: dict[str, Any], key: str, param: str | None, where: str) -> str | None:
     value = fields.get(key)
     if value is not None and type(value) is not str:
-        raise invalid(f"{where}{key} must be a string, got {WORDS[type(value)]}", param or key)
+        raise invalid(f"{where}{key} must be a string, got {JSON_TYPES[type(value)]}", param or key)
     return value
 
 
@@ -198,21 +215,21 @@ def _string(where: str, key: str, value: Any, param: str) -> str:
     if value is None:
         return ""
     if type(value) is not str:
-        raise invalid(f"{where}: {key} must be a string, got {WORDS[type(value)]}", param)
+        raise invalid(f"{where}: {key} must be a string, got {JSON_TYPES[type(value)]}", param)
     return value
 
 
 def _images(where: str, key: str, value: Any, param: str) -> Iterable[str]:
-    """One or several; each as it is or as {"url": …}."""
+    """Yield one image reference or several, each a string or {"url": …}."""
     if value is None:
         return
-    for one in value if type(value) is list else [value]:
-        if type(one) is dict:
-            check_keys(f"{where}: {key}", one, IMAGE_URL_KEYS, param)
-            one = one.get("url")
-        if type(one) is not str:
-            wanted = "a data: URI, base64 or an http(s) URL"
-            raise invalid(f"{where}: {key} must be {wanted}, got {WORDS[type(one)]}", param)
-        if not one or one.isspace():
+    for url in value if type(value) is list else [value]:
+        if type(url) is dict:
+            check_keys(f"{where}: {key}", url, IMAGE_URL_KEYS, param)
+            url = url.get("url")
+        if type(url) is not str:
+            expected = "a data: URI, base64 or an http(s) URL"
+            raise invalid(f"{where}: {key} must be {expected}, got {JSON_TYPES[type(url)]}", param)
+        if not url or url.isspace():
             raise invalid(f"{where}: {key} cannot be empty", param)
-        yield one
+        yield url

@@ -1,11 +1,11 @@
-"""Who may send work to a model, and when: a window of tokens that are at Triton, and two lanes of those that wait.
+"""Admission control: a bounded window of tokens in flight at Triton, and the queues in front of it.
 
-Triton is given enough to keep it busy and no more. What waits, waits here, where it costs nothing to drop it when its
-caller has left or its time is up, where a single query passes by a bulk load, and where it is known how long the line
-is. A call that was sent is never taken back: its tokens leave the window when it has really ended.
+Triton gets enough work to stay busy and no more. The rest waits here, where a call can be dropped at no cost when its
+caller disconnects or its deadline passes, where a single query can overtake a bulk load, and where the length of the
+queue is known. A call that was sent is never cancelled: its tokens leave the window when the call has really ended.
 
-Small calls have a window of their own: the engine computes them in the midst of a large forward pass, so that they
-need not wait for one to end, neither there nor here. Neither window can take the other's room.
+Small calls have a separate window, because the engine computes them between the layers of a large forward pass, so they
+need not wait for one to end, neither there nor here. Neither window can use the other's room.
 """
 
 import asyncio
@@ -17,172 +17,201 @@ from contextlib import contextmanager
 
 from triton_embed.gateway.errors import ApiError
 
-BUDGETS = 4  # forward passes' worth of tokens that may be at Triton: the one computed, the next, and what is tokenised
-SMALL = 2  # a call is small that takes at most this part of what the engine calls small: its tokens are estimated
-SMALL_CALLS = 16  # of that size, beside the others: with them fewer passes' worth than the engine admits (8)
-CALLS = 112  # of either kind at Triton at once; its own queues hold 256 (max_queue_size), and others may ask it too
-PIECE = 4  # small jobs' worth of tokens: the calls of a request that is too large for one
-TURNS = 8  # after so many calls of the first lane the second has one
-MEMORY_SECONDS = 10.0  # of computing, over which speed is averaged
-PADDED = 2**20  # the most cells of one call's ids, each row as long as the longest: 4 MiB
+# Size of the large window, in forward passes: the one in progress, the next one, and those being tokenized.
+WINDOW_BUDGETS = 4
+# A call counts as small up to 1/2 of the engine's limit for small jobs, because its tokens are estimated.
+SMALL_FRACTION = 2
+# Size of the small window, in calls of that size. Both windows together hold fewer forward passes than the engine
+# admits (8).
+SMALL_CALLS = 16
+# Calls of either kind in flight at Triton. Its queue holds 256 (max_queue_size), and other clients may use it too.
+MAX_CALLS = 112
+PIECE_JOBS = 4  # size of each call of a request that needs several, in small jobs
+INTERACTIVE_TURNS = 8  # calls of the interactive lane after which the batch lane gets one
+MEMORY_SECONDS = 10.0  # time constant of the average speed, in seconds of computing
+MAX_PADDED_IDS = 2**20  # cells of one call's token ids, padded to the longest row: 4 MiB
 
 
-class Lanes:
-    """For one model and one event loop. `most_waiting` tokens may wait; `sharers` is how many processes send to it."""
+class Admission:
+    """Admission control of one model in one event loop.
+
+    Args:
+        max_pending_tokens: Tokens that may wait.
+        gateway_count: Gateway processes that send to this model; they share the windows.
+    """
 
     def __init__(
-        self, model: str, batch_tokens: int, small_tokens: int, *, most_waiting: int, sharers: int = 1
+        self, model: str, batch_tokens: int, small_tokens: int, *, max_pending_tokens: int, gateway_count: int = 1
     ) -> None:
         self._model = model
-        self._most_small = small_tokens // SMALL
-        calls = max(8, CALLS // sharers)
-        self._small = _Window(max(8, SMALL_CALLS // sharers) * self._most_small, calls)
-        self._large = _Window(max(2, BUDGETS // sharers) * batch_tokens, calls)
-        self._most_waiting = most_waiting
+        self._max_small_tokens = small_tokens // SMALL_FRACTION
+        max_calls = max(8, MAX_CALLS // gateway_count)
+        self._small = _Window(max(8, SMALL_CALLS // gateway_count) * self._max_small_tokens, max_calls)
+        self._large = _Window(max(2, WINDOW_BUDGETS // gateway_count) * batch_tokens, max_calls)
+        self._max_pending_tokens = max_pending_tokens
         self._small_lane: _Lane = deque()
-        self._lanes: tuple[_Lane, _Lane] = (deque(), deque())
-        self._turns = 0
-        self._refused: deque[asyncio.Future[None]] = deque()
-        self.waiting = 0  # tokens of requests that are not answered and not all at Triton
+        self._interactive_lane: _Lane = deque()
+        self._batch_lane: _Lane = deque()
+        self._interactive_turns = 0  # since the batch lane had one
+        self._queue_full: deque[asyncio.Future[None]] = deque()
+        self.pending_tokens = 0  # of requests without an answer
         self._speed = _Speed()
 
     @contextmanager
     def admit(self, tokens: int) -> Iterator[None]:
-        """A request's place, as long as it lasts. ApiError 429: too much is waiting, and when to come back."""
-        if self.waiting and self.waiting + tokens > self._most_waiting:
-            raise self.full(self.waiting + tokens - self._most_waiting)
-        self.waiting += tokens
+        """Count a request as pending while the context lasts.
+
+        Raises:
+            ApiError: 429 with Retry-After if too much is waiting.
+        """
+        if self.pending_tokens and self.pending_tokens + tokens > self._max_pending_tokens:
+            raise self.overloaded(self.pending_tokens + tokens - self._max_pending_tokens)
+        self.pending_tokens += tokens
         try:
             yield
         finally:
-            self.waiting -= tokens
+            self.pending_tokens -= tokens
 
-    def full(self, excess: int | None = None) -> ApiError:
-        """429, with the seconds until `excess` tokens, or all that are waiting, are computed."""
-        seconds = (self.waiting if excess is None else excess) / (self._speed.tokens_per_second or math.inf)
-        wait = {"Retry-After": str(max(1, math.ceil(seconds)))}
-        return ApiError(429, f"Too much work is waiting for model '{self._model}', try again later", headers=wait)
+    def overloaded(self, excess_tokens: int | None = None) -> ApiError:
+        """Return a 429 whose Retry-After is the time to compute `excess_tokens`, or everything pending."""
+        tokens = self.pending_tokens if excess_tokens is None else excess_tokens
+        seconds = tokens / (self._speed.tokens_per_second or math.inf)
+        headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
+        return ApiError(429, f"Too much work is waiting for model '{self._model}', try again later", headers=headers)
 
-    def free(self, tokens: int) -> bool:
-        """Whether a call that cannot wait would have its turn at once."""
-        if tokens <= self._most_small:
+    def can_send_now(self, tokens: int) -> bool:
+        """Return whether a call of this size would be sent without waiting."""
+        if tokens <= self._max_small_tokens:
             return not self._small_lane and self._small.fits(tokens)
-        return not any(self._lanes) and self._large.fits(tokens)
+        return not self._interactive_lane and not self._batch_lane and self._large.fits(tokens)
 
-    async def turn(self, tokens: int, *, batch: bool) -> Callable[[], None]:
-        """Wait until a call may be sent; returns what to call once when it has ended."""
-        small = tokens <= self._most_small and not batch
+    async def acquire(self, tokens: int, *, batch: bool) -> Callable[[], None]:
+        """Wait until a call may be sent. Return the function to call when it has ended."""
+        small = tokens <= self._max_small_tokens and not batch
         window = self._small if small else self._large
-        if self.free(tokens) and not batch:
+        if self.can_send_now(tokens) and not batch:
             self._start(tokens, window)
         else:
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            (self._small_lane if small else self._lanes[batch]).append((tokens, place))
-            self._serve()
+            granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            lane = self._small_lane if small else self._batch_lane if batch else self._interactive_lane
+            lane.append((tokens, granted))
+            self._grant_waiting()
             try:
-                await place
+                await granted
             except asyncio.CancelledError:
-                if place.done() and not place.cancelled():  # it was granted in the same moment
+                if granted.done() and not granted.cancelled():  # granted and cancelled at the same moment
                     self._end(tokens, window)
                 raise
-        return self._ending(tokens, window)
+        return self._release(tokens, window)
 
-    async def another_has_ended(self) -> bool:
-        """Wait until Triton, whose own queue is full, has answered one of our calls; whether it has any."""
-        if not self._calling:
+    async def wait_for_call_end(self) -> bool:
+        """Wait until one of our calls ends, after Triton refused one because its queue is full.
+
+        Returns:
+            False, at once, if we have no call at Triton: waiting would not help.
+        """
+        if not self._calls_in_flight:
             return False
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._refused.append(place)
-        await place
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue_full.append(ended)
+        await ended
         return True
 
     @property
-    def _calling(self) -> int:
-        return self._small.calling + self._large.calling
+    def _calls_in_flight(self) -> int:
+        return self._small.calls + self._large.calls
 
-    def _ending(self, tokens: int, window: "_Window") -> Callable[[], None]:
-        left = [tokens]
+    def _release(self, tokens: int, window: "_Window") -> Callable[[], None]:
+        """Return a function that ends a call once, however often it is called."""
+        pending = [tokens]
 
-        def end() -> None:
-            if left:
-                self._speed.computed(left[0])
-                self._end(left.pop(), window)
+        def release() -> None:
+            if pending:
+                self._speed.computed(pending[0])
+                self._end(pending.pop(), window)
 
-        return end
+        return release
 
     def _start(self, tokens: int, window: "_Window") -> None:
-        if not self._calling:
+        if not self._calls_in_flight:
             self._speed.start()
         window.add(tokens)
 
     def _end(self, tokens: int, window: "_Window") -> None:
         window.remove(tokens)
-        if not self._calling:
+        if not self._calls_in_flight:
             self._speed.stop()
-        while self._refused:
-            place = self._refused.popleft()
-            if not place.done():
-                place.set_result(None)
-                if self._calling:  # the others have more ends to wait for
+        while self._queue_full:
+            ended = self._queue_full.popleft()
+            if not ended.done():
+                ended.set_result(None)
+                if self._calls_in_flight:  # the end of another call wakes the next one
                     break
-        self._serve()
+        self._grant_waiting()
 
-    def _serve(self) -> None:
-        """Let in whom there is room for."""
-        for lane in (self._small_lane, *self._lanes):
-            while lane and lane[0][1].done():  # its caller has left
-                lane.popleft()
-        while self._small_lane and self._admitted(self._small_lane, self._small):
+    def _grant_waiting(self) -> None:
+        """Send the waiting calls that fit."""
+        for lane in (self._small_lane, self._interactive_lane, self._batch_lane):
+            _drop_cancelled(lane)
+        while self._small_lane and self._grant_first(self._small_lane, self._small):
             pass
         while True:
-            first, second = self._lanes
-            patient = bool(second) and (not first or self._turns >= TURNS)
-            lane = second if patient else first
-            # Half a window is enough to keep a model busy, and leaves room for who comes by the first lane.
-            if not lane or not self._admitted(lane, self._large, 0.5 if patient else 1.0):
+            batch_turn = bool(self._batch_lane) and (
+                not self._interactive_lane or self._interactive_turns >= INTERACTIVE_TURNS
+            )
+            lane = self._batch_lane if batch_turn else self._interactive_lane
+            # Half of the window keeps a model busy; the other half stays free for interactive calls.
+            if not lane or not self._grant_first(lane, self._large, 0.5 if batch_turn else 1.0):
                 return
-            self._turns = 0 if patient else self._turns + 1
+            self._interactive_turns = 0 if batch_turn else self._interactive_turns + 1
 
-    def _admitted(self, lane: "_Lane", window: "_Window", share: float = 1.0) -> bool:
-        """Whether the first of a lane could be let in; afterwards nobody who has left is first."""
-        tokens, place = lane[0]
+    def _grant_first(self, lane: "_Lane", window: "_Window", share: float = 1.0) -> bool:
+        """Send the first call of a lane if it fits, and drop cancelled ones after it. Return whether it was sent."""
+        tokens, granted = lane[0]
         if not window.fits(tokens, share):
             return False
         lane.popleft()
         self._start(tokens, window)
-        place.set_result(None)
-        while lane and lane[0][1].done():  # its caller has left
-            lane.popleft()
+        granted.set_result(None)
+        _drop_cancelled(lane)
         return True
 
 
 class _Window:
-    """What is at Triton, and how much of it may be."""
+    """Tokens and calls in flight at Triton, and their limits."""
 
-    def __init__(self, most: int, calls: int) -> None:
-        self._most = most
-        self._calls = calls
+    def __init__(self, max_tokens: int, max_calls: int) -> None:
+        self._max_tokens = max_tokens
+        self._max_calls = max_calls
         self._tokens = 0
-        self.calling = 0
+        self.calls = 0
 
     def fits(self, tokens: int, share: float = 1.0) -> bool:
-        """Whether a call has room in a part of the window; a lone one always has."""
-        return not self.calling or (self.calling < self._calls and self._tokens + tokens <= self._most * share)
+        """Return whether a call fits into a share of the window. The only call always fits."""
+        if not self.calls:
+            return True
+        return self.calls < self._max_calls and self._tokens + tokens <= self._max_tokens * share
 
     def add(self, tokens: int) -> None:
         self._tokens += tokens
-        self.calling += 1
+        self.calls += 1
 
     def remove(self, tokens: int) -> None:
         self._tokens -= tokens
-        self.calling -= 1
+        self.calls -= 1
 
 
-_Lane = deque[tuple[int, asyncio.Future[None]]]
+_Lane = deque[tuple[int, asyncio.Future[None]]]  # (tokens of a call, set when it may be sent)
+
+
+def _drop_cancelled(lane: _Lane) -> None:
+    """Drop calls at the head of a lane whose callers have gone."""
+    while lane and lane[0][1].done():
+        lane.popleft()
 
 
 class _Speed:
-    """Tokens a second while there was anything to compute, the last seconds counting most."""
+    """Tokens per second while there was work, as an average in which recent seconds weigh most."""
 
     def __init__(self) -> None:
         self._tokens = 0.0
@@ -191,44 +220,50 @@ class _Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """0: not known yet."""
+        """The average, or 0 before anything was computed."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def start(self) -> None:
         self._since = time.monotonic()
 
     def stop(self) -> None:
-        self._pass()
+        self._advance()
 
     def computed(self, tokens: int) -> None:
-        self._pass()
+        self._advance()
         self._tokens += tokens
 
-    def _pass(self) -> None:
+    def _advance(self) -> None:
         now = time.monotonic()
-        spent, self._since = now - self._since, now
-        kept = math.exp(-spent / MEMORY_SECONDS)
-        self._tokens *= kept
-        self._seconds = self._seconds * kept + spent
+        elapsed, self._since = now - self._since, now
+        decay = math.exp(-elapsed / MEMORY_SECONDS)
+        self._tokens *= decay
+        self._seconds = self._seconds * decay + elapsed
 
 
-def pieces(costs: Sequence[int], whole: int, small: int) -> list[Sequence[int]]:
-    """The inputs of a request, by index: in one call of at most `whole` tokens, or else in several of at most a few
-    small jobs' tokens, and at least one input each.
+def split(costs: Sequence[int], batch_tokens: int, small_tokens: int) -> list[Sequence[int]]:
+    """Split the inputs of a request into calls.
 
-    Where they are many, short ones come first, so that neighbours in a forward pass are of a length. A query that
-    comes while a call is read and tokenised waits for it: under requests of 2,048 inputs its p99 was twice as long
-    with calls of 4,096 tokens as with those of 1,024.
+    A request of at most `batch_tokens` is one call. A larger one becomes calls of a few small jobs' tokens, with at
+    least one input each, shortest inputs first so that neighbors in a forward pass have about the same length. Calls
+    are small because a query that arrives while a call is parsed and tokenized waits for it (measured: under requests
+    of 2,048 inputs the p99 of queries was twice as long with calls of 4,096 tokens as with calls of 1,024).
+
+    Args:
+        costs: Tokens of each input.
+
+    Returns:
+        The indices of the inputs of each call.
     """
-    most = min(whole, PIECE * small)
-    if sum(costs) <= whole and len(costs) * max(costs) <= PADDED:
+    if sum(costs) <= batch_tokens and len(costs) * max(costs) <= MAX_PADDED_IDS:
         return [range(len(costs))]
-    found: list[list[int]] = [[]]
+    max_tokens = min(batch_tokens, PIECE_JOBS * small_tokens)
+    calls: list[list[int]] = [[]]
     tokens = 0
     for i in sorted(range(len(costs)), key=costs.__getitem__):
         tokens += costs[i]
-        if found[-1] and (tokens > most or (len(found[-1]) + 1) * costs[i] > PADDED):
-            found.append([])
+        if calls[-1] and (tokens > max_tokens or (len(calls[-1]) + 1) * costs[i] > MAX_PADDED_IDS):
+            calls.append([])
             tokens = costs[i]
-        found[-1].append(i)
-    return [*found]
+        calls[-1].append(i)
+    return [*calls]

@@ -1,7 +1,7 @@
-"""The operator's log on stderr: lines of text for a person, or of JSON for a machine.
+"""The operator's log on stderr: lines of text, or of JSON.
 
-Lines written while a request is answered carry its id. None carries what callers send: no text, vector, key, image
-URL or query string.
+Lines logged during a request carry its id. No line carries a caller's data: no text, vector, key, image URL or query
+string.
 """
 
 import logging
@@ -11,15 +11,15 @@ from datetime import UTC, datetime
 
 import orjson
 
-# Of the request that the current task answers; empty outside of one.
+# Id of the request of the current task; empty outside of a request.
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
-# Not ours, and only of interest to someone who debugs.
-_LOUD = ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "asyncio")
+# Other packages' loggers whose messages matter only to somebody who debugs them.
+_NOISY = ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "asyncio")
 
 
 def configure(level: str, form: str = "text") -> None:
-    """Log everything of `level` and above, in `form`: text or json. Replaces what was configured here before."""
+    """Log everything of `level` and above as text or json. Replaces an earlier configuration."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler.formatter, JsonLines | TextLines)]:
         root.removeHandler(handler)
@@ -28,12 +28,12 @@ def configure(level: str, form: str = "text") -> None:
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
-    for name in _LOUD:
+    for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class TextLines(logging.Formatter):
-    """The time, the message, and the request's id where there is one."""
+    """Lines of the time, the message, and the request's id if there is one."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
@@ -44,9 +44,9 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (RFC 3339, UTC), level, logger, message; request_id and exception where there are.
+    """One JSON object per line: time (RFC 3339, UTC), level, logger, message, and request_id and exception if present.
 
-    A record's `fields` (given as `extra={"fields": {…}}`) join it.
+    A record's `fields` (passed as `extra={"fields": {…}}`) are added.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -55,16 +55,16 @@ class JsonLines(logging.Formatter):
             "time": time.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _whole(record.getMessage()),
+            "message": _without_surrogates(record.getMessage()),
         }
         if id_ := request_id.get():
             line["request_id"] = id_
         line |= getattr(record, "fields", {})
         if record.exc_info:
-            line["exception"] = _whole(self.formatException(record.exc_info))
+            line["exception"] = _without_surrogates(self.formatException(record.exc_info))
         return orjson.dumps(line, default=str).decode()
 
 
-def _whole(text: str) -> str:
-    """Without lone surrogates, which JSON cannot hold."""
+def _without_surrogates(text: str) -> str:
+    """Return text without lone surrogates, which JSON cannot encode."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""References to images become bytes: base64 is decoded, URLs are fetched, files of this machine are never read.
+"""Loading of images: base64 is decoded and URLs are fetched. Local files are never read.
 
-Whether the bytes are an image is for Pillow to say, in the model.
+The model decides, with Pillow, whether the bytes are an image.
 """
 
 import asyncio
@@ -10,17 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.gateway.fetch import IMAGE_BYTES, Fetcher, FetchError
 
-Refuse = Callable[[int, str], None]  # told the index of an input and what is wrong with it; it may raise
+Refuse = Callable[[int, str], None]  # called with the index of an input and what is wrong with it; may raise
 
-AT_ONCE = 8  # fetches of one request, so that a long one leaves slots to others
-# Decoding holds the interpreter for over 1 ms a MiB: what is longer is decoded in pieces, away from the event loop.
-PIECE = 2**18  # characters; a multiple of 4
+MAX_FETCHES = 8  # concurrent fetches per request, so that a long request leaves slots to others
+# Longer base64 is decoded in pieces in a thread, because decoding holds the interpreter lock (more than 1 ms per MiB).
+PIECE_CHARACTERS = 2**18  # a multiple of 4
 
 
 class Media:
-    """One for each gateway. Without a `fetcher` URLs are refused.
+    """The image loader of one gateway.
 
-    `max_bytes` bounds the images of one request together, `timeout` (seconds) the fetching of them all.
+    Args:
+        fetcher: Fetches URLs; None refuses them.
+        max_bytes: Limit of all images of one request together.
+        timeout: Limit of all fetches of one request together, in seconds.
     """
 
     def __init__(self, fetcher: Fetcher | None, *, max_bytes: int, timeout: float) -> None:
@@ -33,65 +36,69 @@ class Media:
             await self._fetcher.close()
 
     async def load(self, images: Sequence[Sequence[str]], param: str, refuse: Refuse) -> list[list[bytes]]:
-        """The encoded images of each input, in order; none for one that `refuse` was told about.
+        """Return the image files of each input, in order; none for an input passed to `refuse`.
 
-        ApiError 400: they are too large together; 504: they took longer than the timeout. A URL that occurs twice is
-        fetched once.
+        A URL that occurs twice is fetched once.
+
+        Raises:
+            ApiError: 400 if the images are too large together; 504 after the timeout.
         """
-        small = sum(len(reference) for row in images for reference in row) <= PIECE
+        small = sum(len(reference) for row in images for reference in row) <= PIECE_CHARACTERS
         decoded = _decode_all(images) if small else await asyncio.to_thread(_decode_all, images)
         rows: list[list[bytes]] = []
-        places: dict[str, list[int]] = {}
-        for i, found in enumerate(decoded):
-            if isinstance(found, str):
-                refuse(i, f"Input at index {i}: {found}")
-                found = []
+        inputs_by_url: dict[str, list[int]] = {}
+        for i, row in enumerate(decoded):
+            if isinstance(row, str):
+                refuse(i, f"Input at index {i}: {row}")
+                row = []
             else:
                 for reference in filter(_is_url, images[i]):
-                    places.setdefault(reference, []).append(i)
-            rows.append(found)
-        if places:
-            fetched = await self._fetch_all(places, param, refuse)
-            for i in {i for named in places.values() for i in named}:
-                got = [fetched.get(reference, image) for reference, image in zip(images[i], rows[i], strict=False)]
-                rows[i] = got if all(got) else []
+                    inputs_by_url.setdefault(reference, []).append(i)
+            rows.append(row)
+        if inputs_by_url:
+            fetched = await self._fetch_all(inputs_by_url, param, refuse)
+            for i in {i for indices in inputs_by_url.values() for i in indices}:
+                row = [fetched.get(reference, image) for reference, image in zip(images[i], rows[i], strict=False)]
+                rows[i] = row if all(row) else []
         self._check_size(sum(len(image) for row in rows for image in row), param)
         return rows
 
-    async def _fetch_all(self, places: Mapping[str, Sequence[int]], param: str, refuse: Refuse) -> dict[str, bytes]:
-        """The body of each URL that has one, given the indices of the inputs that name it."""
+    async def _fetch_all(
+        self, inputs_by_url: Mapping[str, Sequence[int]], param: str, refuse: Refuse
+    ) -> dict[str, bytes]:
+        """Fetch each URL. Return the bodies by URL, without those that failed."""
         fetched: dict[str, bytes] = {}
-        gate = asyncio.Semaphore(AT_ONCE)
+        slots = asyncio.Semaphore(MAX_FETCHES)
 
-        async def fetch(url: str, named: Sequence[int]) -> None:
+        async def fetch(url: str, indices: Sequence[int]) -> None:
             try:
-                async with gate:
+                async with slots:
                     fetched[url] = await self._fetch(url)
             except FetchError as error:
-                for i in named:
+                for i in indices:
                     refuse(i, f"Input at index {i}: the image could not be fetched: {error}")
             self._check_size(sum(map(len, fetched.values())), param)
 
         try:
             async with asyncio.timeout(self._timeout), asyncio.TaskGroup() as group:
-                for url, named in places.items():
-                    group.create_task(fetch(url, named))
+                for url, indices in inputs_by_url.items():
+                    group.create_task(fetch(url, indices))
         except TimeoutError:
             raise ApiError(504, f"The images could not be fetched within {self._timeout:g} s") from None
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from None
+        except BaseExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
         return fetched
 
     async def _fetch(self, url: str) -> bytes:
         if self._fetcher is None:
-            raise FetchError("this server fetches no URLs, send the image itself in base64")
+            raise FetchError("this server does not fetch URLs; send the image in base64")
         if body := await self._fetcher.get(url):
             return body
-        raise FetchError("it is empty")  # to the model this would be an input without an image
+        raise FetchError("it is empty")  # the model would read it as an input without an image
 
     def _check_size(self, size: int, param: str) -> None:
         if size > self._max_bytes:
-            raise invalid(f"The images of the request are larger than {self._max_bytes} bytes together", param)
+            raise invalid(f"The images of the request are larger than {self._max_bytes} bytes in total", param)
 
 
 def _is_url(reference: str) -> bool:
@@ -99,7 +106,7 @@ def _is_url(reference: str) -> bool:
 
 
 def _decode_all(images: Sequence[Sequence[str]]) -> list[list[bytes] | str]:
-    """Every image that came with the request, nothing yet in the places of URLs; or what is wrong with an input's."""
+    """Return, for each input, its decoded images with b"" for URLs, or what is wrong with them."""
     return [_decode_row(row) for row in images]
 
 
@@ -113,7 +120,7 @@ def _decode_row(references: Sequence[str]) -> list[bytes] | str:
             image = _from_base64(_payload(reference))
         except ValueError:
             return "image must be base64, a data: URI in base64 or an http(s) URL"
-        if not image:  # to the model this would be an input without an image
+        if not image:  # the model would read it as an input without an image
             return "the image is empty"
         if len(image) > IMAGE_BYTES:
             return f"the image is larger than {IMAGE_BYTES // 2**20} MiB"
@@ -122,7 +129,11 @@ def _decode_row(references: Sequence[str]) -> list[bytes] | str:
 
 
 def _payload(reference: str) -> str:
-    """What is base64 in a reference. ValueError: a data: URI in another encoding."""
+    """Return the base64 part of a reference.
+
+    Raises:
+        ValueError: if it is a data: URI in another encoding.
+    """
     if reference[:5].lower() != "data:":
         return reference
     head, _, payload = reference.partition(",")
@@ -132,7 +143,11 @@ def _payload(reference: str) -> str:
 
 
 def _from_base64(text: str) -> bytes:
-    """ValueError: it is not. Line breaks are no fault: tools wrap base64."""
+    """Decode base64, ignoring line breaks, because tools wrap it.
+
+    Raises:
+        ValueError: if it is not base64.
+    """
     text = "".join(text.split())
-    pieces = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+    pieces = (text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS))
     return b"".join(binascii.a2b_base64(piece, strict_mode=True) for piece in pieces)

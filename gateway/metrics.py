@@ -1,4 +1,4 @@
-"""Prometheus: what came in, what went out, where the time of a request went; and Triton's own metrics below ours."""
+"""Prometheus metrics: requests, tokens, time per stage, and Triton's own metrics after ours."""
 
 import asyncio
 import re
@@ -22,40 +22,42 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 STAGES = ("parse", "media", "triton", "encode")
 # Seconds. Parsing takes tens of microseconds, a long batch on a CPU takes a minute.
 BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
-TRITON_SECONDS = 1.0  # a scrape never waits longer for Triton's
+TRITON_SECONDS = 1.0  # longest wait of a scrape for Triton's metrics
 TRITON_BYTES = 8 * 2**20
 
 _FAMILY = re.compile(r"# (?:HELP|TYPE) (\S+)")
 
 
 class Metrics:
-    """One gateway's own metrics: two gateways in a process do not mix.
+    """The metrics of one gateway; two gateways in a process do not mix.
 
-    `shared`: this process is one of several whose sum is told, by prometheus_client's multiprocess mode, which its
-    environment must have switched on. There a gauge needs a `multiprocess_mode`, and what is the same in all of them
-    is told by `_Stated`. `triton`: host:port of Triton's own.
+    Args:
+        shared: This process is one of several whose metrics are summed by prometheus_client's multiprocess mode, which
+            the environment must have enabled. There a gauge needs a `multiprocess_mode`, and values that are the same
+            in all processes come from `_Current`.
+        triton: host:port of Triton's metrics.
     """
 
     def __init__(self, *, shared: bool = False, triton: str = "") -> None:
         self._shared = shared
         self._triton = triton
         self._registry = registry = CollectorRegistry()
-        self._stated = _Stated()
-        registry.register(self._stated)
+        self._current = _Current()
+        registry.register(self._current)
         self._requests = Counter(
-            "triton_embed_requests", "HTTP requests answered", ("route", "status"), registry=registry
+            "triton_embed_requests", "HTTP requests by route and status", ("route", "status"), registry=registry
         )
         self.in_flight = Gauge(
-            "triton_embed_requests_in_flight", "HTTP requests now open", registry=registry, multiprocess_mode="livesum"
+            "triton_embed_requests_in_flight", "HTTP requests in flight", registry=registry, multiprocess_mode="livesum"
         )
         self._inputs = Counter("triton_embed_inputs", "Inputs embedded", ("model",), registry=registry)
         self._tokens = Counter("triton_embed_tokens", "Tokens computed", ("model",), registry=registry)
         self._truncated = Counter(
-            "triton_embed_truncated_inputs", "Inputs that lost tokens", ("model",), registry=registry
+            "triton_embed_truncated_inputs", "Inputs that were truncated", ("model",), registry=registry
         )
         stages = Histogram(
             "triton_embed_stage_seconds",
-            "Time of a request's stages: read and check it, get its images, wait for Triton, write the answer",
+            "Duration of a request's stages: parse the body, load images, wait for Triton, encode the response",
             ("stage",),
             buckets=BUCKETS,
             registry=registry,
@@ -64,38 +66,38 @@ class Metrics:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time one of STAGES, failed or not."""
+        """Measure one of STAGES, whether it fails or not."""
         start = time.perf_counter()
         try:
             yield
         finally:
             self._stages[name].observe(time.perf_counter() - start)
 
-    def answered(self, route: str, status: int) -> None:
-        """Count a request. `route` is a route's template, never a caller's own path: labels must stay few."""
+    def count_request(self, route: str, status: int) -> None:
+        """Count a request. `route` is a route's template, never a caller's path, because labels must stay few."""
         self._requests.labels(route, status).inc()
 
-    def embedded(self, model: str, inputs: int, tokens: int, truncated: int) -> None:
-        """Count what a model computed."""
+    def count_embeddings(self, model: str, inputs: int, tokens: int, truncated: int) -> None:
+        """Count the work of a model."""
         self._inputs.labels(model).inc(inputs)
         self._tokens.labels(model).inc(tokens)
         self._truncated.labels(model).inc(truncated)
 
-    def serving(self, models: Iterable[ModelInfo]) -> None:
-        """State the models that answer now, and what they run on."""
-        self._stated.models = list(models)
+    def set_models(self, models: Iterable[ModelInfo]) -> None:
+        """Set the models that are ready now, and what they run on."""
+        self._current.models = list(models)
 
     def render(self) -> bytes:
-        """Our own, as Prometheus scrapes them: text of CONTENT_TYPE."""
+        """Return our metrics as text of CONTENT_TYPE."""
         if not self._shared:
             return generate_latest(self._registry)
-        everybody = CollectorRegistry()
-        everybody.register(self._stated)
-        _Everybody(everybody)  # type: ignore[no-untyped-call]
-        return generate_latest(everybody)
+        registry = CollectorRegistry()
+        registry.register(self._current)
+        _AllProcesses(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
     async def scrape(self) -> bytes:
-        """Our own, then Triton's where its endpoint is known and answers soon."""
+        """Return our metrics, then Triton's if its endpoint is known and answers soon."""
         if not self._triton:
             return self.render()
         try:
@@ -103,22 +105,22 @@ class Metrics:
                 theirs = await asyncio.to_thread(_fetch, f"http://{self._triton}/metrics")
         except (OSError, HTTPException, UnicodeDecodeError):  # a TimeoutError is an OSError
             theirs = None
-        self._stated.triton_up = theirs is not None
+        self._current.triton_up = theirs is not None
         ours = self.render()
-        return ours + _others(ours.decode(), theirs or "").encode()
+        return ours + _without_duplicates(ours.decode(), theirs or "").encode()
 
 
-class _Stated(Collector):
-    """What is known when asked, rather than counted."""
+class _Current(Collector):
+    """Values read at the time of a scrape, rather than counted."""
 
     def __init__(self) -> None:
         self.models: Sequence[ModelInfo] = ()
-        self.triton_up: bool | None = None  # None: nobody asks it
+        self.triton_up: bool | None = None  # None: it is not scraped
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         models = GaugeMetricFamily(
             "triton_embed_model_info",
-            "Models that answer: 1 each. kernels is triton, or torch (on a CPU, or because the operator asked for it)",
+            "Ready models: 1 each. kernels is triton, or torch (on a CPU, or if the operator has configured it)",
             labels=("model", "family", "dtype", "device", "kernels"),
         )
         for model in self.models:
@@ -127,13 +129,13 @@ class _Stated(Collector):
         if self.triton_up is not None:
             yield GaugeMetricFamily(
                 "triton_embed_triton_metrics_up",
-                "Whether Triton's own metrics follow: 0 when its endpoint does not answer",
+                "Whether Triton's metrics are included: 0 if its endpoint does not answer",
                 self.triton_up,
             )
 
 
-class _Everybody(MultiProcessCollector):
-    """The sum over all processes; one that is only just starting has made files and put nothing in them yet."""
+class _AllProcesses(MultiProcessCollector):
+    """The sum over all processes, without the empty files of a process that is just starting."""
 
     def collect(self) -> Any:
         files = [file for file in Path(self._path).glob("*.db") if _is_filled(file)]
@@ -148,23 +150,23 @@ def _is_filled(file: Path) -> bool:
 
 
 def _fetch(url: str) -> str:
-    # Never by way of a proxy: it is on this machine or beside it.
-    with build_opener(ProxyHandler({})).open(url, timeout=TRITON_SECONDS) as answer:
-        if not answer.headers.get_content_type().startswith("text/"):
+    # Not through a proxy: Triton is on this machine or next to it.
+    with build_opener(ProxyHandler({})).open(url, timeout=TRITON_SECONDS) as response:
+        if not response.headers.get_content_type().startswith("text/"):
             raise OSError(f"{url} serves no metrics")
-        return str(answer.read(TRITON_BYTES), "utf-8")
+        return str(response.read(TRITON_BYTES), "utf-8")
 
 
-def _others(ours: str, theirs: str) -> str:
-    """`theirs` without the families that `ours` has, or that came before: Prometheus refuses a page with both."""
-    known = set(_FAMILY.findall(ours))
-    kept: list[str] = []
-    family, wanted = "", True
+def _without_duplicates(ours: str, theirs: str) -> str:
+    """Return `theirs` without metric families that `ours` has or that are repeated: Prometheus refuses duplicates."""
+    seen = set(_FAMILY.findall(ours))
+    lines: list[str] = []
+    family, new = "", True
     for line in theirs.splitlines():
-        if (found := _FAMILY.match(line)) and found[1] != family:
-            family = found[1]
-            wanted = family not in known
-            known.add(family)
-        if wanted and line:
-            kept.append(f"{line}\n")
-    return "".join(kept)
+        if (header := _FAMILY.match(line)) and header[1] != family:
+            family = header[1]
+            new = family not in seen
+            seen.add(family)
+        if new and line:
+            lines.append(f"{line}\n")
+    return "".join(lines)

@@ -1,4 +1,4 @@
-"""What Triton serves, learnt from Triton alone: repository index, model configs, and each model's own INFO."""
+"""The models that Triton serves, as Triton reports them: repository index, model configs, and each model's INFO."""
 
 import asyncio
 import contextlib
@@ -19,128 +19,133 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-REFRESH_GAP_SECONDS = 0.25  # requests for unknown or broken models cause no more than this
+REFRESH_GAP_SECONDS = 0.25  # shortest time between refreshes, however many requests name unknown or broken models
 STATES = {"LOADING": "is loading", "UNLOADING": "is being unloaded", "UNAVAILABLE": "is not loaded, see Triton's log"}
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class ModelEntry:
     """One model of Triton's repository. Without `info` it is not ready, and `reason` says why in one line."""
 
-    name: str  # Triton's own: the directory
+    name: str  # the directory, which is Triton's name
     created: int  # Unix seconds, when the gateway first saw it
     version: str = ""
-    aliases: tuple[str, ...] = ()  # what else it answers to: HF id, the id's last part, the config's aliases
+    aliases: tuple[str, ...] = ()  # other names: HF id, the last part of the id, aliases of the config
     checkpoint: str | None = None  # HF id; None for a local directory
     info: ModelInfo | None = None
     reason: str = ""
-    broken: bool = False  # Triton calls it ready, and yet it does not answer
+    broken: bool = False  # Triton reports it as ready, but it does not answer
 
 
 class Registry:
-    """The models by name, kept fresh by one background task. `start` in a running event loop, `stop` there."""
+    """The models by name, refreshed by a background task. Start and stop it in the same running event loop."""
 
     def __init__(self, client: TritonClient, *, interval: float, served_name: str = "") -> None:
         self._client = client
         self._interval = interval
         self._served_name = served_name
-        self._cards: dict[str, Card] = {}
-        self._names: dict[str, str] = {}  # every name in lower case -> directory
-        self._outage = ""  # why Triton itself does not answer
+        self._entries: dict[str, ModelEntry] = {}
+        self._names: dict[str, str] = {}  # any name in lower case -> directory
+        self._outage = ""  # why Triton does not answer; empty if it does
         self._wake = asyncio.Event()
         self._refreshed = -REFRESH_GAP_SECONDS
         self._refreshing: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Look once, whatever the outcome, then keep looking."""
+        """Refresh once, whatever the outcome, then start the background task."""
         await self.refresh()
         self._keeper = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:
-        """End the background task; a call it has sent runs on in the client."""
+        """Stop the background task. A call it has sent continues in the client."""
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
 
     @property
-    def cards(self) -> Sequence[Card]:
-        """Every model of the repository, by name."""
-        return [self._cards[name] for name in sorted(self._cards)]
+    def entries(self) -> Sequence[ModelEntry]:
+        """Every model of the repository, sorted by name."""
+        return [self._entries[name] for name in sorted(self._entries)]
 
     @property
     def ready(self) -> Sequence[ModelInfo]:
-        """The models that answer."""
-        return [card.info for card in self.cards if card.info is not None]
+        """The models that are ready."""
+        return [entry.info for entry in self.entries if entry.info is not None]
 
-    def public_name(self, card: Card) -> str:
-        """What /v1/models calls it: its directory, or served_model_name when it is the only one ready."""
-        only = self._served_name and [info.name for info in self.ready] == [card.name]
-        return self._served_name if only else card.name
+    def public_name(self, entry: ModelEntry) -> str:
+        """Return the id in /v1/models: the directory, or served_model_name if only this model is ready."""
+        only = self._served_name and [info.name for info in self.ready] == [entry.name]
+        return self._served_name if only else entry.name
 
     def suspect(self) -> None:
-        """A call failed: look again without waiting for the interval to pass."""
+        """Refresh soon, because a call failed."""
         self._wake.set()
 
     async def refresh(self) -> None:
-        """Ask Triton again, unless that is under way or has only just been done."""
+        """Refresh now, unless a refresh is running or has just ended."""
         if self._refreshing is None or self._refreshing.done():
-            if self._rest() > 0:
+            if self._seconds_to_wait() > 0:
                 return
             self._refreshing = asyncio.create_task(self._refresh())
         await asyncio.shield(self._refreshing)
 
-    async def find(self, asked: str) -> Card:
-        """The model of that name, ready or not. ApiError 404: there is none; 503: Triton does not answer."""
-        return await self._twice(lambda: self._card(asked))
+    async def find(self, name: str) -> ModelEntry:
+        """Return the model of this name, ready or not.
 
-    async def resolve(self, asked: str | None) -> ModelInfo:
-        """The model to ask. None, `default` and served_model_name mean the only one that is ready.
-
-        ApiError 404: no such model; 503: it is not ready; 400: several are ready and none was named.
+        Raises:
+            ApiError: 404 if there is none; 503 if Triton does not answer.
         """
-        return await self._twice(lambda: self._ready(asked))
+        return await self._retry_once(lambda: self._entry(name))
 
-    async def _twice(self, look: Callable[[], T]) -> T:
-        """What cannot be found may have come since: ask Triton before saying no."""
+    async def resolve(self, name: str | None) -> ModelInfo:
+        """Return the model of this name. None, `default` and served_model_name mean the only model that is ready.
+
+        Raises:
+            ApiError: 404 if there is none; 503 if it is not ready; 400 if several are ready and none is named.
+        """
+        return await self._retry_once(lambda: self._ready(name))
+
+    async def _retry_once(self, look_up: Callable[[], T]) -> T:
+        """Look up a model; on a miss, refresh once and look up again."""
         try:
-            return look()
+            return look_up()
         except ApiError as error:
             if error.status == 400:
                 raise
         await self.refresh()
-        return look()
+        return look_up()
 
-    def _ready(self, asked: str | None) -> ModelInfo:
+    def _ready(self, name: str | None) -> ModelInfo:
         if self._outage:
             raise ApiError(503, self._outage)
-        card = self._card(asked)
-        if card.info is None:
-            raise ApiError(503, card.reason, code="model_not_ready")
-        return card.info
+        entry = self._entry(name)
+        if entry.info is None:
+            raise ApiError(503, entry.reason, code="model_not_ready")
+        return entry.info
 
-    def _card(self, asked: str | None) -> Card:
-        if asked is None:
+    def _entry(self, name: str | None) -> ModelEntry:
+        if name is None:
             return self._only()
-        if (directory := self._names.get(asked.lower())) is not None:
-            return self._cards[directory]
-        if asked.lower() in ("default", self._served_name.lower()):
+        if (directory := self._names.get(name.lower())) is not None:
+            return self._entries[directory]
+        if name.lower() in ("default", self._served_name.lower()):
             return self._only()
         if self._outage:
             raise ApiError(503, self._outage)
-        served = ", ".join(self.public_name(card) for card in self.cards if card.info) or "none"
-        message = f"The model '{asked[:200]}' does not exist. Ready to be asked: {served}"
+        available = ", ".join(self.public_name(entry) for entry in self.entries if entry.info) or "none"
+        message = f"The model '{name[:200]}' does not exist. Available models: {available}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _only(self) -> Card:
-        cards = [card for card in self.cards if card.info] or self.cards
-        if len(cards) == 1:
-            return cards[0]
+    def _only(self) -> ModelEntry:
+        entries = [entry for entry in self.entries if entry.info] or self.entries
+        if len(entries) == 1:
+            return entries[0]
         if not self.ready:
             raise ApiError(503, self._outage or "No model is ready", code="model_not_ready")
-        names = ", ".join(card.name for card in cards)
-        raise ApiError(400, f"model is required, as several are served: {names}", param="model")
+        names = ", ".join(entry.name for entry in entries)
+        raise ApiError(400, f"model is required because several are served: {names}", param="model")
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -148,76 +153,82 @@ class Registry:
                 async with asyncio.timeout(self._interval):
                     await self._wake.wait()
             self._wake.clear()
-            await asyncio.sleep(self._rest())  # a suspicion is never dropped
+            await asyncio.sleep(self._seconds_to_wait())  # and then refresh: a reported failure is never ignored
             await self.refresh()
 
-    def _rest(self) -> float:
-        """Seconds until Triton may be asked again."""
+    def _seconds_to_wait(self) -> float:
+        """Return the seconds until the next refresh is allowed."""
         return max(0.0, self._refreshed + REFRESH_GAP_SECONDS - time.monotonic())
 
     async def _refresh(self) -> None:
         try:
             index = await self._client.index()
         except ApiError as error:
-            if error.status == 504:  # slow is not gone: what is known stays
+            if error.status == 504:  # slow, not gone: keep the entries
                 return
             self._outage = error.message
-            cards: Iterable[Card] = [
-                replace(card, info=None, reason=error.message, broken=True) for card in self._cards.values()
+            entries: Iterable[ModelEntry] = [
+                replace(entry, info=None, reason=error.message, broken=True) for entry in self._entries.values()
             ]
         else:
             self._outage = ""
-            cards = await asyncio.gather(*map(self._look, _latest(index)))
-        for card in cards:
-            known = self._cards.get(card.name)
-            if (known is not None and known.info is not None) != (card.info is not None):
-                log.info("%s", card.reason or f"Model '{card.name}' is ready")
-        self._cards = {card.name: card for card in cards}
-        self._names = _names(self._cards.values())
+            entries = await asyncio.gather(*map(self._describe, _latest(index)))
+        for entry in entries:
+            previous = self._entries.get(entry.name)
+            if (previous is not None and previous.info is not None) != (entry.info is not None):
+                log.info("%s", entry.reason or f"Model '{entry.name}' is ready")
+        self._entries = {entry.name: entry for entry in entries}
+        self._names = _names(self._entries.values())
         self._refreshed = time.monotonic()
 
-    async def _look(self, entry: IndexEntry) -> Card:
-        """A model's card as it is now."""
-        known = self._cards.get(entry.name) or Card(entry.name, int(time.time()))
-        if entry.state != "READY":
-            reason = f"Model '{entry.name}' {STATES.get(entry.state, 'is not loaded')}"
-            return replace(known, info=None, reason=reason, broken=False)
+    async def _describe(self, indexed: IndexEntry) -> ModelEntry:
+        """Return the current entry of a model in Triton's index."""
+        entry = self._entries.get(indexed.name) or ModelEntry(indexed.name, int(time.time()))
+        if indexed.state != "READY":
+            reason = f"Model '{entry.name}' {STATES.get(indexed.state, 'is not loaded')}"
+            return replace(entry, info=None, reason=reason, broken=False)
         try:
-            if known.info is None or known.version != entry.version:
-                known = _configured(known, await self._client.config(entry.name), entry.version)
+            if entry.info is None or entry.version != indexed.version:
+                entry = _configured(entry, await self._client.config(entry.name), indexed.version)
             info = ModelInfo.model_validate_json(await self._client.info(entry.name))
         except ValidationError:
-            reason = f"Model '{entry.name}' does not describe itself as this gateway expects"
-            return replace(known, info=None, reason=reason, broken=True)
+            reason = f"Model '{entry.name}' returned an INFO output that this gateway cannot read"
+            return replace(entry, info=None, reason=reason, broken=True)
         except ApiError as error:
-            if known.info is not None and error.status in (429, 504):  # busy is not gone
-                return known
+            if entry.info is not None and error.status in (429, 504):  # busy, not gone
+                return entry
             broken = error.code != "model_not_ready"
-            return replace(known, info=None, reason=error.message, broken=broken)
-        return replace(known, info=info.model_copy(update={"name": entry.name}), reason="", broken=False)
+            return replace(entry, info=None, reason=error.message, broken=broken)
+        return replace(entry, info=info.model_copy(update={"name": entry.name}), reason="", broken=False)
 
 
 def _latest(index: Iterable[IndexEntry]) -> Iterator[IndexEntry]:
-    """One entry a model: the highest version, one that is ready first."""
+    """Yield one entry per model: the highest version that is ready, else the highest version."""
     best: dict[str, IndexEntry] = {}
     for entry in sorted(index, key=lambda entry: (entry.state == "READY", len(entry.version), entry.version)):
         best[entry.name] = entry
     yield from best.values()
 
 
-def _configured(card: Card, parameters: dict[str, str], version: str) -> Card:
-    """The names and the id that a config.pbtxt gives: `aliases` is comma-separated, `checkpoint` an HF id or a path."""
+def _configured(entry: ModelEntry, parameters: dict[str, str], version: str) -> ModelEntry:
+    """Return an entry with the names of its config.pbtxt.
+
+    `aliases` is comma-separated, and `checkpoint` is an HF id or a path.
+    """
     checkpoint = parameters.get("checkpoint", "")
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) is not None
     names = [checkpoint, checkpoint.partition("/")[2]] if is_id else []
     names += [alias.strip() for alias in parameters.get("aliases", "").split(",") if alias.strip()]
-    return replace(card, version=version, aliases=tuple(names), checkpoint=checkpoint if is_id else None)
+    return replace(entry, version=version, aliases=tuple(names), checkpoint=checkpoint if is_id else None)
 
 
-def _names(cards: Iterable[Card]) -> dict[str, str]:
-    """Every name in lower case -> directory. Directories win, then models that are ready, then the alphabet."""
-    found = {card.name.lower(): card.name for card in cards}
-    for card in sorted(cards, key=lambda card: (card.info is None, card.name)):
-        for alias in card.aliases:
-            found.setdefault(alias.lower(), card.name)
-    return found
+def _names(entries: Iterable[ModelEntry]) -> dict[str, str]:
+    """Return every name in lower case -> directory.
+
+    If several models have a name, a directory of that name wins, then models that are ready, then the alphabet.
+    """
+    names = {entry.name.lower(): entry.name for entry in entries}
+    for entry in sorted(entries, key=lambda entry: (entry.info is None, entry.name)):
+        for alias in entry.aliases:
+            names.setdefault(alias.lower(), entry.name)
+    return names

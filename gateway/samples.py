@@ -1,4 +1,4 @@
-"""Texts and pictures that `verify` puts to a model and to transformers alike."""
+"""Texts and images that `verify` embeds with a model and with transformers."""
 
 import io
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _LONG = (
     "pooled, whether the last one is there at all, and what is kept when a text is longer than the model can read. "
 )
 
-# Of one token and of many hundred, in many scripts; none begins or ends with a space, which some tokenizers strip.
+# From one token to many hundred, in many scripts. None begins or ends with a space, which some tokenizers strip.
 TEXTS = (
     "a",
     "7",
@@ -61,8 +61,8 @@ TEXTS = (
 _SIZES = ((336, 336), (480, 272), (150, 600))  # width, height
 
 
-def pictures() -> Iterator[bytes]:
-    """PNG files of three shapes: colours that change slowly, and rings that grow too fine for the pixels."""
+def images() -> Iterator[bytes]:
+    """Yield PNG files of three shapes with slow color gradients and rings finer than a pixel."""
     for number, (width, height) in enumerate(_SIZES):
         x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
         rings = np.sin((40 + 30 * number) * (x * x + y * y))

@@ -1,8 +1,7 @@
-"""tritonserver and the gateway as one thing that stays up.
+"""Supervision of tritonserver and the gateway.
 
-A tritonserver that ended, or lost a model's process, is started again: at once the first time, then after a growing
-pause. The gateway answers 503 in the meantime. The gateway runs in this process, or in several of their own, each of
-which is started again likewise.
+A tritonserver that ended or lost a model's process is restarted, the first time immediately, then after growing pauses.
+The gateway answers 503 meanwhile. It runs in this process, or in several worker processes that are restarted too.
 """
 
 import asyncio
@@ -23,22 +22,22 @@ from triton_embed.gateway import settings as settings_file
 from triton_embed.gateway.settings import Settings, dump_settings
 from triton_embed.gateway.tracing import check_installed
 from triton_embed.gateway.triton_process import TritonOptions, TritonProcess, tied_to_this_process
-from triton_embed.gateway.worker import Gateway, allow_connections, announcement
+from triton_embed.gateway.worker import Gateway, announcement, raise_file_limit
 
 log = logging.getLogger(__name__)
 
-SHORTEST_PAUSE, LONGEST_PAUSE, STEADY_SECONDS = 0.5, 30.0, 30.0
-WORKER_PAUSE = 2.0  # the longest: clients wait in a worker's own queue while it is away
-GATEWAY_SECONDS = 1.2  # once `drain_seconds` are over: for all to be told so
-CLOSE_SECONDS = 1.0  # for the gateway to end after Triton, with which its last calls end
+MIN_PAUSE, MAX_PAUSE, STEADY_SECONDS = 0.5, 30.0, 30.0
+MAX_WORKER_PAUSE = 2.0  # short, because clients wait in the queue of a worker's socket meanwhile
+GATEWAY_SECONDS = 1.2  # after `drain_seconds`: for the gateway to send its 503 responses
+CLOSE_SECONDS = 1.0  # for the gateway to end after Triton, whose end ends its last calls
 
 
 class ServeError(RuntimeError):
-    """Serving cannot begin. The message is for the operator."""
+    """An error that prevents serving. The message is for the operator."""
 
 
 class Supervisor:
-    """Runs both until stopped."""
+    """Runs tritonserver and the gateway until stopped."""
 
     def __init__(self, settings: Settings, triton: TritonOptions) -> None:
         self._options = triton
@@ -52,9 +51,11 @@ class Supervisor:
         )
 
     async def run(self) -> None:
-        """Serve until SIGINT or SIGTERM; leave no process and no shared memory behind.
+        """Serve until SIGINT or SIGTERM. Leave no process and no shared memory behind.
 
-        ServeError: a port is taken, or tritonserver cannot start at all. SettingsError: an extra is not installed.
+        Raises:
+            ServeError: if a port is taken or tritonserver cannot start at all.
+            SettingsError: if an extra is not installed.
         """
         settings = self._settings
         check_installed(settings)
@@ -63,8 +64,8 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
         sockets = listen(settings.host, settings.port, settings.workers)
-        gateway: _Here | _Workers = (
-            _Here(settings, sockets[0]) if settings.workers == 1 else _Workers(settings, sockets)
+        gateway: _InProcess | _Workers = (
+            _InProcess(settings, sockets[0]) if settings.workers == 1 else _Workers(settings, sockets)
         )
         serving = asyncio.create_task(gateway.serve())
         triton = asyncio.create_task(self._keep_triton_up())
@@ -96,51 +97,51 @@ class Supervisor:
             reason = await self._triton.end()
             self._triton.kill()
             was_up = was_up or self._triton.was_up
-            if not was_up:  # an operator's mistake; later it is an accident, and there may be an end to it
-                raise ServeError(f"{reason} before it was up; --log-level debug shows its whole log")
+            if not was_up:  # most likely a configuration error; later failures may be temporary
+                raise ServeError(f"{reason} before it was ready; --log-level debug shows its whole log")
             if time.monotonic() - started > STEADY_SECONDS:
                 pause = 0.0
-            log.error("%s, starting again%s", reason, f" in {pause:g} s" if pause else "")
+            log.error("%s, restarting%s", reason, f" in {pause:g} s" if pause else "")
             await asyncio.sleep(pause)
-            pause = min(max(2 * pause, SHORTEST_PAUSE), LONGEST_PAUSE)
+            pause = min(max(2 * pause, MIN_PAUSE), MAX_PAUSE)
 
 
-class _Here:
-    """The gateway in this process."""
+class _InProcess:
+    """The gateway inside this process."""
 
     def __init__(self, settings: Settings, sockets: list[socket.socket]) -> None:
-        allow_connections()
+        raise_file_limit()
         self._settings = settings
         self._sockets = sockets
         self._gateway = Gateway(settings)
 
     async def serve(self) -> None:
-        """Until stopped."""
+        """Serve until stopped."""
         port = self._sockets[0].getsockname()[1]
 
-        async def tell() -> None:
+        async def announce() -> None:
             log.info("%s", await announcement(self._gateway.app, self._settings, port))
 
-        announcing = asyncio.create_task(tell())
+        announcing = asyncio.create_task(announce())
         try:
             await self._gateway.serve(self._sockets)
         finally:
             announcing.cancel()
 
     def stop(self) -> None:
-        """Begin to."""
+        """Start the shutdown without waiting."""
         self._gateway.stop()
 
     def kill(self) -> None:
-        """It ends with its task."""
+        """Do nothing: the gateway ends with its asyncio task."""
 
 
 class _Workers:
-    """The gateway in processes of their own, each with its own sockets of the same port.
+    """Gateway processes, each with separate sockets on the same port.
 
-    The kernel deals connections out among such sockets. With one shared socket the first to wake takes a whole burst:
-    of 32 clients that connected at once, and stay, one of two workers got 31. All sockets stay open here, so that who
-    connects to a worker that just died is answered by the next.
+    The kernel distributes connections among such sockets. With one shared socket, the first process to wake accepts a
+    whole burst (measured: of 32 clients that connected at once, one of two workers got 31). All sockets stay open in
+    this process, so that a client that connects to a worker that just died is answered by its successor.
     """
 
     def __init__(self, settings: Settings, sockets: Sequence[list[socket.socket]]) -> None:
@@ -151,29 +152,29 @@ class _Workers:
         self._announcements = [asyncio.get_running_loop().create_future() for _ in sockets]
 
     async def serve(self) -> None:
-        """Until stopped, and all of them have ended."""
+        """Serve until stopped and all workers have ended."""
         with tempfile.TemporaryDirectory(prefix="triton-embed-metrics-") as metrics:
-            telling = asyncio.create_task(self._tell())
+            announcing = asyncio.create_task(self._announce())
             try:
                 await asyncio.gather(*(self._keep_up(i, metrics) for i in range(len(self._sockets))))
             finally:
-                telling.cancel()
+                announcing.cancel()
 
     def stop(self) -> None:
-        """Ask all to. No one connects any more once they have closed their sockets."""
+        """Start the shutdown of all workers. Nothing can connect once they have closed their sockets."""
         self._stopping.set()
-        for listener in (one for sockets in self._sockets for one in sockets):
+        for listener in (listener for sockets in self._sockets for listener in sockets):
             listener.close()
         for process in self._processes.values():
             _signal(process, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End those that have not."""
+        """Kill the workers that have not ended."""
         for process in self._processes.values():
             _signal(process, signal.SIGKILL)
 
-    async def _tell(self) -> None:
-        """That all of them answer: whoever read it may be answered by any."""
+    async def _announce(self) -> None:
+        """Log the announcement once every worker is ready: any of them may get the next request."""
         log.info("%s", (await asyncio.gather(*self._announcements))[0])
 
     async def _keep_up(self, i: int, metrics: str) -> None:
@@ -181,7 +182,7 @@ class _Workers:
         while not self._stopping.is_set():
             started = time.monotonic()
             process = await self._start(i, metrics)
-            assert process.stdout is not None  # noqa: S101 - asked for in `_start`
+            assert process.stdout is not None  # noqa: S101 - `_start` requests a pipe
             while line := await process.stdout.readline():
                 if not self._announcements[i].done():
                     self._announcements[i].set_result(line.decode().rstrip())
@@ -192,25 +193,25 @@ class _Workers:
                 return
             if time.monotonic() - started > STEADY_SECONDS:
                 pause = 0.0
-            log.error("worker %d ended with code %d, starting again", i, code)
+            log.error("worker %d ended with code %d, restarting", i, code)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._stopping.wait()
-            pause = min(max(2 * pause, SHORTEST_PAUSE), WORKER_PAUSE)
+            pause = min(max(2 * pause, MIN_PAUSE), MAX_WORKER_PAUSE)
 
     async def _start(self, i: int, metrics: str) -> asyncio.subprocess.Process:
         command = (sys.executable, "-m", "triton_embed.gateway.worker")
-        descriptors = [one.fileno() for one in self._sockets[i]]
+        descriptors = [listener.fileno() for listener in self._sockets[i]]
         process = await asyncio.create_subprocess_exec(
             *tied_to_this_process([*command, ",".join(map(str, descriptors))]),
             env=settings_file.environment(PROMETHEUS_MULTIPROC_DIR=metrics),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=descriptors,
-            start_new_session=True,  # Ctrl-C is for this process, which stops them
+            start_new_session=True,  # Ctrl-C must reach this process only, which stops the workers
         )
         self._processes[i] = process
-        assert process.stdin is not None  # noqa: S101 - asked for above
+        assert process.stdin is not None  # noqa: S101 - requested above
         process.stdin.write(dump_settings(self._settings))
         process.stdin.close()
         if self._stopping.is_set():  # while it was being started
@@ -224,27 +225,31 @@ def _signal(process: asyncio.subprocess.Process, number: int) -> None:
 
 
 def listen(host: str, port: int, workers: int) -> list[list[socket.socket]]:
-    """For each worker a socket at every address of `host`, bound and not yet listening. ServeError: there is none."""
-    made: list[socket.socket] = []
+    """Return, for each worker, a socket bound to every address of `host`, not yet listening.
+
+    Raises:
+        ServeError: if no address can be bound.
+    """
+    bound: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [(family, address) for family, _, _, _, address in found if _is_ours(family, address)]
+        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [(family, address) for family, _, _, _, address in resolved if _is_local(family, address)]
         for _ in range(workers):
             for family, address in addresses:
-                made.append(_bind(family, (address[0], port, *address[2:]), shared=workers > 1))
-                port = made[0].getsockname()[1]  # where 0 asked for any
+                bound.append(_bind(family, (address[0], port, *address[2:]), shared=workers > 1))
+                port = bound[0].getsockname()[1]  # port 0 means any free port
     except OSError as error:
-        for one in made:
-            one.close()
+        for listener in bound:
+            listener.close()
         raise ServeError(f"cannot listen on {host}:{port} ({error.strerror}); --host and --port change it") from None
-    if not made:
-        raise ServeError(f"cannot listen on {host}: no address of it is this machine's; --host changes it")
+    if not bound:
+        raise ServeError(f"cannot listen on {host}: it has no address of this machine; --host changes it")
     count = len(addresses)
-    return [made[i : i + count] for i in range(0, len(made), count)]
+    return [bound[i : i + count] for i in range(0, len(bound), count)]
 
 
-def _is_ours(family: int, address: tuple[Any, ...]) -> bool:
-    """Whether this machine has that address: `localhost` names one of IPv6 even where that is switched off."""
+def _is_local(family: int, address: tuple[Any, ...]) -> bool:
+    """Return whether this machine has an address: `localhost` resolves to IPv6 even if IPv6 is disabled."""
     try:
         _bind(family, (address[0], 0, *address[2:]), shared=False).close()
     except OSError as error:
@@ -255,25 +260,29 @@ def _is_ours(family: int, address: tuple[Any, ...]) -> bool:
 
 
 def _bind(family: int, address: tuple[Any, ...], shared: bool) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if shared:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if family == socket.AF_INET6:
-        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     try:
-        made.bind(address)
+        listener.bind(address)
     except OSError:
-        made.close()
+        listener.close()
         raise
-    return made
+    return listener
 
 
 def check_ports(settings: Settings, triton: TritonOptions) -> None:
-    """ServeError: another program listens on a port that is needed; it names the flag that moves it."""
-    wanted = {"--port": (settings.host, settings.port)}
-    wanted |= {f"--triton-{service}-port": (triton.address, port) for service, port in triton.ports.items()}
-    for flag, (host, port) in wanted.items():
+    """Check that all ports are free.
+
+    Raises:
+        ServeError: naming the flag that changes a port in use.
+    """
+    required = {"--port": (settings.host, settings.port)}
+    required |= {f"--triton-{service}-port": (triton.address, port) for service, port in triton.ports.items()}
+    for flag, (host, port) in required.items():
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -1,6 +1,6 @@
-"""Distributed tracing: the caller's W3C trace context goes on to Triton; with OpenTelemetry on, through our own span.
+"""Distributed tracing: pass the caller's W3C trace context to Triton, through our own span if OpenTelemetry is on.
 
-Rules: https://www.w3.org/TR/trace-context/. What is malformed is dropped and never the caller's error.
+Rules: https://www.w3.org/TR/trace-context/. A malformed context is dropped; it is not an error.
 """
 
 import asyncio
@@ -16,24 +16,24 @@ from triton_embed.gateway.settings import Settings, SettingsError
 
 Metadata = tuple[tuple[str, str], ...]
 
-EXPORT_SECONDS = 2.0  # for a collector to take what is sent; stopping waits no longer either
+EXPORT_SECONDS = 2.0  # for one export, and at most this long when stopping
 UNTRACED = "/(health|health_generate|ready|ping|metrics)$"
 STATE_MEMBERS, STATE_LENGTH = 32, 512  # at most 32 are valid; 512 characters must be passed on, and gRPC takes few KiB
 
-# version, trace, span, flags, what later versions may add
+# version, trace, span, flags, fields of later versions
 _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-[!-~]{0,100})?")
 _KEY = r"[a-z0-9][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13}"
 _MEMBER = re.compile(rf"({_KEY})=[ -+\--<>-~]{{0,255}}[!-+\--<>-~]")
 
 
-def outgoing(request: Request) -> Metadata:
-    """gRPC metadata that puts Triton's spans under this request's, or under the caller's own where we make none."""
+def triton_metadata(request: Request) -> Metadata:
+    """Return gRPC metadata that makes Triton's spans children of our span, or of the caller's if we have none."""
     tracing: Tracing | None = getattr(request.app.state, "tracing", None)
-    return (tracing.current() if tracing else ()) or accepted(request.headers)
+    return (tracing.current() if tracing else ()) or incoming_context(request.headers)
 
 
-def accepted(headers: Headers) -> Metadata:
-    """The caller's `traceparent` and `tracestate` as far as they are valid: a state needs a parent."""
+def incoming_context(headers: Headers) -> Metadata:
+    """Return the caller's `traceparent` and `tracestate` if they are valid. A state needs a parent."""
     parents = headers.getlist("traceparent")
     if len(parents) != 1 or not _is_parent(parents[0]):
         return ()
@@ -42,17 +42,17 @@ def accepted(headers: Headers) -> Metadata:
 
 
 def _is_parent(value: str) -> bool:
-    found = _PARENT.fullmatch(value)
-    if found is None:
+    match = _PARENT.fullmatch(value)
+    if match is None:
         return False
-    version, trace, span, more = found.groups()
-    return version != "ff" and int(trace, 16) > 0 and int(span, 16) > 0 and not (version == "00" and more)
+    version, trace, span, extra = match.groups()
+    return version != "ff" and int(trace, 16) > 0 and int(span, 16) > 0 and not (version == "00" and extra)
 
 
 def _state(value: str) -> str:
-    """All members, the last left out where they are long; none if any is malformed."""
+    """Return all members, without the last ones if they are too long together; none if any is malformed."""
     members = [member for member in (part.strip(" \t") for part in value.split(",")) if member]
-    keys = {found[1] for member in members if (found := _MEMBER.fullmatch(member))}
+    keys = {match[1] for member in members if (match := _MEMBER.fullmatch(member))}
     if len(keys) < len(members) or len(members) > STATE_MEMBERS:
         return ""
     while len(state := ",".join(members)) > STATE_LENGTH:
@@ -61,23 +61,30 @@ def _state(value: str) -> str:
 
 
 def check_installed(settings: Settings) -> None:
-    """SettingsError: OpenTelemetry is asked for and not there."""
-    needed = ("opentelemetry.sdk", "opentelemetry.instrumentation.asgi", "opentelemetry.exporter.otlp.proto.http")
-    if settings.otlp_endpoint and not all(map(_is_there, needed)):
-        raise SettingsError("otlp_endpoint needs OpenTelemetry: pip install 'triton-embed[otel]'")
+    """Check that OpenTelemetry is installed if the settings need it.
+
+    Raises:
+        SettingsError: if it is missing.
+    """
+    modules = ("opentelemetry.sdk", "opentelemetry.instrumentation.asgi", "opentelemetry.exporter.otlp.proto.http")
+    if settings.otlp_endpoint and not all(map(_is_installed, modules)):
+        raise SettingsError("otlp_endpoint requires OpenTelemetry. Install it with: pip install 'triton-embed[otel]'")
 
 
-def _is_there(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is what holds it
+    except ModuleNotFoundError:  # its package is missing
         return False
 
 
 class Tracing:
-    """OpenTelemetry's spans of one gateway, sent to the collector of `otlp_endpoint`; the SDK's own variables hold.
+    """The OpenTelemetry spans of one gateway, sent to the collector at `otlp_endpoint`.
 
-    SettingsError: it is not installed.
+    The SDK's own environment variables apply.
+
+    Raises:
+        SettingsError: if OpenTelemetry is not installed.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -96,45 +103,45 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=EXPORT_SECONDS)))
         self._propagator = TraceContextTextMapPropagator()
 
-    def around(self, app: ASGIApp) -> ASGIApp:
-        """`app` with a span around each request but those of probes."""
+    def middleware(self, app: ASGIApp) -> ASGIApp:
+        """Return `app` with a span around each request, except probes."""
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
         from opentelemetry.trace import get_current_span
 
-        async def within(scope: Scope, receive: Receive, send: Send) -> None:
-            whole, span = scope["triton_embed.scope"], get_current_span()
+        async def inside_span(scope: Scope, receive: Receive, send: Send) -> None:
+            original, span = scope["triton_embed.scope"], get_current_span()
 
-            async def name(message: Message) -> None:
-                if message["type"] == "http.response.start" and (path := getattr(whole.get("route"), "path", "")):
-                    span.update_name(f"{whole['method']} {path}")  # before the answer ends, and the span with it
+            async def set_name(message: Message) -> None:
+                if message["type"] == "http.response.start" and (path := getattr(original.get("route"), "path", "")):
+                    span.update_name(f"{original['method']} {path}")  # before the response, and so the span, ends
                 await send(message)
 
-            await app(whole, receive, name)
+            await app(original, receive, set_name)
 
         traced = OpenTelemetryMiddleware(
-            within,
+            inside_span,
             excluded_urls=UNTRACED,
             default_span_details=lambda scope: (scope["method"], {}),
             tracer_provider=self._provider,
             exclude_spans=["receive", "send"],
         )
 
-        async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+        async def outside_span(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
-                # Queries are the caller's own business, and OpenTelemetry fails on those that are not UTF-8.
-                shown = {**scope, "query_string": b"", "triton_embed.scope": scope}
-                await traced(shown, receive, send)
+                # Query strings are private, and OpenTelemetry fails on those that are not UTF-8.
+                visible = {**scope, "query_string": b"", "triton_embed.scope": scope}
+                await traced(visible, receive, send)
             else:
                 await app(scope, receive, send)
 
-        return outside
+        return outside_span
 
     def current(self) -> Metadata:
-        """The current span as a trace context; nothing outside of one."""
+        """Return the current span as a trace context, or nothing if there is none."""
         carrier: dict[str, str] = {}
         self._propagator.inject(carrier)
         return tuple(carrier.items())
 
     async def close(self) -> None:
-        """Send what is left, if the collector takes it soon."""
+        """Send the remaining spans, if the collector takes them soon."""
         await asyncio.to_thread(self._provider.shutdown)

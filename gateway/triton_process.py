@@ -1,8 +1,8 @@
-"""One life of tritonserver: start it, pass on its log, notice its end or that of a stub, leave nothing behind.
+"""One tritonserver process: start it, relay its log, notice its death or that of a stub, and clean up.
 
-tritonserver 2.51 never restarts a dead stub and goes on calling its model ready. Unloading and loading the model
-brings it back, but loses requests in flight (7 hung until their deadline in 4 kills, and the server itself crashed
-once), so the end of a stub ends the server: every call in flight then fails at once, and all start afresh.
+tritonserver 2.51 never restarts a dead stub and keeps reporting its model as ready. Unloading and loading the model
+restores it but loses requests in flight (measured: in 4 kills, 7 requests hung until their deadline, and the server
+crashed once). So the death of a stub ends the server: every call in flight fails at once, and all models restart.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ STOP_SECONDS = 4.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend puts its regions
 STUB = "triton_python_backend_stub"
 
-# tritonserver's words for what a person waits for, and those of a machine without a GPU.
+# Log lines that show progress, and lines that every machine without a GPU produces.
 _PROGRESS = re.compile(r"^(tritonserver: .+)|(loading: [\w.-]+)|^[IE].*serve\.py:\d+\] \"(.+)\"$")
 _NOISE = re.compile(r"CudaDriverHelper|NVML")
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 
 
-# PR_SET_PDEATHSIG outlives execv. Not in `preexec_fn`: Python that runs between fork and exec, in a process that has
-# gRPC's threads, can crash before it is anything.
+# Sets PR_SET_PDEATHSIG, which survives execv. Not in `preexec_fn`: Python code between fork and exec can crash in a
+# process with gRPC's threads.
 _TIE = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, int(sys.argv[1]))
@@ -43,7 +43,7 @@ if os.getppid() == int(sys.argv[2]):
 
 
 def tied_to_this_process(command: Sequence[str]) -> list[str]:
-    """`command` so that Linux sends it SIGTERM when this process ends, however that happens."""
+    """Return a command that runs `command` and gets SIGTERM from Linux when this process ends for any reason."""
     return [sys.executable, "-ISc", _TIE, str(int(signal.SIGTERM)), str(os.getpid()), *command]
 
 
@@ -59,22 +59,22 @@ class TritonOptions:
     address: str = "127.0.0.1"
     verbose: bool = False
     checkpoints: Path | None = None
-    # Loading a model runs its Python: only the holder of this key may. tritonserver takes it from its command line
-    # alone, where other users of this machine can read it.
+    # Loading a model runs its Python code, so the API needs this key. tritonserver accepts it only on its command line,
+    # where other users of this machine can read it.
     key: str = field(default_factory=lambda: secrets.token_hex(16))
 
     @property
     def repository_header(self) -> str:
-        """`name=value` of the header that opens the model-repository API."""
+        """`name=value` of the header that unlocks the model-repository API."""
         return f"triton-embed={self.key}"
 
     @property
     def ports(self) -> dict[str, int]:
-        """Port by service."""
+        """The port of each service."""
         return {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
 
     def command(self) -> list[str]:
-        """The command line; `tritonserver` is our launcher, found beside this Python."""
+        """Return the command line. `tritonserver` is our launcher, in the directory of this Python."""
         restricted = f"model-repository:{self.repository_header}"
         return [
             str(Path(sys.executable).with_name("tritonserver")),
@@ -90,24 +90,24 @@ class TritonOptions:
         ]
 
     def environment(self) -> dict[str, str]:
-        """Ours, and where checkpoints are."""
+        """Return this process's environment with the location of checkpoints."""
         added = {} if self.checkpoints is None else {"TRITON_EMBED_CHECKPOINTS": str(self.checkpoints)}
         return {**os.environ, **added}
 
 
 class TritonProcess:
-    """A running tritonserver; make it with `start`, then await `end`."""
+    """A running tritonserver. Create it with `start`, then await `end`."""
 
     def __init__(self, process: asyncio.subprocess.Process, verbose: bool) -> None:
         self.was_up = False
         self._process = process
         self._verbose = verbose
         self._loaded: set[str] = set()
-        self._regions: set[str] = set()  # shared memory its stubs were given
+        self._regions: set[str] = set()  # shared memory of its stubs
 
     @classmethod
     async def start(cls, options: TritonOptions) -> "TritonProcess":
-        """Start it in a process group of its own; it ends when this process does, however that happens."""
+        """Start tritonserver in a new process group. It ends when this process ends for any reason."""
         process = await asyncio.create_subprocess_exec(
             *tied_to_this_process(options.command()),
             env=options.environment(),
@@ -118,11 +118,11 @@ class TritonProcess:
         return cls(process, options.verbose)
 
     async def end(self) -> str:
-        """Wait until it, or the stub of a loaded model, ends; returns a sentence on what happened."""
+        """Wait until the server or the stub of a loaded model ends. Return a sentence about what happened."""
         relay = asyncio.create_task(self._relay())
         ended = asyncio.create_task(self._process.wait())
         try:
-            # Not until its log ends: stubs that outlive it hold that open.
+            # End of file on its stderr does not show its end: stubs that outlive the server keep the pipe open.
             while (code := self._process.returncode) is None:
                 if (model := self._dead_model()) is not None and self._process.returncode is None:
                     return f"the process of model {model} died"
@@ -133,8 +133,8 @@ class TritonProcess:
             ended.cancel()
 
     async def stop(self) -> None:
-        """End it within STOP_SECONDS, drained if it can be; no process and no shared memory stays."""
-        self._dead_model()  # notes what shared memory there is
+        """Stop the server within STOP_SECONDS, drained if possible, and remove its processes and shared memory."""
+        self._dead_model()  # records the shared memory regions
         if self._process.returncode is None:
             self._process.terminate()
             drain = asyncio.create_task(self._relay())  # a full pipe would block it
@@ -145,28 +145,28 @@ class TritonProcess:
         await self._process.wait()
 
     def kill(self) -> None:
-        """End it and its stubs at once, and remove their shared memory."""
+        """Kill the server and its stubs at once, and remove their shared memory."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for name in self._regions:
             (SHARED_MEMORY / name).unlink(missing_ok=True)
 
     async def _relay(self) -> None:
-        """Its log until it ends: all of it when verbose, else what a person waits for."""
-        assert self._process.stderr is not None  # noqa: S101 - asked for in `start`
+        """Log the server's output until it ends: everything if verbose, else progress and errors."""
+        assert self._process.stderr is not None  # noqa: S101 - `start` requests a pipe
         while line := await self._process.stderr.readline():
             text = line.decode(errors="replace").rstrip()
             self.was_up = self.was_up or "Started GRPCInferenceService" in text
             self._loaded.update(_LOADED.findall(text))
             if self._verbose:
                 log.info("%s", text)
-            elif found := _PROGRESS.search(text):
-                log.info("%s", next(group for group in found.groups() if group))
+            elif match := _PROGRESS.search(text):
+                log.info("%s", next(group for group in match.groups() if group))
             elif text.startswith("E") and not _NOISE.search(text):
                 log.error("%s", text)
 
     def _dead_model(self) -> str | None:
-        """A loaded model without a living stub, if there is one."""
+        """Return a loaded model without a living stub, if there is one."""
         stubs = dict(_stubs_of(self._process.pid))
         self._regions.update(stubs.values())
         alive = {Path(script).parent.parent.name for script in stubs}
@@ -174,7 +174,7 @@ class TritonProcess:
 
 
 def _stubs_of(server: int) -> Iterator[tuple[str, str]]:
-    """(model.py, shared-memory region) of each living stub of a server."""
+    """Yield (model.py, shared-memory region) of each living stub of a server."""
     try:
         children = psutil.Process(server).children()
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""Every op as a Triton kernel, under the names and signatures of `reference.py`."""
+"""Every op as a Triton kernel, with the names and signatures of `reference.py`."""
 
 from triton_embed.kernels import blocks
 from triton_embed.kernels.activation import activation, gated_activation

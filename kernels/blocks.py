@@ -1,6 +1,6 @@
-"""Block sizes: one JSON file an architecture in `tables/`, written by `python -m benchmarks.gpu --tune`.
+"""Block sizes: one JSON file per GPU architecture in `tables/`, written by `python -m benchmarks.gpu --tune`.
 
-They are looked up, never searched for: a request must not wait for a compiler.
+They are looked up and never tuned while serving, because a request must not wait for a compiler.
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 DIRECTORY = Path(__file__).with_name("tables")
-# Compute capability, without its last digit -> the table made for it. 12 (consumer Blackwell) has Ampere's matrix
-# instructions and as little shared memory as the least of them.
+# Major compute capability -> table. 12 (consumer Blackwell) has Ampere's matrix instructions and as little shared
+# memory as the smallest Ampere GPUs.
 ARCHITECTURES = {8: "sm80", 9: "sm90", 10: "sm100", 12: "sm80"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of one launch: a block of M x N values, K of them at a time; warps, and stages of the pipeline."""
+    """Parameters of one launch: a block of M x N values computed K at a time, warps, and pipeline stages."""
 
     block_m: int = 1
     block_n: int = 1
@@ -30,7 +30,7 @@ class Config:
 
 
 class Table:
-    """Every choice for one architecture: kernel -> entries, of which the first whose `up_to` all hold counts.
+    """Block sizes for one architecture: kernel -> entries. The first entry whose `up_to` limits all hold applies.
 
     An entry without a config leaves those sizes to torch.
     """
@@ -44,47 +44,52 @@ class Table:
             ]
             for name, entries in kernels.items()
         }
-        # Tokens differ from batch to batch: what is remembered of them is bounded.
+        # Token counts differ from batch to batch, so the cache of lookups is bounded.
         self._remembered = lru_cache(maxsize=4096)(self._find)
 
     def config(self, kernel: str, **sizes: int) -> Config:
-        """The choice for a kernel at these sizes. LookupError: the table has none, in a sentence."""
-        found = self.choice(kernel, **sizes)
-        if found is None:
-            raise LookupError(f"the table of {self.architecture} has no '{kernel}' for {sizes}")
-        return found
+        """Return the config for a kernel at these sizes.
 
-    def choice(self, kernel: str, **sizes: int) -> Config | None:
-        """The same; None: the table says to leave it to torch."""
+        Raises:
+            LookupError: The table has none.
+        """
+        config = self.find_config(kernel, **sizes)
+        if config is None:
+            raise LookupError(f"The block size table of {self.architecture} has no entry for '{kernel}' at {sizes}")
+        return config
+
+    def find_config(self, kernel: str, **sizes: int) -> Config | None:
+        """Return the config for a kernel at these sizes, or None if the table leaves them to torch."""
         return self._remembered(kernel, **sizes)
 
     def limits(self, kernel: str, size: str) -> list[int]:
-        """The values of a size up to which an entry of a kernel goes."""
-        return sorted({most[size] for most, _ in self.kernels.get(kernel, ()) if size in most})
+        """Return the limits that the entries of a kernel set on one size, in ascending order."""
+        return sorted({limits[size] for limits, _ in self.kernels.get(kernel, ()) if size in limits})
 
     def _find(self, kernel: str, **sizes: int) -> Config | None:
-        for most, config in self.kernels.get(kernel, ()):
-            if all(sizes[name] <= limit for name, limit in most.items()):
+        for limits, config in self.kernels.get(kernel, ()):
+            if all(sizes[name] <= limit for name, limit in limits.items()):
                 return config
         return None
 
 
 @cache
-def of(device: torch.device) -> Table:
-    """The table for a device; the smallest blocks for a CPU, where only the interpreter reads it.
+def table_for(device: torch.device) -> Table:
+    """Return the table for a device. A CPU, where only Triton's interpreter uses it, gets the smallest blocks.
 
-    LookupError: none was made for this one.
+    Raises:
+        LookupError: No table covers this device.
     """
     if device.type == "cpu":
-        return table("sm80")
+        return load_table("sm80")
     major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None or major not in ARCHITECTURES:
         name = torch.cuda.get_device_name(device)
-        raise LookupError(f"the kernels were never tried on {name} (compute capability {major}.{minor})")
-    return table(ARCHITECTURES[major])
+        raise LookupError(f"The Triton kernels do not support {name} (compute capability {major}.{minor})")
+    return load_table(ARCHITECTURES[major])
 
 
 @cache
-def table(architecture: str) -> Table:
-    """One file of `tables/`."""
+def load_table(architecture: str) -> Table:
+    """Load one file of `tables/`."""
     return Table(architecture, json.loads((DIRECTORY / f"{architecture}.json").read_text()))

@@ -1,4 +1,4 @@
-"""What several kernels share: a look at how a tensor lies, and functions of values in registers, always fp32."""
+"""Functions that several Triton kernels share: a layout check, and fp32 functions of values in registers."""
 
 import triton
 import triton.language as tl
@@ -6,15 +6,19 @@ from torch import Tensor
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements from one row of `x` to the next. ValueError: the values of a row do not lie next to each other."""
+    """Return the number of elements from one row of `x` to the next.
+
+    Raises:
+        ValueError: The last dimension is not contiguous.
+    """
     if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"the last dimension of a tensor {tuple(x.shape)} is not contiguous: strides {x.stride()}")
+        raise ValueError(f"The last dimension of a tensor {tuple(x.shape)} is not contiguous: strides {x.stride()}")
     return x.stride(0)
 
 
 @triton.jit
 def activate(x, KIND: tl.constexpr):
-    """`ops.ACTIVATIONS` of fp32 values."""
+    """Apply one of `ops.ACTIVATIONS` to fp32 values."""
     if KIND == "gelu_erf":
         y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     elif KIND == "gelu_tanh":
@@ -28,14 +32,14 @@ def activate(x, KIND: tl.constexpr):
     elif KIND == "tanh":
         y = _tanh(x)
     else:
-        tl.static_assert(KIND == "none", "an activation that no kernel knows")
+        tl.static_assert(KIND == "none", "unknown activation")
         y = x
     return y
 
 
 @triton.jit
 def _tanh(x):
-    """With all its digits near 0 too, where 2 * sigmoid(2 * x) - 1 has none left: the polynomial of Cephes' tanhf."""
+    """Compute tanh. Near 0, 2 * sigmoid(2 * x) - 1 has no correct digits, so use the polynomial of Cephes' tanhf."""
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = series * square - 5.37397155531e-2

@@ -1,25 +1,28 @@
-"""Linear layers in int8 on a CPU: weights rounded once with a scale an output, activations in each call with a scale a
-token, so that what a text becomes does not depend on what it is computed with."""
+"""int8 linear layers on a CPU.
+
+Weights are quantized once, with one scale per output. Activations are quantized in each call, with one scale per token,
+so that the vector of a text does not depend on the rest of its batch.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-TOKENS = 256  # at a time: the int32 and fp32 values between stay in a cache
+CHUNK_TOKENS = 256  # per product, so that the int32 and fp32 intermediates stay in a cache
 
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A weight [N,K] for `linear`; it stands where the tensor does. `values` int8 [K,N], `scales` fp32 [N]."""
+    """A quantized weight [N,K], used in place of the tensor. `values` int8 [K,N], `scales` fp32 [N]."""
 
     values: Tensor
     scales: Tensor
-    dtype: torch.dtype  # of what it was made from
+    dtype: torch.dtype  # of the original weight
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int8Weight":
-        values, scales = _rounded(weight.float())
+        values, scales = _quantize(weight.float())
         return cls(values.t().contiguous(), scales.flatten(), weight.dtype)
 
     @property
@@ -30,11 +33,11 @@ class Int8Weight:
         return act is None
 
     def linear(self, x: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-        """x [T,K] -> x W^T + b [T,N], in the dtype of x."""
+        """Compute x W^T + b: [T,K] -> [T,N], in the dtype of x."""
         y = torch.empty(len(x), self.values.shape[1], dtype=x.dtype)
-        for start in range(0, len(x), TOKENS):
-            values, scales = _rounded(x[start : start + TOKENS].float())
-            out = y[start : start + TOKENS]
+        for start in range(0, len(x), CHUNK_TOKENS):
+            values, scales = _quantize(x[start : start + CHUNK_TOKENS].float())
+            out = y[start : start + CHUNK_TOKENS]
             products = torch._int_mm(values, self.values).float().mul_(scales)
             if bias is None:
                 torch.mul(products, self.scales, out=out)
@@ -43,7 +46,7 @@ class Int8Weight:
         return y
 
 
-def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x fp32 [n,K] -> int8 [n,K] and what to multiply its rows by, fp32 [n,1]."""
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize x, fp32 [n,K], per row: int8 [n,K] and the scale of each row, fp32 [n,1]."""
     scales = x.abs().amax(dim=1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
     return (x / scales).round_().to(torch.int8), scales

@@ -1,6 +1,6 @@
-"""How a kernel is started: compiled once for each layout, bound, and from then on launched without asking again.
+"""Kernel launches: a kernel is compiled and bound once per layout, then launched without Triton's argument checks.
 
-A `kernel[grid](...)` of Triton looks at every argument each time (9 to 12 µs); a bound one only passes them on.
+Triton's `kernel[grid](...)` inspects every argument on each call (9 to 12 µs); a bound kernel only passes them on.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-ALIGNMENT = 16  # bytes: what Triton assumes of a pointer it specialised a kernel for
+ALIGNMENT = 16  # bytes; compiled kernels assume that pointers are aligned to this
 
-_bound: dict[tuple[object, ...], Any] = {}
+_bound_kernels: dict[tuple[object, ...], Any] = {}
 
 
 def launch(
@@ -23,43 +23,47 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 1,
 ) -> None:
-    """Start `kernel` on the current stream of the current device, which holds the tensors.
+    """Launch `kernel` on the current stream of the current device, which holds the tensors.
 
-    `arguments` are its first parameters: tensors, None where one is absent, and numbers that change from batch to
-    batch (which the kernel must name in `do_not_specialize`, or a request would compile). `constants` are the rest of
-    its parameters, in order, all constexpr. ValueError: a tensor that is not aligned to 16 bytes.
+    Args:
+        arguments: The first parameters: tensors, None for absent ones, and numbers that change from batch to batch. The
+            kernel must name those numbers in `do_not_specialize`; otherwise a request would trigger compilation.
+        constants: The remaining parameters in order, all constexpr.
+
+    Raises:
+        ValueError: A tensor is not aligned to 16 bytes, or `constants` do not match the kernel's parameters.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    if not isinstance(kernel, JITFunction):  # the interpreter of TRITON_INTERPRET=1
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter (TRITON_INTERPRET=1)
         _check_order(kernel, len(arguments), constants)
         kernel[grid](*arguments, **constants, **options)
         return
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
-        raise ValueError(f"{kernel.__name__}: a tensor does not start at a multiple of {ALIGNMENT} bytes")
+        raise ValueError(f"{kernel.__name__}: every tensor must start at a multiple of {ALIGNMENT} bytes")
     layout = tuple(getattr(argument, "dtype", argument is None) for argument in arguments)
     key = (kernel.__name__, tensors[0].device.index, num_warps, num_stages, layout, *constants.values())
-    bound = _bound.get(key)
+    bound = _bound_kernels.get(key)
     if bound is None:
         _check_order(kernel, len(arguments), constants)
-        # Fused multiply-add is no longer Triton's default from 3.10 on.
-        _bound[key] = kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
+        # Triton 3.10 and later do not fuse multiply-add by default.
+        _bound_kernels[key] = kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
         return
     bound[(*grid, 1, 1)[:3]](*arguments, *constants.values())
 
 
-def _check_order(kernel: Any, arguments: int, constants: Mapping[str, object]) -> None:
-    """A bound kernel takes its parameters by their places alone."""
-    names = list(kernel.arg_names[arguments:])
+def _check_order(kernel: Any, argument_count: int, constants: Mapping[str, object]) -> None:
+    """Check the order of the constants, because a bound kernel takes its parameters by position."""
+    names = list(kernel.arg_names[argument_count:])
     if names != list(constants):
         raise ValueError(f"{kernel.__name__} takes the constants {names}, got {list(constants)}")
 
 
 def interpreted() -> bool:
-    """Whether this process was started with TRITON_INTERPRET=1: kernels then run in Python, on a CPU's memory."""
+    """Return whether this process was started with TRITON_INTERPRET=1: kernels then run in Python, on CPU memory."""
     return bool(triton.knobs.runtime.interpret)
 
 
-def bound() -> int:
-    """How many kernels have been compiled and bound: it stands still once a server is warm."""
-    return len(_bound)
+def bound_count() -> int:
+    """Count the kernels compiled and bound so far. The count stays constant once a server is warm."""
+    return len(_bound_kernels)

@@ -1,4 +1,4 @@
-"""Linear layers whose activation is applied before the product leaves the registers."""
+"""Linear layers that apply their activation while the product is still in registers."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from triton_embed.kernels.blocks import Config
 from triton_embed.kernels.functions import activate, row_stride
 from triton_embed.kernels.launch import launch
 
-GROUP = 8  # blocks of rows that meet the same block of the weight at about the same time, while the L2 cache holds it
+GROUP = 8  # row blocks that use the same weight block at about the same time, while the L2 cache holds it
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -30,39 +30,43 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # Programs go down GROUP blocks of rows, then on to the next block of columns.
-    group = GROUP * tl.cdiv(N, BLOCK_N)
-    first = tl.program_id(0) // group * GROUP
-    height = tl.minimum(tl.cdiv(count, BLOCK_M) - first, GROUP)
-    inside = tl.program_id(0) % group
-    row = (first + inside % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = inside // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Consecutive programs cover GROUP row blocks, then move on to the next column block.
+    group_size = GROUP * tl.cdiv(N, BLOCK_N)
+    first_block = tl.program_id(0) // group_size * GROUP
+    height = tl.minimum(tl.cdiv(count, BLOCK_M) - first_block, GROUP)
+    index = tl.program_id(0) % group_size
+    row = (first_block + index % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = index // height * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    # A row past the end is the last one again, which costs the loop no mask and is not stored.
-    place = x + tl.minimum(row, count - 1).to(tl.int64)[:, None] * X_STRIDE + inner[None, :]
-    weight_place = weight + tl.minimum(column, N - 1).to(tl.int64)[None, :] * WEIGHT_STRIDE + inner[:, None]
+    # Rows past the end repeat the last row, so the loop needs no row mask. They are not stored.
+    x_pointers = x + tl.minimum(row, count - 1).to(tl.int64)[:, None] * X_STRIDE + inner[None, :]
+    weight_pointers = weight + tl.minimum(column, N - 1).to(tl.int64)[None, :] * WEIGHT_STRIDE + inner[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            given, factor = tl.load(place + start), tl.load(weight_place + start)
+            x_block, weight_block = tl.load(x_pointers + start), tl.load(weight_pointers + start)
         else:
-            given = tl.load(place + start, mask=(inner < K - start)[None, :], other=0.0)
-            factor = tl.load(weight_place + start, mask=(inner < K - start)[:, None], other=0.0)
-        total = tl.dot(given, factor, total, input_precision="ieee")
+            x_block = tl.load(x_pointers + start, mask=(inner < K - start)[None, :], other=0.0)
+            weight_block = tl.load(weight_pointers + start, mask=(inner < K - start)[:, None], other=0.0)
+        total = tl.dot(x_block, weight_block, total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     out = y + row.to(tl.int64)[:, None] * N + column[None, :]
-    kept = (row < count)[:, None] & (column < N)[None, :]
-    tl.store(out, activate(total, KIND).to(y.dtype.element_ty), mask=kept)
+    mask = (row < count)[:, None] & (column < N)[None, :]
+    tl.store(out, activate(total, KIND).to(y.dtype.element_ty), mask=mask)
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None, config: Config | None = None
 ) -> Tensor:
-    """See `ops.linear`. LookupError: the table leaves this size to torch, and no config is given."""
+    """Compute act(x W^T + b); see `ops.linear`.
+
+    Raises:
+        LookupError: No config is passed, and the table leaves this size to torch.
+    """
     (count, inputs), outputs = x.shape, len(weight)
     sizes = {"tokens": count, "outputs": outputs, "inputs": inputs, "itemsize": x.element_size()}
-    config = config or blocks.of(x.device).config("linear", **sizes)
+    config = config or blocks.table_for(x.device).config("linear", **sizes)
     if bias is not None:
         row_stride(bias)
     y = torch.empty((count, outputs), dtype=x.dtype, device=x.device)

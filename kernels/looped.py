@@ -1,4 +1,4 @@
-"""Every op of a CPU under the names and signatures of `reference.py`: loops, and torch for what no loop does."""
+"""Every op on a CPU, with the names and signatures of `reference.py`: compiled loops, or torch where no loop exists."""
 
 from collections.abc import Callable, Sequence
 
@@ -48,8 +48,8 @@ def varlen_attention(
     scale: float,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """See `ops.varlen_attention`."""
-    if prefix is not None or (window is not None and window < max(packed.lengths)) or not _words(q):
+    """Attend within each sequence; see `ops.varlen_attention`."""
+    if prefix is not None or (window is not None and window < max(packed.lengths)) or not _has_whole_words(q):
         return reference.varlen_attention(q, k, v, packed, causal, window, scale, prefix)
     return dense_attention.attention(q, k, v, packed, causal, scale)
 
@@ -64,8 +64,8 @@ def pooled_attention(
     scale: float,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """See `ops.pooled_attention`."""
-    if prefix is not None or (window is not None and window < max(packed.lengths)) or not _words(q):
+    """Attend with one query per sequence; see `ops.pooled_attention`."""
+    if prefix is not None or (window is not None and window < max(packed.lengths)) or not _has_whole_words(q):
         return reference.pooled_attention(q, k, v, packed, rows, window, scale, prefix)
     return dense_attention.attention(q, k, v, packed, False, scale, rows)
 
@@ -78,11 +78,12 @@ def segment_pool(
     norm: Callable[[Tensor], Tensor] | None = None,
     l2: bool = True,
 ) -> Tensor:
-    """See `ops.segment_pool`."""
+    """Pool each sequence to one vector; see `ops.segment_pool`."""
     if norm is not None:
         return reference.segment_pool(x, packed, mode, dims, norm, l2)
     return rows.segment_pool(x, packed, mode, dims, l2)
 
 
-def _words(q: Tensor) -> bool:
+def _has_whole_words(q: Tensor) -> bool:
+    """Return whether each head of `q` is a whole number of 4-byte words."""
     return q.dtype == torch.float32 or q.shape[2] % 2 == 0

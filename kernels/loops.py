@@ -1,7 +1,7 @@
 """Loops over memory on a CPU, compiled by Numba and run on torch's own threads.
 
-Between products torch goes through memory once for each operation; a loop goes through it once for all of them, and
-rounds once. Loops get addresses and sizes; rows that they read and write are fp32 or bf16, and fp32 in between.
+Between matrix products torch passes over memory once per operation; a compiled loop passes once for all of them and
+rounds once. Loops receive addresses and sizes. They read and write rows of fp32 or bf16 and compute in fp32.
 """
 
 import ctypes
@@ -24,166 +24,179 @@ from numba import cfunc, config, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from triton_embed.kernels.simd import COUNT, helper, load, store
+from triton_embed.kernels.simd import LANES, inline, load, store
 
 log = logging.getLogger(__name__)
 
-GRAIN = 16_384  # elements that a thread should have: below it a second one costs more than it takes over
+MIN_THREAD_ELEMENTS = 16_384  # per thread; with fewer, another thread costs more time than it saves
 
-# Of whatever OpenMP torch brought along: a second one would have threads of its own, which wait by spinning.
+# The OpenMP runtime that torch loaded. A second runtime would start more threads, which spin while they wait.
 _OPENMP = ctypes.CDLL(torch._C.__file__)
 for _name in ("omp_get_thread_num", "omp_get_num_threads"):
     binding.add_symbol(_name, ctypes.cast(_OPENMP[_name], ctypes.c_void_p).value)
-_parallel = _OPENMP["GOMP_parallel"]  # GCC's name, which Intel's and LLVM's have too
+_parallel = _OPENMP["GOMP_parallel"]  # GCC's entry point; Intel's and LLVM's runtimes have it too
 _parallel.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
 _parallel.restype = None
-_thread = types.ExternalFunction("omp_get_thread_num", types.int32())
-_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-_kept = threading.local()
+_omp_thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
+_omp_thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+_thread_local = threading.local()
 
 
 class Loop:
-    """Calls `body` on each thread with an array of int64: what `__call__` was given, tensors as their addresses and
-    fractions as the bits of a float64 (see `fraction`)."""
+    """A compiled loop that runs `body` on each thread with the arguments of `__call__` as an array of int64.
+
+    Tensors are passed as addresses and floats as the bits of a float64 (see `float_argument`).
+    """
 
     def __init__(self, body: Callable[[Any], None]) -> None:
         self._body = body
         self._layout: struct.Struct | None = None
 
-    def __call__(self, work: int, *given: Tensor | float | None) -> None:
-        """`work`: how many elements there are to go through. A tensor that is None has the address 0. What is a
-        fraction in one call must be one in all."""
+    def __call__(self, work: int, *arguments: Tensor | float | None) -> None:
+        """Run the loop.
+
+        Args:
+            work: The number of elements to process, which determines how many threads run.
+            arguments: Tensors and numbers for the body. None becomes the address 0. An argument that is a float in one
+                call must be a float in every call.
+        """
         if self._layout is None:
-            self._layout = struct.Struct("".join("d" if isinstance(x, float) else "q" for x in given))
-        numbers = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in given]
-        count = max(1, min(torch.get_num_threads(), work // GRAIN))
-        _parallel(self._address, self._layout.pack(*numbers), count, 0)
+            self._layout = struct.Struct("".join("d" if isinstance(x, float) else "q" for x in arguments))
+        numbers = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in arguments]
+        used_threads = max(1, min(torch.get_num_threads(), work // MIN_THREAD_ELEMENTS))
+        _parallel(self._address, self._layout.pack(*numbers), used_threads, 0)
 
     @cached_property
     def _address(self) -> int:
         began = time.monotonic()
         signature = types.void(types.CPointer(types.int64))
         try:
-            _choose_cache()
+            _set_cache_directory()
             compiled = cfunc(signature, cache=True, error_model="numpy")(self._body)
         except (RuntimeError, OSError, EOFError, pickle.PickleError) as error:
-            log.warning("loops cannot be kept for the next start: %s", type(error).__name__)
+            log.warning("Cannot cache compiled loops for the next start: %s", type(error).__name__)
             compiled = cfunc(signature, error_model="numpy")(self._body)
-        log.info("the loop %s is ready after %.1f s", self._body.__name__, time.monotonic() - began)
+        log.info("Compiled loop %s is ready after %.1f s", self._body.__name__, time.monotonic() - began)
         address: int = compiled.address
         return address
 
 
 @cache
-def _choose_cache() -> None:
-    """Numba looks at the file of a loop alone to tell whether it is the one it kept, but loops are made of these files
-    together: what they were is in the name of the folder. It lies beside Python's own, or where users keep theirs."""
-    folder = Path(__file__).parent
-    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-    own = folder / "__pycache__"
-    place = Path(config.CACHE_DIR or (own if os.access(own, os.W_OK) else Path.home() / ".cache" / "triton-embed"))
-    config.CACHE_DIR = str(place / f"loops-{hashlib.sha256(sources).hexdigest()[:16]}")
+def _set_cache_directory() -> None:
+    """Set Numba's cache directory to one named after a hash of all kernel sources.
+
+    Numba checks only a loop's own file to decide whether a cached loop is current, but code from several of these files
+    is inlined into a loop. The directory is in NUMBA_CACHE_DIR if that is set, else in `__pycache__`, or in
+    `~/.cache/triton-embed` if `__pycache__` is not writable.
+    """
+    kernels = Path(__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(kernels.glob("*.py")))
+    pycache = kernels / "__pycache__"
+    base = Path(
+        config.CACHE_DIR or (pycache if os.access(pycache, os.W_OK) else Path.home() / ".cache" / "triton-embed")
+    )
+    config.CACHE_DIR = str(base / f"loops-{hashlib.sha256(sources).hexdigest()[:16]}")
 
 
 def scratch(floats: int) -> Tensor:
-    """So many fp32 for each thread that a loop of the calling thread runs on, until its next loop."""
-    wanted = torch.get_num_threads() * floats
-    kept: Tensor | None = getattr(_kept, "scratch", None)
-    if kept is None or kept.numel() < wanted:
-        _kept.scratch = kept = torch.empty(wanted, dtype=torch.float32, device="cpu")
-    return kept
+    """Return scratch memory, `floats` fp32 numbers per thread, valid until the calling thread runs its next loop."""
+    size = torch.get_num_threads() * floats
+    memory: Tensor | None = getattr(_thread_local, "scratch", None)
+    if memory is None or memory.numel() < size:
+        _thread_local.scratch = memory = torch.empty(size, dtype=torch.float32, device="cpu")
+    return memory
 
 
-def whole(count: int) -> int:
-    """Numbers in the registers that hold so many."""
-    return -(-count // COUNT) * COUNT
+def padded_count(count: int) -> int:
+    """Round a count of numbers up to whole registers."""
+    return -(-count // LANES) * LANES
 
 
 @intrinsic
 def pointer(_, address, kind):
-    """An address -> a pointer to elements of a dtype."""
-    to = types.CPointer(kind.dtype)
-    return to(types.int64, kind), lambda context, b, _, given: b.inttoptr(given[0], context.get_value_type(to))
+    """Convert an address to a pointer to elements of a dtype."""
+    result = types.CPointer(kind.dtype)
+    return result(types.int64, kind), lambda context, b, _, args: b.inttoptr(args[0], context.get_value_type(result))
 
 
 @intrinsic
-def fraction(_, bits):
-    """The fraction that was given to a loop."""
-    return types.float64(types.int64), lambda _, b, __, given: b.bitcast(given[0], ir.DoubleType())
+def float_argument(_, bits):
+    """Convert the bits of a loop argument back to the float that was passed."""
+    return types.float64(types.int64), lambda _, b, __, args: b.bitcast(args[0], ir.DoubleType())
 
 
 @intrinsic
-def _bits(_, x):
-    return types.uint32(types.float32), lambda _, b, __, given: b.bitcast(given[0], ir.IntType(32))
+def _to_bits(_, x):
+    return types.uint32(types.float32), lambda _, b, __, args: b.bitcast(args[0], ir.IntType(32))
 
 
 @intrinsic
-def _of_bits(_, x):
-    return types.float32(types.uint32), lambda _, b, __, given: b.bitcast(given[0], ir.FloatType())
+def _from_bits(_, x):
+    return types.float32(types.uint32), lambda _, b, __, args: b.bitcast(args[0], ir.FloatType())
 
 
-@helper
-def thread():
-    return np.int64(_thread())
+@inline
+def thread_index():
+    return np.int64(_omp_thread_index())
 
 
-@helper
-def threads():
-    return np.int64(_threads())
+@inline
+def thread_count():
+    return np.int64(_omp_thread_count())
 
 
-@helper
-def share(count):
-    """First and last + 1 of this thread's part of 0 … count - 1."""
-    return count * thread() // threads(), count * (thread() + 1) // threads()
+@inline
+def thread_range(count):
+    """Return the first and last + 1 of this thread's part of 0 … count - 1."""
+    return count * thread_index() // thread_count(), count * (thread_index() + 1) // thread_count()
 
 
-@helper
-def read(address, size, x, count):
-    """x = the elements at an address, in fp32, and 0 up to a whole number of registers."""
-    full = count // COUNT * COUNT
-    for i in range(0, full, COUNT):
-        store(load(address + i * size, size), x + i * 4, 4)
-    into = pointer(x, np.float32)
+@inline
+def read(address, itemsize, x, count):
+    """Read the elements at an address into x as fp32, followed by zeros up to a whole register."""
+    full = count // LANES * LANES
+    for i in range(0, full, LANES):
+        store(load(address + i * itemsize, itemsize), x + i * 4, 4)
+    values = pointer(x, np.float32)
     for i in range(full, count):
-        into[i] = _element(address + i * size, size)
+        values[i] = _load_element(address + i * itemsize, itemsize)
     if full < count:
-        for i in range(count, full + COUNT):
-            into[i] = np.float32(0)
+        for i in range(count, full + LANES):
+            values[i] = np.float32(0)
 
 
-@helper
-def add(address, size, x, count):
-    """x += the elements at an address."""
-    full = count // COUNT * COUNT
-    for i in range(0, full, COUNT):
-        store(load(x + i * 4, 4) + load(address + i * size, size), x + i * 4, 4)
-    into = pointer(x, np.float32)
+@inline
+def add(address, itemsize, x, count):
+    """Add the elements at an address to x."""
+    full = count // LANES * LANES
+    for i in range(0, full, LANES):
+        store(load(x + i * 4, 4) + load(address + i * itemsize, itemsize), x + i * 4, 4)
+    values = pointer(x, np.float32)
     for i in range(full, count):
-        into[i] += _element(address + i * size, size)
+        values[i] += _load_element(address + i * itemsize, itemsize)
 
 
-@helper
-def write(x, address, size, count):
-    """x to the elements at an address."""
-    full = count // COUNT * COUNT
-    for i in range(0, full, COUNT):
-        store(load(x + i * 4, 4), address + i * size, size)
-    found = pointer(x, np.float32)
+@inline
+def write(x, address, itemsize, count):
+    """Write x to the elements at an address, rounded to their dtype."""
+    full = count // LANES * LANES
+    for i in range(0, full, LANES):
+        store(load(x + i * 4, 4), address + i * itemsize, itemsize)
+    values = pointer(x, np.float32)
     for i in range(full, count):
-        if size == 2:
-            bits = _bits(found[i])
-            if found[i] != found[i]:
-                bits |= np.uint32(0x400000)  # a NaN stays one
+        if itemsize == 2:
+            bits = _to_bits(values[i])
+            if values[i] != values[i]:
+                bits |= np.uint32(0x400000)  # NaN stays NaN
             else:
                 bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
             pointer(address, np.uint16)[i] = np.uint16(bits >> np.uint32(16))
         else:
-            pointer(address, np.float32)[i] = found[i]
+            pointer(address, np.float32)[i] = values[i]
 
 
-@helper
-def _element(address, size):
-    if size == 2:
-        return _of_bits(np.uint32(pointer(address, np.uint16)[0]) << np.uint32(16))
+@inline
+def _load_element(address, itemsize):
+    if itemsize == 2:
+        return _from_bits(np.uint32(pointer(address, np.uint16)[0]) << np.uint32(16))
     return pointer(address, np.float32)[0]

@@ -1,4 +1,4 @@
-"""Norms of rows, fused with the sum or the look-up that makes a row: memory is read once and written once."""
+"""Norms of rows, fused with the sum or the lookup that produces a row: memory is read once and written once."""
 
 import torch
 import triton
@@ -12,15 +12,15 @@ from triton_embed.kernels.launch import launch
 
 
 @triton.jit
-def _normalise(x, weight, bias, column, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr):
-    """RMSNorm, or LayerNorm where CENTRED, of fp32 rows x [M,N] that are 0 from `column` WIDTH on."""
-    kept = column < WIDTH
-    scale = tl.load(weight + column, mask=kept, other=0.0).to(tl.float32)
-    if CENTRED:
-        x = tl.where(kept[None, :], x - tl.sum(x, axis=1)[:, None] / WIDTH, 0.0)
+def _normalize(x, weight, bias, column, WIDTH: tl.constexpr, EPS: tl.constexpr, CENTERED: tl.constexpr):
+    """Normalize fp32 rows x [M,N], which are 0 from `column` WIDTH on: LayerNorm where CENTERED, else RMSNorm."""
+    mask = column < WIDTH
+    scale = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    if CENTERED:
+        x = tl.where(mask[None, :], x - tl.sum(x, axis=1)[:, None] / WIDTH, 0.0)
     y = x * tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + EPS)[:, None] * scale[None, :]
-    if CENTRED:
-        y += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)[None, :]
+    if CENTERED:
+        y += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)[None, :]
     return y
 
 
@@ -28,11 +28,11 @@ def _normalise(x, weight, bias, column, WIDTH: tl.constexpr, EPS: tl.constexpr, 
 def _add_norm_kernel(
     x,  # [count, WIDTH]
     residual,  # [.., WIDTH] or None
-    rows,  # [count]: which row of `residual` belongs to a row of x; None: the one of the same number
+    rows,  # [count]: the row of `residual` to add to each row of x; None: the row with the same index
     weight,  # [WIDTH]
-    bias,  # [WIDTH]; None: an RMSNorm
+    bias,  # [WIDTH]; None: RMSNorm
     y,  # [count, WIDTH] dense
-    total,  # the same; None: nobody wants the sum
+    total,  # [count, WIDTH] dense; None: do not store the sum
     count,
     X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
@@ -43,18 +43,18 @@ def _add_norm_kernel(
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    kept = (row < count)[:, None] & (column < WIDTH)[None, :]
-    out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    given = tl.load(x + row.to(tl.int64)[:, None] * X_STRIDE + column[None, :], mask=kept, other=0.0)
+    mask = (row < count)[:, None] & (column < WIDTH)[None, :]
+    out_offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    value = tl.load(x + row.to(tl.int64)[:, None] * X_STRIDE + column[None, :], mask=mask, other=0.0)
     if residual is not None:
         source = row if rows is None else tl.load(rows + row, mask=row < count, other=0)
-        other = source.to(tl.int64)[:, None] * RESIDUAL_STRIDE + column[None, :]
-        added = given.to(tl.float32) + tl.load(residual + other, mask=kept, other=0.0).to(tl.float32)
-        given = added.to(given.dtype)  # what the next layer adds to is what this norm sees
+        residual_offsets = source.to(tl.int64)[:, None] * RESIDUAL_STRIDE + column[None, :]
+        exact_sum = value.to(tl.float32) + tl.load(residual + residual_offsets, mask=mask, other=0.0).to(tl.float32)
+        value = exact_sum.to(value.dtype)  # the norm sees the rounded sum, which the next layer adds to
         if total is not None:
-            tl.store(total + out, given, mask=kept)
-    normed = _normalise(given.to(tl.float32), weight, bias, column, WIDTH, EPS, bias is not None)
-    tl.store(y + out, normed.to(y.dtype.element_ty), mask=kept)
+            tl.store(total + out_offsets, value, mask=mask)
+    normed = _normalize(value.to(tl.float32), weight, bias, column, WIDTH, EPS, bias is not None)
+    tl.store(y + out_offsets, normed.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -62,7 +62,7 @@ def _embed_layer_norm_kernel(
     ids,  # [count]
     pos,  # [count]
     types,  # [count] or None
-    word,  # [.., WIDTH], as the two below
+    word,  # [.., WIDTH], like `position` and `token_type`
     position,
     token_type,
     weight,  # [WIDTH]
@@ -79,22 +79,22 @@ def _embed_layer_norm_kernel(
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    kept = (row < count)[:, None] & (column < WIDTH)[None, :]
-    total = _look_up(word, ids, row, column, count, kept, WORD_STRIDE)
-    total += _look_up(position, pos, row, column, count, kept, POSITION_STRIDE)
+    mask = (row < count)[:, None] & (column < WIDTH)[None, :]
+    total = _look_up(word, ids, row, column, count, mask, WORD_STRIDE)
+    total += _look_up(position, pos, row, column, count, mask, POSITION_STRIDE)
     if types is None:
         total += tl.load(token_type + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     else:
-        total += _look_up(token_type, types, row, column, count, kept, TYPE_STRIDE)
-    normed = _normalise(total, weight, bias, column, WIDTH, EPS, True)
-    tl.store(y + row.to(tl.int64)[:, None] * WIDTH + column[None, :], normed.to(y.dtype.element_ty), mask=kept)
+        total += _look_up(token_type, types, row, column, count, mask, TYPE_STRIDE)
+    normed = _normalize(total, weight, bias, column, WIDTH, EPS, True)
+    tl.store(y + row.to(tl.int64)[:, None] * WIDTH + column[None, :], normed.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _look_up(table, ids, row, column, count, kept, STRIDE: tl.constexpr):
-    """Rows of `table` in fp32: [M,N], 0 where not `kept`."""
+def _look_up(table, ids, row, column, count, mask, STRIDE: tl.constexpr):
+    """Look up rows of `table` in fp32: [M,N], 0 outside `mask`."""
     index = tl.load(ids + row, mask=row < count, other=0).to(tl.int64)
-    return tl.load(table + index[:, None] * STRIDE + column[None, :], mask=kept, other=0.0).to(tl.float32)
+    return tl.load(table + index[:, None] * STRIDE + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 def add_rms_norm(
@@ -105,7 +105,7 @@ def add_rms_norm(
     rows: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.add_rms_norm`."""
+    """Add and normalize rows; see `ops.add_rms_norm`."""
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return _add_norm(x, residual, rows, weight, None, None if residual is None else total, eps, config), total
 
@@ -119,7 +119,7 @@ def add_layer_norm(
     rows: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.add_layer_norm`."""
+    """Add and normalize rows; see `ops.add_layer_norm`."""
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return _add_norm(x, residual, rows, weight, bias, None if residual is None else total, eps, config), total
 
@@ -133,7 +133,7 @@ def post_layer_norm(
     rows: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.post_layer_norm`."""
+    """Add and normalize rows; see `ops.post_layer_norm`."""
     y = _add_norm(x, residual, rows, weight, bias, None, eps, config)
     return y, y
 
@@ -152,7 +152,7 @@ def _add_norm(
         if vector is not None:
             row_stride(vector)
     count, width = x.shape
-    config = config or blocks.of(x.device).config("rowwise", width=width)
+    config = config or blocks.table_for(x.device).config("rowwise", width=width)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
         _add_norm_kernel,
@@ -183,12 +183,12 @@ def embed_layer_norm(
     eps: float,
     config: Config | None = None,
 ) -> Tensor:
-    """See `ops.embed_layer_norm`."""
+    """Sum embeddings and normalize them; see `ops.embed_layer_norm`."""
     for vector in (ids, pos, types, weight, bias):
         if vector is not None:
             row_stride(vector)
     count, width = len(ids), len(weight)
-    config = config or blocks.of(ids.device).config("rowwise", width=width)
+    config = config or blocks.table_for(ids.device).config("rowwise", width=width)
     y = torch.empty((count, width), dtype=word.dtype, device=ids.device)
     launch(
         _embed_layer_norm_kernel,

@@ -1,9 +1,9 @@
-"""The only door to the kernels: one typed function an op, its arguments checked here and nowhere else.
+"""The entry point of the kernels: one typed function per op. Arguments are checked here and nowhere else.
 
 Shapes: T packed tokens, B sequences, H query heads, G key/value heads, D head dim, E hidden, I intermediate.
 The last dimension of every tensor is contiguous. Tensors are fp32, bf16 or fp16; statistics are fp32.
-On a GPU an op is a Triton kernel, on a CPU oneDNN's product or a loop that Numba compiles. Nothing falls back: what no
-kernel can do is a ValueError, unless the operator chose plain torch (`reference.py`) with `use`.
+On a GPU an op is a Triton kernel; on a CPU it is a oneDNN product or a loop compiled by Numba. Nothing falls back: what
+no kernel supports is a ValueError, unless the operator chose plain torch (`reference.py`) with `use`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,28 +22,36 @@ ACTIVATIONS = reference.ACTIVATIONS
 POOLING_MODES = ("cls", "last", "mean", "max")
 KERNELS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOOPED = (torch.float32, torch.bfloat16)  # what a CPU has loops for
+LOOPED = (torch.float32, torch.bfloat16)  # dtypes of the CPU loops
 
 _chosen = "auto"
 
 
 def use(kernels: str) -> None:
-    """Which kernels this process runs: `auto` (Triton on a GPU, the fastest of torch on a CPU), plain `torch`
-    everywhere, or `triton` everywhere, which on a CPU is for tests under TRITON_INTERPRET=1."""
+    """Choose the kernels of this process.
+
+    Args:
+        kernels: `auto` (Triton on a GPU, compiled loops and oneDNN on a CPU), `torch` (plain torch everywhere), or
+            `triton` (everywhere; on a CPU for tests under TRITON_INTERPRET=1).
+    """
     global _chosen
     _known(kernels, KERNELS)
     _chosen = kernels
 
 
 def used_on(device: torch.device | str) -> str:
-    """`triton` or `torch`: what ops on tensors of that device run as."""
+    """Return `triton` or `torch`: what runs ops on tensors of this device."""
     if _chosen == "auto":
         return "triton" if torch.device(device).type == "cuda" else "torch"
     return _chosen
 
 
 def require(device: torch.device | str, dtype: torch.dtype) -> None:
-    """ValueError, LookupError or ImportError, each a sentence: these kernels cannot run there in that dtype."""
+    """Check that the kernels can run on a device in a dtype.
+
+    Raises:
+        ValueError, LookupError, ImportError: with one sentence that says why not.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"no kernel computes in {dtype}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -52,16 +60,16 @@ def require(device: torch.device | str, dtype: torch.dtype) -> None:
         try:
             _looped()
         except AttributeError as error:
-            way = "the parameter kernels: torch does without"
-            raise ValueError(f"torch {torch.__version__} has no OpenMP for loops to run on; {way}") from error
+            hint = "the parameter kernels: torch does without"
+            raise ValueError(f"torch {torch.__version__} has no OpenMP for loops to run on; {hint}") from error
     if used_on(device) == "triton":
         if _chosen == "auto" and _triton().interpreted():
             raise ValueError("TRITON_INTERPRET=1 runs kernels in a slow interpreter; unset it to serve")
-        _triton().blocks.of(torch.device(device))
+        _triton().blocks.table_for(torch.device(device))
 
 
 def _for(x: Tensor) -> Any:
-    """The module whose functions serve this tensor."""
+    """Return the module whose functions run ops on this tensor."""
     if _chosen == "torch" or (_chosen == "auto" and not x.is_cuda):
         return _looped() if _chosen == "auto" and x.dtype in LOOPED else reference
     return _triton()
@@ -69,14 +77,14 @@ def _for(x: Tensor) -> Any:
 
 @cache
 def _looped() -> ModuleType:
-    from triton_embed.kernels import looped  # only here: on a GPU there is no need to load Numba
+    from triton_embed.kernels import looped  # imported here, because a GPU does not need Numba
 
     return looped
 
 
 @cache
 def _triton() -> ModuleType:
-    from triton_embed.kernels import accelerated  # only here: a server on a CPU need not have triton
+    from triton_embed.kernels import accelerated  # imported here, because a server on a CPU may lack triton
 
     return accelerated
 
@@ -91,24 +99,27 @@ def varlen_attention(
     scale: float,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention inside each packed sequence: q [T,H,D], k and v [T,G,D] -> [T,H,D].
+    """Compute attention inside each packed sequence: q [T,H,D], k and v [T,G,D] -> [T,H,D].
 
-    `window`: a query sees the keys with i - j < window (transformers' rule); causal attention only. `prefix`: keys
-    and values [P,G,D] that stand before every sequence. Query head h reads key head h // (H / G).
+    Query head h reads key head h // (H / G).
+
+    Args:
+        window: A query sees the keys with i - j < window (transformers' rule); causal attention only.
+        prefix: Keys and values [P,G,D] before every sequence.
     """
     _check_attention(q, k, v, packed, prefix)
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window of {window} tokens in {'causal' if causal else 'bidirectional'} attention")
-    found: Tensor = _for(q).varlen_attention(q, k, v, packed, causal, window, scale, prefix)
-    return found
+    result: Tensor = _for(q).varlen_attention(q, k, v, packed, causal, window, scale, prefix)
+    return result
 
 
 def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> int | None:
-    """How many tokens a tile of `varlen_attention` has, for `Packed` to lay tiles out ahead; None: it needs none."""
+    """Return the tokens per tile of `varlen_attention`, which `Packed` lays out in advance; None without tiles."""
     if used_on(device) == "torch":
         return None
-    found: int = _triton().tile_tokens(heads, kv_heads, head_dim, dtype, torch.device(device))
-    return found
+    result: int = _triton().tile_tokens(heads, kv_heads, head_dim, dtype, torch.device(device))
+    return result
 
 
 def pooled_attention(
@@ -121,19 +132,22 @@ def pooled_attention(
     scale: float,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of one query a sequence, which sees all of it: q [T,H,D], k and v [T,G,D] -> [B,H,D].
+    """Compute attention of one query per sequence over all of its keys: q [T,H,D], k and v [T,G,D] -> [B,H,D].
 
-    What the last layer owes to a pooled row: the last row of a causal sequence, any row of a bidirectional one. Query
-    b is q[rows[b]], rows int [B]. `window`: it is the last row and sees that many keys, its own included. `prefix` as
-    in `varlen_attention`.
+    This is all the last layer has to compute for a pooled row: the last row of a causal sequence, any row of a
+    bidirectional one. Query b is q[rows[b]], rows int [B].
+
+    Args:
+        window: The query is the last row and sees this many keys, its own included.
+        prefix: As in `varlen_attention`.
     """
     _check_attention(q, k, v, packed, prefix)
     if rows.shape != (len(packed.lengths),):
         raise ValueError(f"pooled rows {tuple(rows.shape)} of {len(packed.lengths)} sequences")
     if window is not None and window < 1:
-        raise ValueError(f"an attention window of {window} tokens sees nothing")
-    found: Tensor = _for(q).pooled_attention(q, k, v, packed, rows, window, scale, prefix)
-    return found
+        raise ValueError(f"window must be at least 1, got {window}")
+    result: Tensor = _for(q).pooled_attention(q, k, v, packed, rows, window, scale, prefix)
+    return result
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: tuple[Tensor, Tensor] | None) -> None:
@@ -155,57 +169,57 @@ def qk_norm_rope_(
     k_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Per-head RMSNorm (where a weight is given), then rotary positions, on q and k of `qkv` in place.
+    """Apply per-head RMSNorm (if there are weights), then rotary positions, to q and k of `qkv` in place.
 
-    qkv [T,(H+2G)*D] with `heads` = (H, G); cos, sin fp32 [T, D/2]: the angles of each token, the same in every layer
-    and so computed once a forward, whatever axes its position has.
+    qkv [T,(H+2G)*D] with `heads` = (H, G); cos, sin fp32 [T, D/2]: the angles of each token. They are the same in every
+    layer and computed once per forward pass, for any axes of positions.
     """
     head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
     if rest or not cos.shape == sin.shape == (len(qkv), head_dim / 2):
         raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, cos and sin {tuple(cos.shape)}")
     _same_size(qkv[:, :head_dim], *(weight for weight in (q_weight, k_weight) if weight is not None))
-    found: Tensor = _for(qkv).qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
-    return found
+    result: Tensor = _for(qkv).qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
+    return result
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x + residual, and the sum itself (the next residual): both as x, [N,E].
+    """Return RMSNorm of x + residual, and the sum itself (the next residual): both [N,E] in the dtype of x.
 
-    `rows` int [N]: row n of x is added to row rows[n] of the residual.
+    Args:
+        rows: int [N]: row n of x is added to row rows[n] of the residual.
     """
     _check_sum(x, residual, rows)
     _same_size(x, weight)
-    found: tuple[Tensor, Tensor] = _for(x).add_rms_norm(x, residual, weight, eps, rows)
-    return found
+    result: tuple[Tensor, Tensor] = _for(x).add_rms_norm(x, residual, weight, eps, rows)
+    return result
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm of x + residual, and the sum itself, as `add_rms_norm`: for blocks that norm first."""
+    """Return LayerNorm of x + residual, and the sum itself, as `add_rms_norm` does: for pre-norm blocks."""
     _check_sum(x, residual, rows)
     _same_size(x, weight, bias)
-    found: tuple[Tensor, Tensor] = _for(x).add_layer_norm(x, residual, weight, bias, eps, rows)
-    return found
+    result: tuple[Tensor, Tensor] = _for(x).add_layer_norm(x, residual, weight, bias, eps, rows)
+    return result
 
 
 def residual(x: Tensor) -> Tensor:
-    """x as what a network adds to: fp32 on a CPU, where that costs little and is a third of what bf16 takes from the
-    vectors."""
-    return x.float() if x.device.type == "cpu" and used_on("cpu") == "torch" and onednn.packs(x.dtype) else x
+    """Return x as the first residual: fp32 on a CPU, where that is cheap and avoids a third of bf16's error."""
+    return x.float() if x.device.type == "cpu" and used_on("cpu") == "torch" and onednn.supports(x.dtype) else x
 
 
 def post_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm of x + residual, for blocks that norm last: as x, and the same in the dtype of the residual, which is
-    the next one."""
+    """Return LayerNorm of x + residual in the dtype of x, and in the dtype of the residual (the next residual): for
+    post-norm blocks."""
     _check_sum(x, residual, rows)
     _same_size(x, weight, bias)
-    found: tuple[Tensor, Tensor] = _for(x).post_layer_norm(x, residual, weight, bias, eps, rows)
-    return found
+    result: tuple[Tensor, Tensor] = _for(x).post_layer_norm(x, residual, weight, bias, eps, rows)
+    return result
 
 
 def embed_layer_norm(
@@ -219,30 +233,30 @@ def embed_layer_norm(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """Sum of word, position and token-type embeddings, then LayerNorm: [T] -> [T,E]. `types` None: all type 0."""
+    """Return LayerNorm of word + position + token-type embeddings: [T] -> [T,E]. `types` None: all type 0."""
     if ids.shape != pos.shape or (types is not None and types.shape != ids.shape):
         raise ValueError(f"ids {tuple(ids.shape)} and positions {tuple(pos.shape)} or their types differ")
-    found: Tensor = _for(word).embed_layer_norm(ids, pos, types, word, position, token_type, weight, bias, eps)
-    return found
+    result: Tensor = _for(word).embed_layer_norm(ids, pos, types, word, position, token_type, weight, bias, eps)
+    return result
 
 
 def gated_activation(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up: [T,2I] -> [T,I]."""
+    """Return silu(gate) * up: [T,2I] -> [T,I]."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate and up must be halves of the last dimension, got {tuple(gate_up.shape)}")
-    found: Tensor = _for(gate_up).gated_activation(gate_up)
-    return found
+    result: Tensor = _for(gate_up).gated_activation(gate_up)
+    return result
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """One of `ACTIVATIONS`, elementwise."""
+    """Apply one of `ACTIVATIONS` elementwise."""
     _known(kind, ACTIVATIONS)
-    found: Tensor = _for(x).activation(x, kind)
-    return found
+    result: Tensor = _for(x).activation(x, kind)
+    return result
 
 
 class PackedWeight(Protocol):
-    """A weight [N,K] laid out for products on a CPU, which stands where the tensor does."""
+    """A weight [N,K] laid out for products on a CPU, used in place of the tensor."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -251,16 +265,16 @@ class PackedWeight(Protocol):
     def shape(self) -> torch.Size: ...
 
     def fuses(self, act: str | None) -> bool:
-        """Whether `linear` applies this activation."""
+        """Return whether `linear` applies this activation."""
 
     def linear(self, x: Tensor, bias: Tensor | None, act: str | None) -> Tensor: ...
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """act(x @ weight.T + bias): [T,K] -> [T,N], weight [N,K] as it is or from `pack_linear`, which then decides the
-    dtype; else x does.
+    """Return act(x @ weight.T + bias): [T,K] -> [T,N].
 
-    On a GPU a plain product is cuBLAS's; with an activation the table of the architecture says whose.
+    The weight [N,K] is plain or from `pack_linear`; a packed weight determines the dtype, else x does. On a GPU a plain
+    product is cuBLAS's; with an activation, the table of the architecture chooses between cuBLAS and our kernel.
     """
     if act is not None:
         _known(act, ACTIVATIONS)
@@ -279,23 +293,23 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, act: s
     if act is None or used_on(x.device) == "torch":
         return reference.linear(x, weight, bias, act)
     sizes = {"tokens": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1], "itemsize": x.itemsize}
-    config = _triton().blocks.of(x.device).choice("linear", **sizes)
+    config = _triton().blocks.table_for(x.device).find_config("linear", **sizes)
     if config is None:
         return activation(reference.linear(x, weight, bias), act)
-    found: Tensor = _triton().linear(x, weight, bias, act, config)
-    return found
+    result: Tensor = _triton().linear(x, weight, bias, act, config)
+    return result
 
 
 def linear_sizes(device: torch.device | str) -> list[int]:
-    """Numbers of tokens of which each makes `linear` run another kernel than the one before; none where it is torch."""
+    """Return numbers of tokens for each of which `linear` runs a different kernel; empty if it is torch's."""
     if used_on(device) == "torch":
         return []
-    limits: list[int] = _triton().blocks.of(torch.device(device)).limits("linear", "tokens")
+    limits: list[int] = _triton().blocks.table_for(torch.device(device)).limits("linear", "tokens")
     return [*limits, max(limits, default=0) + 1]
 
 
 def pack_linear(weight: Tensor, in_int8: bool = False) -> Tensor | PackedWeight:
-    """A weight [N,K] in the layout `linear` reads fastest on its device, or rounded for a CPU; once, after loading."""
+    """Return a weight [N,K] in the layout `linear` reads fastest, or rounded to int8. Called once, after loading."""
     if in_int8:
         return Int8Weight.pack(weight)
     if weight.device.type != "cpu" or used_on("cpu") != "torch":
@@ -312,35 +326,40 @@ def segment_pool(
     norm: Callable[[Tensor], Tensor] | None = None,
     l2: bool = True,
 ) -> Tensor:
-    """One fp32 vector a sequence: [T,E] -> [B,F]. Pool, `norm`, keep the first dims[b] values, L2-normalise.
+    """Return one fp32 vector per sequence, [T,E] -> [B,F]: pool, apply `norm`, keep dims[b] values, normalize.
 
-    Values past dims[b] are 0. `mode` is one of `POOLING_MODES`. `norm`, or any map [B,E] -> [B,F], gets fp32.
+    Values past dims[b] are 0.
+
+    Args:
+        mode: One of `POOLING_MODES`.
+        norm: Any map [B,E] -> [B,F] of fp32.
+        l2: Whether to L2-normalize.
     """
     _known(mode, POOLING_MODES)
     if packed.tokens != x.shape[0] or len(dims) != len(packed.lengths):
         raise ValueError(f"pooling {tuple(x.shape)} over {packed.tokens} tokens with {len(dims)} dims")
     if min(dims) < 1 or (norm is None and max(dims) > x.shape[1]):
         raise ValueError(f"dims {tuple(dims)} of vectors of {x.shape[1]}")
-    found: Tensor = _for(x).segment_pool(x, packed, mode, dims, norm, l2)
-    return found
+    result: Tensor = _for(x).segment_pool(x, packed, mode, dims, norm, l2)
+    return result
 
 
 def patchify(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalised patches of one image: uint8 [height, width, C] -> fp32 [patches, C*frames*patch*patch].
+    """Return the normalized patches of one image: uint8 [height, width, C] -> fp32 [patches, C*frames*patch*patch].
 
-    Patches are ordered by `merge` x `merge` block as Qwen2-VL's merger wants them (merge=1: row by row), and the
-    image is repeated over `frames`. Height and width are multiples of patch * merge; mean and std are [C].
+    Patches are ordered by `merge` x `merge` block as Qwen2-VL's merger needs them (merge=1: row by row), and the image
+    is repeated over `frames`. Height and width are multiples of patch * merge; mean and std are [C].
     """
     if image.dim() != 3 or image.shape[0] % (patch * merge) or image.shape[1] % (patch * merge):
         raise ValueError(f"an image of {tuple(image.shape)} has no whole {patch * merge}-pixel blocks")
-    found: Tensor = _for(image).patchify(image, patch, merge, frames, mean, std)
-    return found
+    result: Tensor = _for(image).patchify(image, patch, merge, frames, mean, std)
+    return result
 
 
 def _check_sum(x: Tensor, residual: Tensor | None, rows: Tensor | None) -> None:
     if residual is None:
         if rows is not None:
-            raise ValueError("rows of a residual that is not there")
+            raise ValueError("rows need a residual")
         return
     if x.shape[1:] != residual.shape[1:] or len(x) != len(residual if rows is None else rows):
         raise ValueError(f"shapes {tuple(x.shape)} and {tuple(residual.shape)} differ")

@@ -1,4 +1,4 @@
-"""Packed: a batch of sequences laid end to end, the one layout every op reads."""
+"""Packed batches: sequences laid end to end, the layout that every op reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ Int32s = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Packed:
-    """Where each sequence of a packed batch lies: B sequences, T tokens in all, no padding.
+    """The layout of a packed batch: B sequences, T tokens in total, no padding.
 
     `cu_seqlens` [B+1] int32 lives on the device; `lengths` is the same fact on the host, so that no op has to
     wait for the device to learn a shape. Every length is at least 1.
@@ -45,12 +45,12 @@ class Packed:
     def laid_out(
         cls, cu_seqlens: torch.Tensor, lengths: tuple[int, ...], bounds: torch.Tensor, tiles: torch.Tensor, size: int
     ) -> "Packed":
-        """With `bounds`, and `tiles` of `size` tokens, on the device already."""
+        """Return a layout whose `bounds` and `tiles` of `size` tokens are on the device already."""
         return cls(cu_seqlens, lengths, _bounds=[bounds], _tiles={size: tiles})
 
     @cached_property
     def tokens(self) -> int:
-        """T."""
+        """T, the total number of tokens."""
         return sum(self.lengths)
 
     @cached_property
@@ -81,13 +81,13 @@ class Packed:
 
 
 def bounds(lengths: Sequence[int]) -> Int32s:
-    """[2,T]: where each token's sequence starts and ends."""
+    """Return [2,T]: the start and end of each token's sequence."""
     ends = np.cumsum(lengths, dtype=np.int32)
     return np.repeat(np.stack([ends - np.asarray(lengths, dtype=np.int32), ends]), lengths, axis=1)
 
 
 def tiles(lengths: Sequence[int], size: int) -> Int32s:
-    """The token ranges that attention works on, (q0, q1, k0, k1) [n,4], the most expensive first.
+    """Return the token ranges of attention's tiles, (q0, q1, k0, k1) [n,4], most expensive first.
 
     Queries q0..q1 are at most `size` tokens and see keys among k0..k1 alone. A sequence of more than `size` tokens is
     split evenly; neighbours that fit share a tile, because a tile of few queries costs as much as a full one.

@@ -1,4 +1,4 @@
-"""Pixels as they come from a decoder to the rows that a vision tower's first matrix product reads."""
+"""Conversion of decoded pixels to the rows that a vision tower's first matrix product reads."""
 
 import torch
 import triton
@@ -17,8 +17,8 @@ def _patchify_kernel(
     mean,  # [CHANNELS]
     std,  # [CHANNELS]
     y,  # fp32 [patches, CHANNELS, FRAMES, PATCH, PATCH] dense
-    columns,  # of blocks of MERGE x MERGE patches in the image
-    stride,  # from one row of pixels to the next
+    columns,  # of MERGE x MERGE blocks of patches in the image
+    stride,  # elements from one row of pixels to the next
     CHANNELS: tl.constexpr,
     FRAMES: tl.constexpr,
     PATCH: tl.constexpr,
@@ -27,20 +27,20 @@ def _patchify_kernel(
 ):
     area: tl.constexpr = PATCH * PATCH
     patch = tl.program_id(0)
-    block, inside = patch // (MERGE * MERGE), patch % (MERGE * MERGE)
-    top = (block // columns * MERGE + inside // MERGE) * PATCH
-    left = (block % columns * MERGE + inside % MERGE) * PATCH
+    block, index_in_block = patch // (MERGE * MERGE), patch % (MERGE * MERGE)
+    first_row = (block // columns * MERGE + index_in_block // MERGE) * PATCH
+    first_column = (block % columns * MERGE + index_in_block % MERGE) * PATCH
     index = tl.arange(0, BLOCK_N)
-    kept = index < CHANNELS * area
+    mask = index < CHANNELS * area
     channel, pixel = index // area, index % area
-    row, column = top + pixel // PATCH, left + pixel % PATCH
-    place = image + row.to(tl.int64) * stride + column * CHANNELS + channel
-    value = tl.load(place, mask=kept, other=0).to(tl.float32) / 255.0
-    value -= tl.load(mean + channel, mask=kept, other=0.0).to(tl.float32)
-    value /= tl.load(std + channel, mask=kept, other=1.0).to(tl.float32)
+    row, column = first_row + pixel // PATCH, first_column + pixel % PATCH
+    pointers = image + row.to(tl.int64) * stride + column * CHANNELS + channel
+    value = tl.load(pointers, mask=mask, other=0).to(tl.float32) / 255.0
+    value -= tl.load(mean + channel, mask=mask, other=0.0).to(tl.float32)
+    value /= tl.load(std + channel, mask=mask, other=1.0).to(tl.float32)
     out = y + patch.to(tl.int64) * (CHANNELS * FRAMES * area) + channel * (FRAMES * area) + pixel
     for frame in tl.static_range(FRAMES):
-        tl.store(out + frame * area, value, mask=kept)
+        tl.store(out + frame * area, value, mask=mask)
 
 
 def patchify(
@@ -52,14 +52,18 @@ def patchify(
     std: Tensor,
     config: Config | None = None,
 ) -> Tensor:
-    """See `ops.patchify`. ValueError: the pixels of a row do not lie next to each other."""
+    """Cut an image into normalized patches; see `ops.patchify`.
+
+    Raises:
+        ValueError: The pixels of a row are not contiguous.
+    """
     height, width, channels = image.shape
     if image.stride()[1:] != (channels, 1):
-        raise ValueError(f"the pixels of an image {tuple(image.shape)} lie apart: strides {image.stride()}")
+        raise ValueError(f"The pixels of an image {tuple(image.shape)} are not contiguous: strides {image.stride()}")
     for vector in (mean, std):
         row_stride(vector)
     values = channels * patch * patch
-    config = config or blocks.of(image.device).config("patchify", values=values)
+    config = config or blocks.table_for(image.device).config("patchify", values=values)
     y = torch.empty((height * width // patch**2, frames * values), dtype=torch.float32, device=image.device)
     launch(
         _patchify_kernel,

@@ -1,4 +1,4 @@
-"""One vector a sequence: pooled, cut and normalised by one program each, which holds the whole vector."""
+"""One vector per sequence: one program pools, truncates and normalizes each vector in registers."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,8 +17,8 @@ from triton_embed.kernels.packed import Packed
 @triton.jit(do_not_specialize=["size"])
 def _segment_pool_kernel(
     x,  # [T, WIDTH]
-    cu_seqlens,  # [B + 1]; None: row b is all of sequence b
-    dims,  # [B]: how many values each vector keeps; None: `size`, all of them
+    cu_seqlens,  # [B + 1]; None: sequence b is row b alone
+    dims,  # [B]: the dimensions of each vector; None: `size` for every vector
     y,  # fp32 [B, WIDTH] dense
     size,
     STRIDE: tl.constexpr,
@@ -33,7 +33,7 @@ def _segment_pool_kernel(
     start, end = sequence, sequence + 1
     if cu_seqlens is not None:
         start, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
-    pooled = tl.zeros([BLOCK_N], tl.float32)  # of no tokens: such sequences fill up a batch of fixed size
+    pooled = tl.zeros([BLOCK_N], tl.float32)  # for empty sequences, which pad a batch to a fixed size
     if start < end:
         pooled = _pool_rows(x, start, end, column, STRIDE, WIDTH, MODE, BLOCK_M, BLOCK_N)
     if dims is not None:
@@ -41,7 +41,7 @@ def _segment_pool_kernel(
     pooled = tl.where(column < size, pooled, 0.0)
     if L2:
         norm = tl.sqrt(tl.sum(pooled * pooled, axis=0))
-        pooled /= tl.maximum(norm, 1e-12, propagate_nan=tl.PropagateNan.ALL)  # the floor of F.normalize
+        pooled /= tl.maximum(norm, 1e-12, propagate_nan=tl.PropagateNan.ALL)  # the eps of F.normalize
     tl.store(y + sequence.to(tl.int64) * WIDTH + column, pooled, mask=column < WIDTH)
 
 
@@ -57,25 +57,25 @@ def _pool_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One vector of rows start..end, of which there is one at least: fp32 [N]."""
+    """Pool rows start..end, at least one, into one vector: fp32 [N]."""
     if MODE == "cls" or MODE == "last":
         row = start if MODE == "cls" else end - 1
-        place = x + row.to(tl.int64) * STRIDE + column
-        pooled = tl.load(place, mask=column < WIDTH, other=0.0).to(tl.float32)
+        pointers = x + row.to(tl.int64) * STRIDE + column
+        pooled = tl.load(pointers, mask=column < WIDTH, other=0.0).to(tl.float32)
     else:
-        nothing: tl.constexpr = 0.0 if MODE == "mean" else float("-inf")
-        held = tl.full([BLOCK_M, BLOCK_N], nothing, tl.float32)
+        identity: tl.constexpr = 0.0 if MODE == "mean" else float("-inf")
+        total = tl.full([BLOCK_M, BLOCK_N], identity, tl.float32)
         for first in range(start, end, BLOCK_M):
             row = first + tl.arange(0, BLOCK_M)
-            place = x + row.to(tl.int64)[:, None] * STRIDE + column[None, :]
-            kept = (row < end)[:, None] & (column < WIDTH)[None, :]
-            given = tl.load(place, mask=kept, other=nothing).to(tl.float32)
-            held = held + given if MODE == "mean" else tl.maximum(held, given, propagate_nan=tl.PropagateNan.ALL)
+            pointers = x + row.to(tl.int64)[:, None] * STRIDE + column[None, :]
+            mask = (row < end)[:, None] & (column < WIDTH)[None, :]
+            values = tl.load(pointers, mask=mask, other=identity).to(tl.float32)
+            total = total + values if MODE == "mean" else tl.maximum(total, values, propagate_nan=tl.PropagateNan.ALL)
         if MODE == "mean":
-            pooled = tl.sum(held, axis=0) / (end - start).to(tl.float32)
+            pooled = tl.sum(total, axis=0) / (end - start).to(tl.float32)
         else:
-            lost = tl.max((held != held).to(tl.int32), axis=0)  # tl.max passes over what is not a number
-            pooled = tl.where(lost > 0, float("nan"), tl.max(held, axis=0))
+            has_nan = tl.max((total != total).to(tl.int32), axis=0)  # tl.max ignores NaN
+            pooled = tl.where(has_nan > 0, float("nan"), tl.max(total, axis=0))
     return pooled
 
 
@@ -88,7 +88,7 @@ def segment_pool(
     l2: bool = True,
     config: Config | None = None,
 ) -> Tensor:
-    """See `ops.segment_pool`. A sequence of no tokens, which fills up a batch of fixed size, pools to zeros."""
+    """Pool each sequence to one vector; see `ops.segment_pool`. Empty sequences, used as padding, give zeros."""
     if norm is None:
         return _pool(x, packed.cu_seqlens, mode, dims, l2, config)
     pooled = norm(_pool(x, packed.cu_seqlens, mode, [x.shape[1]] * len(dims), False, config))
@@ -99,7 +99,7 @@ def _pool(
     x: Tensor, cu_seqlens: Tensor | None, mode: str, dims: Sequence[int], l2: bool, config: Config | None
 ) -> Tensor:
     width = x.shape[1]
-    config = config or blocks.of(x.device).config("pooling", width=width)
+    config = config or blocks.table_for(x.device).config("pooling", width=width)
     y = torch.empty((len(dims), width), dtype=torch.float32, device=x.device)
     launch(
         _segment_pool_kernel,
@@ -119,6 +119,6 @@ def _pool(
 
 
 def _on_device(dims: Sequence[int], device: torch.device) -> Tensor:
-    """Without waiting for the device, which only pinned memory allows."""
+    """Copy without waiting for the device, which requires pinned memory."""
     sizes = torch.tensor(dims, dtype=torch.int32, pin_memory=device.type == "cuda")
     return sizes.to(device, non_blocking=True)

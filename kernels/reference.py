@@ -1,4 +1,4 @@
-"""Every op in plain torch: the definition of correct, and the path taken on a CPU or where the operator asks for it.
+"""Every op in plain torch: the definition of correct, and the backend `reference`.
 
 Statistics (norms, softmax, pooling) are computed in fp32 at least, whatever the dtype of the tensors.
 Shapes: T tokens, B sequences, H query heads, G key/value heads, D head dim, E hidden, I intermediate.
@@ -17,7 +17,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: F.silu(1.702 * x, inplace=True).div_(
         1.702
-    ),  # x * sigmoid(1.702 x), with less memory to go through
+    ),  # x * sigmoid(1.702 x), with less memory traffic
     "relu": F.relu,
     "silu": F.silu,
     "tanh": torch.tanh,
@@ -66,15 +66,16 @@ def pooled_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     first = 0
     for start, count, length in packed.runs:
-        seen = min(length, window or length)
+        visible = min(length, window or length)
         block_k, block_v = (
-            x[start : start + count * length].view(count, length, *x.shape[1:])[:, length - seen :].transpose(1, 2)
+            x[start : start + count * length].view(count, length, *x.shape[1:])[:, length - visible :].transpose(1, 2)
             for x in (k, v)
         )
         if prefix is not None:
-            reach = len(prefix[0]) if window is None else min(len(prefix[0]), window - seen)
+            reach = len(prefix[0]) if window is None else min(len(prefix[0]), window - visible)
             block_k, block_v = (
-                _behind(shared[len(shared) - reach :], x) for shared, x in zip(prefix, (block_k, block_v), strict=True)
+                _after_prefix(shared[len(shared) - reach :], x)
+                for shared, x in zip(prefix, (block_k, block_v), strict=True)
             )
         block = slice(first, first + count)
         out[block] = _attend(q[block, :, None], block_k, block_v, scale=scale).squeeze(2)
@@ -82,23 +83,25 @@ def pooled_attention(
     return out
 
 
-def _behind(shared: Tensor, x: Tensor) -> Tensor:
-    """The same rows [P,G,D] before each sequence of x [N,G,n,D]: [N,G,P+n,D]."""
+def _after_prefix(shared: Tensor, x: Tensor) -> Tensor:
+    """Return x [N,G,n,D] with the same rows [P,G,D] before each sequence: [N,G,P+n,D]."""
     return torch.cat([shared.transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """Dense attention: q [N,H,n,D], k and v [N,G,m,D] -> [N,H,n,D]."""
+    """Compute dense attention: q [N,H,n,D], k and v [N,G,m,D] -> [N,H,n,D]."""
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
 def _attend_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    """Causal attention in blocks of `window` queries, each over its own keys and the window before them: memory and
-    work grow with n * window, not n * n."""
+    """Compute causal attention in blocks of `window` queries, each over its own keys and the window before them.
+
+    Memory and work grow with n * window instead of n * n.
+    """
     parts = []
     for start in range(0, q.shape[2], window):
         queries, keys = slice(start, start + window), slice(max(0, start - window + 1), start + window)
@@ -111,14 +114,14 @@ def _attend_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -
 def _attend_prefix(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], scale: float, causal: bool, window: int | None
 ) -> Tensor:
-    """Attention with the same keys and values [P,G,D] before every sequence."""
-    k, v = (_behind(shared, x) for shared, x in zip(prefix, (k, v), strict=True))
+    """Compute attention with the same keys and values [P,G,D] before every sequence."""
+    k, v = (_after_prefix(shared, x) for shared, x in zip(prefix, (k, v), strict=True))
     mask = _visible(q.shape[2], len(prefix[0]), window, q.device) if causal else None
     return _attend(q, k, v, scale=scale, mask=mask)
 
 
 def _visible(length: int, shared: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [length, shared + length]: which keys a query sees causally."""
+    """Return bool [length, shared + length]: the keys each query sees causally."""
     query = torch.arange(shared, shared + length, device=device)[:, None]
     key = torch.arange(shared + length, device=device)[None, :]
     visible = key <= query
@@ -161,7 +164,7 @@ def add_rms_norm(
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """In fp32, with one large temporary where `F.rms_norm` has three on a CPU."""
+    """Compute RMSNorm in fp32 with one large temporary; `F.rms_norm` has three on a CPU."""
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     y: Tensor = wide * (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()
@@ -218,7 +221,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """See `ops.linear`. A weight or bias of another dtype is taken in that of x."""
+    """See `ops.linear`. A weight or bias of another dtype is cast to the dtype of x."""
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if act is None else activation(y, act)
 

@@ -1,4 +1,4 @@
-"""The norm of each head and its rotary position: one pass over q and k, in place."""
+"""Per-head norms and rotary positions of q and k, in one pass and in place."""
 
 import triton
 import triton.language as tl
@@ -12,12 +12,12 @@ from triton_embed.kernels.launch import launch
 
 @triton.jit(do_not_specialize=["count"])
 def _qk_norm_rope_kernel(
-    qkv,  # [T, ..]: QUERY_HEADS heads of 2 * HALF values, the key heads, then what is left alone
+    qkv,  # [T, ..]: QUERY_HEADS heads of 2 * HALF values, the key heads, then values that stay unchanged
     cos,  # fp32 [T, HALF]
     sin,  # fp32 [T, HALF]
     q_weight,  # [2 * HALF] or None
     k_weight,  # [2 * HALF] or None
-    count,  # of heads, in all tokens
+    count,  # heads in all tokens
     STRIDE: tl.constexpr,
     COS_STRIDE: tl.constexpr,
     SIN_STRIDE: tl.constexpr,
@@ -28,27 +28,27 @@ def _qk_norm_rope_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # a head of a token
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # one head of one token
     column = tl.arange(0, BLOCK_N)
-    kept = (row < count)[:, None] & (column < HALF)[None, :]
+    mask = (row < count)[:, None] & (column < HALF)[None, :]
     token, head = (row // HEADS).to(tl.int64)[:, None], (row % HEADS)[:, None]
-    place = qkv + token * STRIDE + head * (2 * HALF) + column[None, :]
-    first = tl.load(place, mask=kept, other=0.0).to(tl.float32)
-    second = tl.load(place + HALF, mask=kept, other=0.0).to(tl.float32)
+    pointers = qkv + token * STRIDE + head * (2 * HALF) + column[None, :]
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
     if q_weight is not None or k_weight is not None:
         scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1) / (2 * HALF) + EPS)[:, None]
-        of_query = head < QUERY_HEADS
-        first *= _factor(q_weight, k_weight, of_query, scale, column, HALF)
-        second *= _factor(q_weight, k_weight, of_query, scale, column + HALF, 2 * HALF)
-    turn_cos = tl.load(cos + token * COS_STRIDE + column[None, :], mask=kept, other=0.0)
-    turn_sin = tl.load(sin + token * SIN_STRIDE + column[None, :], mask=kept, other=0.0)
-    tl.store(place, (first * turn_cos - second * turn_sin).to(qkv.dtype.element_ty), mask=kept)
-    tl.store(place + HALF, (second * turn_cos + first * turn_sin).to(qkv.dtype.element_ty), mask=kept)
+        is_query = head < QUERY_HEADS
+        first *= _factor(q_weight, k_weight, is_query, scale, column, HALF)
+        second *= _factor(q_weight, k_weight, is_query, scale, column + HALF, 2 * HALF)
+    cosine = tl.load(cos + token * COS_STRIDE + column[None, :], mask=mask, other=0.0)
+    sine = tl.load(sin + token * SIN_STRIDE + column[None, :], mask=mask, other=0.0)
+    tl.store(pointers, (first * cosine - second * sine).to(qkv.dtype.element_ty), mask=mask)
+    tl.store(pointers + HALF, (second * cosine + first * sine).to(qkv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _factor(q_weight, k_weight, of_query, scale, column, END: tl.constexpr):
-    """What the values at `column` of each head are multiplied by: [M,N], or 1 for heads without a weight."""
+def _factor(q_weight, k_weight, is_query, scale, column, END: tl.constexpr):
+    """Return the factors of the values at `column` of each head: [M,N], or 1 for heads without a weight."""
     if q_weight is None:
         query = 1.0
     else:
@@ -57,7 +57,7 @@ def _factor(q_weight, k_weight, of_query, scale, column, END: tl.constexpr):
         key = 1.0
     else:
         key = scale * tl.load(k_weight + column, mask=column < END, other=0.0).to(tl.float32)[None, :]
-    return tl.where(of_query, query, key)
+    return tl.where(is_query, query, key)
 
 
 def qk_norm_rope_(
@@ -70,14 +70,14 @@ def qk_norm_rope_(
     eps: float,
     config: Config | None = None,
 ) -> Tensor:
-    """See `ops.qk_norm_rope_`."""
+    """Normalize and rotate q and k in place; see `ops.qk_norm_rope_`."""
     for weight in (q_weight, k_weight):
         if weight is not None:
             row_stride(weight)
     query_heads, kv_heads = heads
     half = qkv.shape[1] // (query_heads + 2 * kv_heads) // 2
     count = len(qkv) * (query_heads + kv_heads)
-    config = config or blocks.of(qkv.device).config("rotary", half=half)
+    config = config or blocks.table_for(qkv.device).config("rotary", half=half)
     launch(
         _qk_norm_rope_kernel,
         (triton.cdiv(count, config.block_m),),

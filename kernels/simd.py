@@ -1,7 +1,7 @@
-"""SIMD: 16 fp32 numbers in one register, for loops that Numba compiles.
+"""SIMD for loops that Numba compiles: a type of 16 fp32 numbers in one register, and its operations.
 
-Numba has no such type, and what LLVM makes of a plain loop by itself is fast for long rows alone. Addresses are int64.
-A word is 4 bytes: an fp32 number, or a pair of bf16.
+Numba has no such type, and LLVM's automatic vectorization of a plain loop is fast for long rows only. Addresses are
+int64. A word is 4 bytes: an fp32 number, or a pair of bf16.
 """
 
 import math
@@ -14,33 +14,33 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-COUNT = 16
+LANES = 16  # fp32 numbers in one register
 
 _FLOAT, _INT, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
-_FLOATS, _INTS, _HALVES = (ir.VectorType(kind, COUNT) for kind in (_FLOAT, _INT, _HALF))
-# Sums may be taken in any order, as registers need it; what is infinite or not a number stays so.
+_FLOATS, _INTS, _HALVES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, _HALF))
+# Sums may be reordered to suit the registers. Infinities and NaN are preserved.
 _FLAGS = ("reassoc", "contract", "arcp", "nsz")
 _TAYLOR = tuple(math.log(2) ** n / math.factorial(n) for n in range(7))  # of 2^f
 
-helper = njit(error_model="numpy", forceinline=True)
+inline = njit(error_model="numpy", forceinline=True)
 
 
-class _Lanes(types.Type):  # type: ignore[misc]
+class _Float32x16(types.Type):  # type: ignore[misc]
     def __init__(self):
-        super().__init__(name="Lanes")
+        super().__init__(name="Float32x16")
 
 
-LANES = _Lanes()
+FLOAT32X16 = _Float32x16()
 
 
-@register_model(_Lanes)
+@register_model(_Float32x16)
 class _Model(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager, kind):
         super().__init__(manager, kind, _FLOATS)
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bf16, which llvmlite does not know."""
+    """LLVM's bf16 type, which llvmlite lacks."""
 
     def _to_string(self):
         return "bfloat"
@@ -52,87 +52,89 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-def _same(kind, value):
-    return ir.Constant(kind, [value] * COUNT)
+def _constant(kind, value):
+    return ir.Constant(kind, [value] * LANES)
 
 
 def _splat(b, value, kind):
-    one = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
-    return b.shuffle_vector(one, one, _same(_INTS, 0))
+    vector = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
+    return b.shuffle_vector(vector, vector, _constant(_INTS, 0))
 
 
-def _at(b, address, kind):
+def _pointer(b, address, kind):
     return b.inttoptr(address, ir.PointerType(kind))
 
 
-def _further(b, address, count):
+def _advance(b, address, count):
     return b.add(address, ir.Constant(address.type, count))
 
 
-def _call(b, name, given):
-    kind = ir.FunctionType(_FLOATS, [x.type for x in given])
-    return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), given)
+def _call_intrinsic(b, name, args):
+    kind = ir.FunctionType(_FLOATS, [x.type for x in args])
+    return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
 
 
-def _widen(b, halves):
-    return b.bitcast(b.shl(b.zext(halves, _INTS), _same(_INTS, 16)), _FLOATS)
+def _widen_bf16(b, halves):
+    return b.bitcast(b.shl(b.zext(halves, _INTS), _constant(_INTS, 16)), _FLOATS)
 
 
-def _round(b, x):
-    """To the nearest bf16 or else to even; of a NaN the upper half is kept, made quiet."""
+def _round_to_bf16(b, x):
+    """Round to the nearest bf16, ties to even. NaN keeps its upper half and becomes quiet."""
     bits = b.bitcast(x, _INTS)
-    odd = b.and_(b.lshr(bits, _same(_INTS, 16)), _same(_INTS, 1))
-    up = b.add(b.add(bits, _same(_INTS, 0x7FFF)), odd)
-    bits = b.select(b.fcmp_unordered("uno", x, x), b.or_(bits, _same(_INTS, 0x400000)), up)
-    return b.trunc(b.lshr(bits, _same(_INTS, 16)), _HALVES)
+    odd = b.and_(b.lshr(bits, _constant(_INTS, 16)), _constant(_INTS, 1))
+    up = b.add(b.add(bits, _constant(_INTS, 0x7FFF)), odd)
+    bits = b.select(b.fcmp_unordered("uno", x, x), b.or_(bits, _constant(_INTS, 0x400000)), up)
+    return b.trunc(b.lshr(bits, _constant(_INTS, 16)), _HALVES)
 
 
 @intrinsic
 def splat(_, x):
-    """A number, 16 times."""
-    return LANES(types.float32), lambda _, b, __, given: _splat(b, given[0], _FLOATS)
+    """Copy a number into all 16 lanes."""
+    return FLOAT32X16(types.float32), lambda _, b, __, args: _splat(b, args[0], _FLOATS)
 
 
 @intrinsic
 def _load_wide(_, address):
-    return LANES(types.int64), lambda _, b, __, given: b.load(_at(b, given[0], _FLOATS), align=4)
+    return FLOAT32X16(types.int64), lambda _, b, __, args: b.load(_pointer(b, args[0], _FLOATS), align=4)
 
 
 @intrinsic
 def _load_narrow(_, address):
-    return LANES(types.int64), lambda _, b, __, given: _widen(b, b.load(_at(b, given[0], _HALVES), align=2))
+    return FLOAT32X16(types.int64), lambda _, b, __, args: _widen_bf16(
+        b, b.load(_pointer(b, args[0], _HALVES), align=2)
+    )
 
 
 @intrinsic
 def _store_wide(_, x, address):
-    def generate(context, b, _, given):
-        b.store(given[0], _at(b, given[1], _FLOATS), align=4)
+    def generate(context, b, _, args):
+        b.store(args[0], _pointer(b, args[1], _FLOATS), align=4)
         return context.get_dummy_value()
 
-    return types.void(LANES, types.int64), generate
+    return types.void(FLOAT32X16, types.int64), generate
 
 
 @intrinsic
 def _store_narrow(_, x, address):
-    def generate(context, b, _, given):
-        b.store(_round(b, given[0]), _at(b, given[1], _HALVES), align=2)
+    def generate(context, b, _, args):
+        b.store(_round_to_bf16(b, args[0]), _pointer(b, args[1], _HALVES), align=2)
         return context.get_dummy_value()
 
-    return types.void(LANES, types.int64), generate
+    return types.void(FLOAT32X16, types.int64), generate
 
 
-@helper
-def load(address, size):
-    """The numbers at an address, of `size` bytes each: 2 are bf16, 4 are fp32."""
-    if size == 2:
+@inline
+def load(address, itemsize):
+    """Load the numbers at an address, of `itemsize` bytes each: 2 for bf16, 4 for fp32."""
+    if itemsize == 2:
         return _load_narrow(address)
     return _load_wide(address)
 
 
-@helper
-def store(x, address, size):
-    """The numbers to an address, rounded where they have 2 bytes."""
-    if size == 2:
+@inline
+def store(x, address, itemsize):
+    """Store the numbers at an address, rounded to bf16 if `itemsize` is 2."""
+    if itemsize == 2:
         _store_narrow(x, address)
     else:
         _store_wide(x, address)
@@ -141,7 +143,7 @@ def store(x, address, size):
 def _binary(generate):
     @intrinsic
     def operation(_, x, y):
-        return LANES(LANES, LANES), lambda _, b, __, given: generate(b, *given)
+        return FLOAT32X16(FLOAT32X16, FLOAT32X16), lambda _, b, __, args: generate(b, *args)
 
     return operation
 
@@ -149,7 +151,7 @@ def _binary(generate):
 def _overload(symbol, operation):
     @overload(symbol)
     def _(x, y):
-        return (lambda x, y: operation(x, y)) if x is LANES and y is LANES else None
+        return (lambda x, y: operation(x, y)) if x is FLOAT32X16 and y is FLOAT32X16 else None
 
 
 _overload(operator.add, _binary(lambda b, x, y: b.fadd(x, y, flags=_FLAGS)))
@@ -163,13 +165,13 @@ def _larger(b, x, y):
 
 
 def _maximum(b, x, y):
-    """As torch.maximum: not a number where one of them is not."""
+    """Return the maximum as torch.maximum: NaN if either number is NaN."""
     return b.select(b.fcmp_unordered("uno", x, x), x, b.select(b.fcmp_unordered(">", y, x), y, x))
 
 
 maximum = _binary(_maximum)
-larger = _binary(_larger)  # of each two numbers; the first where one is not a number
-# As torch.maximum: not a number where one of them is not.
+larger = _binary(_larger)  # elementwise; the first number if either is NaN
+# As torch.maximum: NaN if either number is NaN.
 maximum = _binary(
     lambda b, x, y: b.select(b.fcmp_unordered("uno", x, x), x, b.select(b.fcmp_unordered(">", y, x), y, x))
 )
@@ -179,60 +181,63 @@ smaller = _binary(lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x))
 def _reduction(combine):
     @intrinsic
     def reduction(_, x):
-        def generate(_, b, __, given):
-            x, count = given[0], COUNT
+        def generate(_, b, __, args):
+            x, count = args[0], LANES
             while count > 1:
                 count //= 2
-                halves = [ir.Constant(ir.VectorType(_INT, count), [i + at for i in range(count)]) for at in (0, count)]
+                halves = [
+                    ir.Constant(ir.VectorType(_INT, count), [i + start for i in range(count)]) for start in (0, count)
+                ]
                 x = combine(b, *(b.shuffle_vector(x, x, half) for half in halves))
             return b.extract_element(x, ir.Constant(_INT, 0))
 
-        return types.float32(LANES), generate
+        return types.float32(FLOAT32X16), generate
 
     return reduction
 
 
-total = _reduction(lambda b, x, y: b.fadd(x, y, flags=_FLAGS))
-largest = _reduction(_larger)
+reduce_sum = _reduction(lambda b, x, y: b.fadd(x, y, flags=_FLAGS))
+reduce_max = _reduction(_larger)
 
 
 @intrinsic
-def first(_, x, count, other):
-    """The first `count` numbers of x, `other` behind them."""
+def keep_first(_, x, count, fill):
+    """Keep the first `count` numbers of x and replace the others with `fill`."""
 
-    def generate(_, b, __, given):
-        x, count, other = given
-        places = ir.Constant(_INTS, list(range(COUNT)))
-        kept = b.icmp_signed("<", places, _splat(b, b.trunc(count, _INT), _INTS))
-        return b.select(kept, x, _splat(b, other, _FLOATS))
+    def generate(_, b, __, args):
+        x, count, fill = args
+        indices = ir.Constant(_INTS, list(range(LANES)))
+        mask = b.icmp_signed("<", indices, _splat(b, b.trunc(count, _INT), _INTS))
+        return b.select(mask, x, _splat(b, fill, _FLOATS))
 
-    return LANES(LANES, types.int64, types.float32), generate
-
-
-@intrinsic
-def _nearest_whole(_, x):
-    return LANES(LANES), lambda _, b, __, given: _call(b, "llvm.nearbyint.v16f32", given)
+    return FLOAT32X16(FLOAT32X16, types.int64, types.float32), generate
 
 
 @intrinsic
-def _two_to_whole(_, x):
-    """2^n of whole numbers n."""
-
-    def generate(_, b, __, given):
-        n = b.fptosi(given[0], _INTS)
-        return b.bitcast(b.shl(b.add(n, _same(_INTS, 127)), _same(_INTS, 23)), _FLOATS)
-
-    return LANES(LANES), generate
+def _round_to_integer(_, x):
+    return FLOAT32X16(FLOAT32X16), lambda _, b, __, args: _call_intrinsic(b, "llvm.nearbyint.v16f32", args)
 
 
-@helper
+@intrinsic
+def _exp2_of_integer(_, x):
+    """Compute 2^n of integers n."""
+
+    def generate(_, b, __, args):
+        n = b.fptosi(args[0], _INTS)
+        return b.bitcast(b.shl(b.add(n, _constant(_INTS, 127)), _constant(_INTS, 23)), _FLOATS)
+
+    return FLOAT32X16(FLOAT32X16), generate
+
+
+@inline
 def exp2(x):
-    """2^x within 3e-7 of itself for |x| up to 126, 2^-126 below and infinite from 128 on; NaN stays NaN.
+    """Compute 2^x with a relative error of at most 3e-7 for |x| up to 126.
 
-    2^x = 2^n 2^f with n whole and |f| <= 1/2; 2^f is its Taylor series.
+    The result is 2^-126 below that range and infinite from 128 on. NaN stays NaN. 2^x = 2^n 2^f with an integer n and
+    |f| <= 1/2, and 2^f is computed by its Taylor series.
     """
     x = smaller(larger(x, splat(np.float32(-126))), splat(np.float32(128)))
-    n = _nearest_whole(x)
+    n = _round_to_integer(x)
     f = x - n
     y = splat(np.float32(_TAYLOR[6]))
     y = y * f + splat(np.float32(_TAYLOR[5]))
@@ -241,78 +246,80 @@ def exp2(x):
     y = y * f + splat(np.float32(_TAYLOR[2]))
     y = y * f + splat(np.float32(_TAYLOR[1]))
     y = y * f + splat(np.float32(_TAYLOR[0]))
-    return y * _two_to_whole(n)
+    return y * _exp2_of_integer(n)
 
 
 @intrinsic
 def interleave(_, low, high):
-    """16 bf16 numbers each of two addresses, side by side as 16 words."""
+    """Load 16 bf16 numbers from each of two addresses and interleave them as 16 words."""
 
-    def generate(_, b, __, given):
-        low, high = (b.zext(b.load(_at(b, x, _HALVES), align=2), _INTS) for x in given)
-        return b.bitcast(b.or_(low, b.shl(high, _same(_INTS, 16))), _FLOATS)
+    def generate(_, b, __, args):
+        low, high = (b.zext(b.load(_pointer(b, x, _HALVES), align=2), _INTS) for x in args)
+        return b.bitcast(b.or_(low, b.shl(high, _constant(_INTS, 16))), _FLOATS)
 
-    return LANES(types.int64, types.int64), generate
+    return FLOAT32X16(types.int64, types.int64), generate
 
 
 @intrinsic
 def transpose(_, x, x_stride, rows, y, y_stride):
-    """16 words of each of the first `rows` of 16 rows, at least 1, at x -> the same words side by side at y.
+    """Transpose 16 rows of 16 words at x to y. Only the first `rows` of them, at least 1, are read.
 
-    Instead of rows that are not there the last one is taken. Strides are bytes.
+    The last row read takes the place of missing rows. Strides are bytes.
     """
 
-    def generate(context, b, _, given):
-        x, x_stride, rows, y, y_stride = given
+    def generate(context, b, _, args):
+        x, x_stride, rows, y, y_stride = args
         last = b.sub(rows, ir.Constant(rows.type, 1))
-        found = []
-        for number in range(COUNT):
-            row = ir.Constant(rows.type, number)
+        registers = []
+        for index in range(LANES):
+            row = ir.Constant(rows.type, index)
             row = b.select(b.icmp_signed("<", row, last), row, last)
-            found.append(b.load(_at(b, b.add(x, b.mul(row, x_stride)), _INTS), align=2))
+            registers.append(b.load(_pointer(b, b.add(x, b.mul(row, x_stride)), _INTS), align=2))
         step = 1
-        while step < COUNT:  # swap blocks of `step` x `step` words across the diagonal
-            lower = [i if not i & step else COUNT + i - step for i in range(COUNT)]
-            upper = [i + step if not i & step else COUNT + i for i in range(COUNT)]
-            for row in range(COUNT):
+        while step < LANES:  # swap blocks of `step` x `step` words across the diagonal
+            lower = [i if not i & step else LANES + i - step for i in range(LANES)]
+            upper = [i + step if not i & step else LANES + i for i in range(LANES)]
+            for row in range(LANES):
                 if not row & step:
-                    one, other = found[row], found[row + step]
-                    found[row] = b.shuffle_vector(one, other, ir.Constant(_INTS, lower))
-                    found[row + step] = b.shuffle_vector(one, other, ir.Constant(_INTS, upper))
+                    above, below = registers[row], registers[row + step]
+                    registers[row] = b.shuffle_vector(above, below, ir.Constant(_INTS, lower))
+                    registers[row + step] = b.shuffle_vector(above, below, ir.Constant(_INTS, upper))
             step *= 2
-        for words in found:
-            b.store(words, _at(b, y, _INTS), align=4)
+        for words in registers:
+            b.store(words, _pointer(b, y, _INTS), align=4)
             y = b.add(y, y_stride)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate
 
 
-def tile(rows, columns, pairs):
-    """A function (x, x_stride, y, y_stride, inner, z, z_stride): z [rows, 16 columns] = x [rows,inner] y.
+def tile_product(rows, columns, pairs):
+    """Create a function (x, x_stride, y, y_stride, inner, z, z_stride) for z [rows, 16 columns] = x [rows,inner] y.
 
-    All are addresses, and strides are bytes. What is multiplied are words: fp32 numbers, or with `pairs` pairs of bf16,
-    of which both products are added; z is fp32.
+    x, y and z are addresses, strides are bytes, and z is fp32. The product multiplies words: fp32 numbers or, with
+    `pairs`, pairs of bf16 whose two products are added.
     """
     multiply_add = _multiply_add_pairs if pairs else _multiply_add
 
     @intrinsic
     def product(_, x, x_stride, y, y_stride, inner, z, z_stride):
-        def generate(context, b, _, given):
-            x, x_stride, y, y_stride, inner, z, z_stride = given
-            sums = [[cgutils.alloca_once_value(b, _same(_FLOATS, 0.0)) for _ in range(columns)] for _ in range(rows)]
+        def generate(context, b, _, args):
+            x, x_stride, y, y_stride, inner, z, z_stride = args
+            sums = [
+                [cgutils.alloca_once_value(b, _constant(_FLOATS, 0.0)) for _ in range(columns)] for _ in range(rows)
+            ]
             with cgutils.for_range(b, inner) as loop:
                 row = b.add(y, b.mul(loop.index, y_stride))
-                ys = [b.load(_at(b, _further(b, row, 4 * COUNT * n), _FLOATS), align=4) for n in range(columns)]
-                at = b.add(x, b.shl(loop.index, ir.Constant(loop.index.type, 2)))
-                for own in sums:
-                    word = _splat(b, b.load(_at(b, at, _FLOAT), align=2), _FLOATS)
-                    for place, other in zip(own, ys, strict=True):
-                        b.store(multiply_add(b, b.load(place), word, other), place)
-                    at = b.add(at, x_stride)
-            for own in sums:
-                for n, place in enumerate(own):
-                    b.store(b.load(place), _at(b, _further(b, z, 4 * COUNT * n), _FLOATS), align=4)
+                ys = [b.load(_pointer(b, _advance(b, row, 4 * LANES * n), _FLOATS), align=4) for n in range(columns)]
+                address = b.add(x, b.shl(loop.index, ir.Constant(loop.index.type, 2)))
+                for row_sums in sums:
+                    word = _splat(b, b.load(_pointer(b, address, _FLOAT), align=2), _FLOATS)
+                    for accumulator, y_values in zip(row_sums, ys, strict=True):
+                        b.store(multiply_add(b, b.load(accumulator), word, y_values), accumulator)
+                    address = b.add(address, x_stride)
+            for row_sums in sums:
+                for n, accumulator in enumerate(row_sums):
+                    b.store(b.load(accumulator), _pointer(b, _advance(b, z, 4 * LANES * n), _FLOATS), align=4)
                 z = b.add(z, z_stride)
             return context.get_dummy_value()
 
@@ -327,9 +334,11 @@ def _multiply_add(b, sums, x, y):
 
 def _multiply_add_pairs(b, sums, x, y):
     if torch.cpu._is_avx512_bf16_supported():
-        narrow = ir.VectorType(_BFloat(), 2 * COUNT)
-        return _call(b, "llvm.x86.avx512bf16.dpbf16ps.512", [sums, b.bitcast(x, narrow), b.bitcast(y, narrow)])
+        narrow = ir.VectorType(_BFloat(), 2 * LANES)
+        return _call_intrinsic(
+            b, "llvm.x86.avx512bf16.dpbf16ps.512", [sums, b.bitcast(x, narrow), b.bitcast(y, narrow)]
+        )
     x, y = (b.bitcast(z, _INTS) for z in (x, y))
-    low = [b.bitcast(b.shl(z, _same(_INTS, 16)), _FLOATS) for z in (x, y)]
-    high = [b.bitcast(b.and_(z, _same(_INTS, 0xFFFF0000)), _FLOATS) for z in (x, y)]
+    low = [b.bitcast(b.shl(z, _constant(_INTS, 16)), _FLOATS) for z in (x, y)]
+    high = [b.bitcast(b.and_(z, _constant(_INTS, 0xFFFF0000)), _FLOATS) for z in (x, y)]
     return _multiply_add(b, _multiply_add(b, sums, *low), *high)

@@ -1,26 +1,32 @@
-"""Budget: how many tokens a forward pass may hold."""
+"""Token budgets of forward passes."""
 
 from dataclasses import dataclass
 
 ON_GPU = 16_384
-# On a CPU a pass is large enough to be fast, and no larger, for who comes next waits for it. Measured on two cores:
-# MiniLM embeds 5 to 10 % more tokens a second in passes of 4,096 than of 1,024, and a fifth more requests of 32 texts,
-# which are calls of their own then; bge-large gains 4 %, Qwen3-0.6B nothing, in passes of 4 and 6 seconds.
-ON_CPU, OF_SMALL_NETWORKS = 1_024, 4_096
-SMALL_NETWORK = 2**25  # weights of linear layers, at most
-# While small jobs come, passes over large ones are smaller. Measured with MiniLM on two cores, one query after another
-# under bulk requests: its p99 goes from 40 ms to 13, and bulk is as fast, for threads that wait for each other had
-# been waiting for all the rest too.
-SHARED = 1 / 2  # of a pass, for such a one
-# Of a pass: what a small job may cost, and what is computed of small jobs when a large pass pauses for them.
-# Measured with MiniLM in fp32 on one thread, under bulk requests: with an eighth a query of 200 tokens takes 20 times
-# as long as alone, with a quarter twice; one of 12 tokens takes the same with either.
-SMALL = 1 / 4
+# On a CPU a pass is just large enough to be fast, because the next request waits for it (measured on 2 cores: MiniLM
+# embeds 5 to 10 % more tokens per second in passes of 4,096 tokens than of 1,024, and 20 % more requests of 32 texts,
+# which then fit one call; bge-large gains 4 % and Qwen3-0.6B nothing, in passes of 4 and 6 seconds).
+ON_CPU, ON_CPU_SMALL_NETWORK = 1_024, 4_096
+SMALL_NETWORK_WEIGHTS = 2**25  # most weights in linear layers of a small network
+# While small jobs arrive, passes over large jobs are this fraction of a whole pass (measured with MiniLM on 2 cores,
+# one query after another under bulk requests: the p99 of queries falls from 40 to 13 ms, and bulk is as fast, because
+# threads that wait for each other also wait for everything else that runs).
+SHARED_FRACTION = 1 / 2
+# A job is small up to this fraction of a pass, and a large pass pauses for as many tokens of small jobs (measured with
+# MiniLM in fp32 on one thread, under bulk requests: with 1/8 a query of 200 tokens takes 20 times as long as alone,
+# with 1/4 twice as long; one of 12 tokens takes the same with either).
+SMALL_FRACTION = 1 / 4
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens: of a `whole` pass, of one over large jobs that is `shared` with small ones, and of a `small` job."""
+    """Limits in tokens.
+
+    Attributes:
+        whole: A forward pass.
+        shared: A pass over large jobs while small jobs arrive.
+        small: A small job.
+    """
 
     whole: int
     shared: int
@@ -28,9 +34,14 @@ class Budget:
 
     @classmethod
     def of(cls, device: str, weights: int, whole: int = 0) -> "Budget":
-        """For a network with so many weights in its linear layers; `whole` 0: what suits it."""
+        """Return the budget of a network with this many weights in linear layers.
+
+        Args:
+            whole: Tokens of a pass; 0: chosen for the device and the network.
+        """
         on_cpu = device == "cpu"
         if not whole:
-            whole = ON_GPU if not on_cpu else OF_SMALL_NETWORKS if weights <= SMALL_NETWORK else ON_CPU
-        usual = min(whole, ON_CPU) if on_cpu else whole  # a larger one changes nothing for small jobs
-        return cls(whole, int(usual * SHARED), int(usual * SMALL))
+            on_this_cpu = ON_CPU_SMALL_NETWORK if weights <= SMALL_NETWORK_WEIGHTS else ON_CPU
+            whole = on_this_cpu if on_cpu else ON_GPU
+        base = min(whole, ON_CPU) if on_cpu else whole  # larger passes do not change the limits of small jobs
+        return cls(whole, int(base * SHARED_FRACTION), int(base * SMALL_FRACTION))

@@ -1,4 +1,4 @@
-"""Clip: a causal text tower and a vision tower, each row projected into one space.
+"""CLIP: a causal text tower and a vision tower, projected into one space.
 
 Modules are named as CLIP checkpoints name their tensors (`pre_layrnorm` is theirs).
 """
@@ -14,27 +14,27 @@ from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.batch import Batch, Layout, one_each
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.layers import FusedLinear, LayerNorm, Linear, PatchEmbedding, Projection, Table
-from triton_embed.python_backend.patches import Patches
+from triton_embed.python_backend.patches import Patchify
 from triton_embed.python_backend.row import NO_IDS, Ids, Row
-from triton_embed.python_backend.shapes import ClipShape, TowerShape
+from triton_embed.python_backend.shapes import ClipConfig, TowerConfig
 from triton_embed.python_backend.weights import Naming
 
 
 class Clip(nn.Module):
-    """Rows of token ids that end where they are pooled, or of one picture -> fp32 [B,E], and their layout."""
+    """Rows of token ids that end at the pooled token, or rows of one image -> fp32 [B,E], and their layout."""
 
     recordable, shareable = True, False
     naming = Naming(
         fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")},
-        # The temperature of training, and constants that old files carry.
+        # The training temperature, and constants in old files.
         ignored=("logit_scale",),
         ignored_endings=(".embeddings.position_ids",),
     )
 
-    def __init__(self, model: ModelConfig, shape: ClipShape, device: str) -> None:
+    def __init__(self, model: ModelConfig, shape: ClipConfig, device: str) -> None:
         super().__init__()
         self._device, self._shape = device, shape
-        self._patches = Patches(model, shape.patch_size, 1, 1, device)
+        self._patches = Patchify(model, shape.patch_size, 1, 1, device)
         self.text_model = TextTower(shape, device)
         self.vision_model = VisionTower(shape)
         self.text_projection = Projection(shape.text.hidden_size, shape.hidden_size, bias=False)
@@ -53,12 +53,12 @@ class Clip(nn.Module):
         return y, one_each(len(rows), self._device)
 
     def sample_pictures(self) -> list[Row]:
-        """A row to warm up with."""
+        """Return a row for warm-up."""
         size = self._shape.image_size
         return [Row(NO_IDS, (np.full((size, size, 3), 127, dtype=np.uint8),), self._shape.vision_tokens)]
 
     def lay_out(self, rows: Sequence[Row]) -> Layout:
-        """Rows that are texts."""
+        """Lay out rows of text."""
         return self.text_model.lay_out([row.ids for row in rows])
 
     def compute(self, batch: Batch) -> Tensor:
@@ -67,9 +67,9 @@ class Clip(nn.Module):
 
 
 class TextTower(nn.Module):
-    """A batch of texts -> the normed state [B,E] of each one's last token."""
+    """A batch of texts -> the normalized state [B,E] of each last token."""
 
-    def __init__(self, shape: ClipShape, device: str) -> None:
+    def __init__(self, shape: ClipConfig, device: str) -> None:
         super().__init__()
         size = shape.text.hidden_size
         self._device, self._heads, self._size = device, shape.text.heads, size
@@ -92,9 +92,9 @@ class TextTower(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches of n pictures [n*g*g, 3*p*p] -> the normed state [n,E] of each one's class token."""
+    """Patches of n images [n*g*g, 3*p*p] -> the normalized state [n,E] of each class token."""
 
-    def __init__(self, shape: ClipShape) -> None:
+    def __init__(self, shape: ClipConfig) -> None:
         super().__init__()
         self._heads = shape.vision.heads
         self.embeddings = VisionEmbeddings(shape)
@@ -114,7 +114,7 @@ class VisionTower(nn.Module):
 class VisionEmbeddings(nn.Module):
     """Class token and projected patches, plus learned positions: [n, 1+g*g, E]."""
 
-    def __init__(self, shape: ClipShape) -> None:
+    def __init__(self, shape: ClipConfig) -> None:
         super().__init__()
         size = shape.vision.hidden_size
         self.class_embedding = nn.Parameter(torch.empty(size))
@@ -128,9 +128,9 @@ class VisionEmbeddings(nn.Module):
 
 
 class Stack(nn.Module):
-    """Pre-norm blocks: [T,E] -> [B,E] of the pooled tokens, and the residual stream to be added to it."""
+    """Pre-norm blocks: [T,E] -> [B,E] of the pooled tokens, and the residual stream to add."""
 
-    def __init__(self, shape: TowerShape, causal: bool) -> None:
+    def __init__(self, shape: TowerConfig, causal: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block(shape, causal) for _ in range(shape.layers))
 
@@ -144,9 +144,9 @@ class Stack(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm, attention, norm, MLP; each norm adds what came before to the residual stream."""
+    """Norm, attention, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, shape: TowerShape, causal: bool) -> None:
+    def __init__(self, shape: TowerConfig, causal: bool) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(shape.hidden_size, shape.norm_eps)
         self.self_attn = Attention(shape, causal)
@@ -161,7 +161,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, packed: Packed, pooled: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`pooled`: compute these rows alone, for nothing reads the others any more."""
+        """Run one block. `pooled`: compute only these rows; later blocks do not use the rest."""
         x, residual = self.layer_norm1(x, residual)
         x, residual = self.layer_norm2(self.self_attn(x, packed, pooled), residual, pooled)
         return self.mlp["fc2"](self.mlp["fc1"](x)), residual
@@ -170,7 +170,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v projection, attention inside each sequence, projection."""
 
-    def __init__(self, shape: TowerShape, causal: bool) -> None:
+    def __init__(self, shape: TowerConfig, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = shape.heads, causal
         self.scale = (shape.hidden_size // shape.heads) ** -0.5

@@ -1,4 +1,4 @@
-"""Decoder: Llama, Mistral, Qwen2 and Qwen3 over packed tokens; what differs between them is in DecoderShape.
+"""Decoders (Llama, Mistral, Qwen2, Qwen3) over packed tokens. Their differences are in DecoderConfig.
 
 Modules are named as the checkpoints name their tensors.
 """
@@ -18,39 +18,38 @@ from triton_embed.python_backend.layers import FusedLinear, Linear, RMSNorm, Tab
 from triton_embed.python_backend.prefix import KeysValues, Prefix
 from triton_embed.python_backend.rotary import Rotary
 from triton_embed.python_backend.row import Ids, Row
-from triton_embed.python_backend.shapes import DecoderShape
+from triton_embed.python_backend.shapes import DecoderConfig
 from triton_embed.python_backend.weights import Naming
 
 Angles = tuple[Tensor, Tensor]
 
 
 class Decoder(nn.Module):
-    """Rows of token ids -> hidden states after the final norm: [T,E], or [B,E] of the pooled tokens alone, and the
-    layout of those."""
+    """Rows of token ids -> hidden states after the final norm ([T,E], or [B,E] of pooled tokens), and their layout."""
 
     naming = Naming(
         renames=(("model.", ""),),
         fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
-        # The language model's head plays no part in embeddings; inv_freq is a constant that old files carry.
+        # Embeddings do not use the language model's head; inv_freq is a constant in old files.
         ignored=("lm_head.",),
         ignored_endings=(".rotary_emb.inv_freq",),
     )
 
-    def __init__(self, model: ModelConfig, shape: DecoderShape, device: str) -> None:
+    def __init__(self, model: ModelConfig, shape: DecoderConfig, device: str) -> None:
         super().__init__()
         if shape.causal and model.pooling == "cls":
-            raise ConfigError("pooling 'cls' in a causal decoder: the first token sees nothing but itself")
+            raise ConfigError("pooling 'cls' in a causal decoder: the first token attends to itself only")
         self._pooling, self._device, self._shape = model.pooling, device, shape
         self.embed_tokens = Table(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(Layer(shape, window) for window in shape.windows)
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self._rotary = Rotary(shape.rope, device)
-        # Where angles depend on the length of a sequence, no other may use what was computed for it.
+        # With dynamic scaling angles depend on the length of a sequence, so nothing can be reused for another.
         self.recordable = shape.rope.kind != "dynamic"
         self.shareable = self.recordable and shape.causal and model.pooling == "last"
 
     def forward(self, rows: Sequence[Row], prefix: Prefix | None = None) -> tuple[Tensor, Packed]:
-        """`prefix`: of `read_prefix`, whose ids every row begins with."""
+        """Run the network. Every row begins with the ids of `prefix`, if there is one."""
         batch = self.lay_out(rows, prefix=prefix).to(self._device)
         return self.compute(batch, prefix), batch.states
 
@@ -63,13 +62,13 @@ class Decoder(nn.Module):
         positions: Sequence[npt.NDArray[np.int64]] | None = None,
         prefix: Prefix | None = None,
     ) -> Layout:
-        """`positions` [A,n] of each row, where they do not just count up."""
+        """Lay out rows. `positions` [A,n] of each row; by default they count up from 0."""
         ids, start = [row.ids for row in rows], 0
         if prefix is not None:
             start = len(prefix.ids)
-            ids = [one[start:] for one in ids]
-            whole = positions or [np.arange(len(row.ids))[None] for row in rows]
-            positions = [one[:, start:] for one in whole]
+            ids = [row_ids[start:] for row_ids in ids]
+            all_positions = positions or [np.arange(len(row.ids))[None] for row in rows]
+            positions = [row_positions[:, start:] for row_positions in all_positions]
         shape = self._shape
         tile = ops.tile_tokens(
             shape.heads, shape.kv_heads, shape.head_dim, self.embed_tokens.weight.dtype, self._device
@@ -80,33 +79,33 @@ class Decoder(nn.Module):
         return self.decode(batch, self.embed_tokens(batch.ids), prefix)
 
     def decode(
-        self, batch: Batch, x: Tensor, prefix: Prefix | None = None, kept: list[KeysValues] | None = None
+        self, batch: Batch, x: Tensor, prefix: Prefix | None = None, cache: list[KeysValues] | None = None
     ) -> Tensor:
-        """x [T,E], the embedded tokens, through all layers; their keys and values are added to `kept`."""
+        """Run embedded tokens x [T,E] through all layers. Their keys and values are appended to `cache`."""
         angles = self._rotary(batch.positions, batch.packed.lengths)
         residual = None
         before: Sequence[KeysValues | None] = [None] * len(self.layers) if prefix is None else prefix.layers
         for layer, shared in zip(self.layers, before, strict=True):
             pooled = batch.pooled if layer is self.layers[-1] else None
-            x, residual = layer(x, residual, angles, batch.packed, pooled, shared, kept)
+            x, residual = layer(x, residual, angles, batch.packed, pooled, shared, cache)
         y: Tensor = self.norm(x, residual)[0]
         return y
 
     def read_prefix(self, ids: Ids) -> Prefix:
-        """Keys and values of ids that many rows begin with, in every layer: right for a causal decoder alone."""
+        """Compute the keys and values of a prefix in every layer. Valid for causal decoders only."""
         axes = len(self._shape.rope.sections)
         counted = [np.tile(np.arange(len(ids)), (axes, 1))]
         layout = self.lay_out([Row(ids)], counted)
-        kept: list[KeysValues] = []
+        cache: list[KeysValues] = []
         batch = layout.to(self._device)
-        self.decode(batch, self.embed_tokens(batch.ids), kept=kept)
-        return Prefix(ids, tuple((k[: len(ids)].clone(), v[: len(ids)].clone()) for k, v in kept))
+        self.decode(batch, self.embed_tokens(batch.ids), cache=cache)
+        return Prefix(ids, tuple((k[: len(ids)].clone(), v[: len(ids)].clone()) for k, v in cache))
 
 
 class Layer(nn.Module):
-    """Norm, attention, norm, MLP; each norm adds what came before to the residual stream."""
+    """Norm, attention, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, shape: DecoderShape, window: int | None) -> None:
+    def __init__(self, shape: DecoderConfig, window: int | None) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.self_attn = Attention(shape, window)
@@ -121,20 +120,25 @@ class Layer(nn.Module):
         packed: Packed,
         pooled: Tensor | None,
         prefix: KeysValues | None,
-        kept: list[KeysValues] | None,
+        cache: list[KeysValues] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`pooled`: compute these rows alone, for nothing reads the others any more. `prefix` stands before every
-        sequence. `kept` gets the keys and values."""
+        """Run one layer.
+
+        Args:
+            pooled: Compute only these rows; later layers do not use the rest.
+            prefix: Keys and values before every sequence.
+            cache: Gets the keys and values.
+        """
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, angles, packed, pooled, prefix, kept)
+        x = self.self_attn(x, angles, packed, pooled, prefix, cache)
         x, residual = self.post_attention_layernorm(x, residual, pooled)
         return self.mlp(x), residual
 
 
 class Attention(nn.Module):
-    """Fused q/k/v, norm of each head where the model has one, rotary positions, grouped-query attention."""
+    """Fused q/k/v, norm of each head if the model has one, rotary positions, grouped-query attention."""
 
-    def __init__(self, shape: DecoderShape, window: int | None) -> None:
+    def __init__(self, shape: DecoderConfig, window: int | None) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.causal, self.window, self.eps = shape.causal, window, shape.norm_eps
@@ -154,13 +158,13 @@ class Attention(nn.Module):
         packed: Packed,
         pooled: Tensor | None,
         prefix: KeysValues | None,
-        kept: list[KeysValues] | None,
+        cache: list[KeysValues] | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x)
         ops.qk_norm_rope_(qkv, (self.heads, self.kv_heads), *angles, self._norm("q"), self._norm("k"), self.eps)
         q, k, v = qkv.view(len(x), -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if kept is not None:
-            kept.append((k, v))
+        if cache is not None:
+            cache.append((k, v))
         scale = self.head_dim**-0.5
         if pooled is None:
             y = ops.varlen_attention(q, k, v, packed, self.causal, self.window, scale, prefix)
@@ -175,9 +179,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU with gate and up projected as one."""
+    """SwiGLU with gate and up in one projection."""
 
-    def __init__(self, shape: DecoderShape) -> None:
+    def __init__(self, shape: DecoderConfig) -> None:
         super().__init__()
         self.gate_up_proj = FusedLinear(
             shape.hidden_size, (shape.intermediate_size, shape.intermediate_size), shape.mlp_bias

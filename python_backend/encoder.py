@@ -1,4 +1,4 @@
-"""Encoder: BERT and XLM-RoBERTa, post-norm, bidirectional, over packed tokens.
+"""Encoders (BERT, XLM-RoBERTa): post-norm, bidirectional, over packed tokens.
 
 Modules are named as BERT checkpoints name their tensors; `self` is BERT's name for the attention projections.
 """
@@ -15,22 +15,22 @@ from triton_embed.python_backend.batch import Batch, Layout
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.layers import FusedLinear, Linear, PostLayerNorm, Table
 from triton_embed.python_backend.row import Ids, Row
-from triton_embed.python_backend.shapes import EncoderShape
+from triton_embed.python_backend.shapes import EncoderConfig
 from triton_embed.python_backend.weights import Naming
 
 
 class Encoder(nn.Module):
-    """Rows of token ids -> their hidden states [T,E], or [B,E] of the pooled tokens alone, and the layout of those."""
+    """Rows of token ids -> hidden states [T,E], or [B,E] of the pooled tokens, and their layout."""
 
     recordable, shareable = True, False
     naming = Naming(
         renames=(("bert.", ""), ("roberta.", "")),
         fused={"qkv": ("query", "key", "value")},
-        # The pooler and the pre-training heads play no part in embeddings; position_ids is a constant.
+        # Embeddings do not use the pooler and the pre-training heads; position_ids is a constant.
         ignored=("pooler.", "cls.", "lm_head.", "embeddings.position_ids"),
     )
 
-    def __init__(self, model: ModelConfig, shape: EncoderShape, device: str) -> None:
+    def __init__(self, model: ModelConfig, shape: EncoderConfig, device: str) -> None:
         super().__init__()
         self._pooling, self._device, self._shape = model.pooling, device, shape
         self.embeddings = Embeddings(shape)
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         return y
 
     def _positions(self, ids: Ids) -> npt.NDArray[np.int64]:
-        """RoBERTa counts from behind its padding token, which itself stands still before all others."""
+        """Return positions. RoBERTa counts from the position after its padding token's, which is fixed."""
         first = self._shape.first_position
         counted = ids != first - 1
         found: npt.NDArray[np.int64] = np.cumsum(counted) * counted + first - 1
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
 class Embeddings(nn.Module):
     """Word + position + type 0, then LayerNorm."""
 
-    def __init__(self, shape: EncoderShape) -> None:
+    def __init__(self, shape: EncoderConfig) -> None:
         super().__init__()
         self.word_embeddings = Table(shape.vocab_size, shape.hidden_size)
         self.position_embeddings = Table(shape.positions, shape.hidden_size)
@@ -94,7 +94,7 @@ class Embeddings(nn.Module):
 class Layer(nn.Module):
     """Attention, add and norm, MLP, add and norm."""
 
-    def __init__(self, shape: EncoderShape) -> None:
+    def __init__(self, shape: EncoderConfig) -> None:
         super().__init__()
         self.attention = nn.ModuleDict({"self": Attention(shape), "output": Output(shape.hidden_size, shape)})
         self.intermediate = nn.ModuleDict(
@@ -105,7 +105,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor, packed: Packed, pooled: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`pooled`: compute these rows alone, for nothing reads the others any more."""
+        """Run one layer. `pooled`: compute only these rows; later layers do not use the rest."""
         x, residual = self.attention["output"](self.attention["self"](x, packed, pooled), residual, pooled)
         y: tuple[Tensor, Tensor] = self.output(self.intermediate["dense"](x), residual)
         return y
@@ -114,7 +114,7 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v projection and attention inside each sequence."""
 
-    def __init__(self, shape: EncoderShape) -> None:
+    def __init__(self, shape: EncoderConfig) -> None:
         super().__init__()
         self.heads = shape.heads
         self.scale = (shape.hidden_size // shape.heads) ** -0.5
@@ -128,14 +128,14 @@ class Attention(nn.Module):
 
 
 class Output(nn.Module):
-    """Projection back to E, plus the residual, then LayerNorm: what goes on, and the next residual."""
+    """Projection back to E, plus the residual, then LayerNorm: the output and the next residual."""
 
-    def __init__(self, inputs: int, shape: EncoderShape) -> None:
+    def __init__(self, inputs: int, shape: EncoderConfig) -> None:
         super().__init__()
         self.dense = Linear(inputs, shape.hidden_size)
         self.LayerNorm = PostLayerNorm(shape.hidden_size, shape.norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        linear, norm = self.dense, self.LayerNorm  # called as functions, for a short query is mostly calls
+        linear, norm = self.dense, self.LayerNorm  # called as functions: short queries spend most time in calls
         y = ops.linear(x, linear.weight, linear.bias)
         return ops.post_layer_norm(y, residual, norm.weight, norm.bias, norm.eps, rows)

@@ -1,7 +1,6 @@
-"""The engine's numbers, in Triton's own /metrics: Triton's latencies are wrong for a model that answers later.
+"""The engine's metrics in Triton's /metrics, because Triton's own latencies are wrong for a model that replies later.
 
-An observation takes 18 to 25 us, so there is one for each request and a few for each forward pass, on the delivery
-thread.
+An observation takes 18 to 25 us, so there is one per request and a few per forward pass, on the sender thread.
 """
 
 from collections.abc import Sequence
@@ -13,41 +12,39 @@ SOURCES = ("computed", "in_flight", "cache")
 
 
 class EngineMetrics:
-    """Numbers of one model; `family` is the Python backend's MetricFamily, which only exists inside tritonserver."""
+    """The metrics of one model. `family` is the Python backend's MetricFamily, found in tritonserver only."""
 
     def __init__(self, family: Any, model: str) -> None:
-        self._families: list[Any] = []  # kept: a metric ends with its family
+        self._families: list[Any] = []  # a metric ends with its family
 
-        def made(name: str, description: str, kind: Any) -> Any:
+        def create(name: str, description: str, kind: Any) -> Any:
             self._families.append(family(name=f"triton_embed_{name}", description=description, kind=kind))
             return self._families[-1]
 
         def histogram(name: str, description: str, buckets: list[float]) -> Any:
-            return made(name, description, family.HISTOGRAM).Metric(labels={"model": model}, buckets=buckets)
+            return create(name, description, family.HISTOGRAM).Metric(labels={"model": model}, buckets=buckets)
 
         self._waits = histogram("wait_seconds", "Seconds from a request's admission to its first forward pass", SECONDS)
         self._seconds = histogram("forward_seconds", "Seconds of a forward pass", SECONDS)
         self._tokens = histogram("forward_tokens", "Tokens of a forward pass, in all towers", [*TOKENS])
-        rows = made(
+        rows = create(
             "rows_total",
-            "Rows that got a vector: computed for them, shared with an identical row in flight, or from the cache",
+            "Rows by source of their vector: computed, shared with an identical row in flight, or from the cache",
             family.COUNTER,
         )
         self._rows = [rows.Metric(labels={"model": model, "source": source}) for source in SOURCES]
-        self._cache = made("cache_bytes", "Bytes that remembered vectors take", family.GAUGE).Metric(
-            labels={"model": model}
-        )
+        self._cache = create("cache_bytes", "Bytes of cached vectors", family.GAUGE).Metric(labels={"model": model})
         self._cache_bytes = 0
 
     def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
-        """One forward pass, and how long each request that began with it had waited."""
+        """Record one forward pass, and how long each request that started with it had waited."""
         for wait in waits:
             self._waits.observe(wait)
         self._seconds.observe(seconds)
         self._tokens.observe(tokens)
 
     def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
-        """Rows that got their vector, by where it came from, and what the cache holds now."""
+        """Record rows by the source of their vector, and the size of the cache."""
         for metric, rows in zip(self._rows, (computed, in_flight, cached), strict=True):
             if rows:
                 metric.increment(rows)

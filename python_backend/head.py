@@ -1,4 +1,4 @@
-"""Hidden states -> embeddings: pool, project, cut to each row's size, normalise; all in fp32."""
+"""The head: pools hidden states, projects, truncates to each row's dimensions and normalizes, in fp32."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ class Head(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self._pooling = model.pooling if model.pooling in ops.POOLING_MODES else "cls"
-        self.dense = nn.Sequential(*(Dense(d.inputs, d.outputs, d.activation, d.bias) for d in model.dense))
+        self.dense = nn.Sequential(*(Dense(d.in_features, d.out_features, d.activation, d.bias) for d in model.dense))
 
     def forward(self, hidden: Tensor, packed: Packed, dims: Sequence[int]) -> Tensor:
         return ops.segment_pool(hidden, packed, self._pooling, dims, self.dense if len(self.dense) else None)

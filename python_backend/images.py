@@ -1,6 +1,6 @@
-"""An encoded image file -> the resized picture a vision tower takes: transformers' rules for CLIP and Qwen2-VL.
+"""Image processors of CLIP and Qwen2-VL: decode an image file and resize it by the rules of transformers.
 
-Pictures are decoded on a pool of threads. What a caller sent is never trusted: every fault in it is a BadRequest.
+Images are decoded on several threads at once. Image files are untrusted: every error in one becomes a BadRequest.
 """
 
 import io
@@ -21,16 +21,18 @@ from triton_embed.python_backend.json_file import JsonFile
 from triton_embed.python_backend.row import Channels, Pixels
 
 MAX_PIXELS = 50_000_000
-MIN_SIDE = 2  # a tracking pixel shows nothing
-MAX_ASPECT = 200  # Qwen2-VL's rule; CLIP's shortest-edge rule would blow such a picture up to hundreds of megabytes
-# Raster formats whose readers stay inside Pillow: none starts a program, as EPS does.
+MIN_SIDE = 2  # pixels; rejects tracking pixels, which have no content
+# Limit of Qwen2-VL. CLIP's shortest-edge rule would enlarge a more extreme image to hundreds of megabytes.
+MAX_ASPECT = 200
+# Raster formats that Pillow decodes in this process; EPS, for example, would start another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
-# What Pillow's readers raise on hostile bytes; LookupError covers IndexError and KeyError.
-_WRONG_VALUES = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError)
-_WRONG_BYTES = (OSError, EOFError, SyntaxError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
-_BROKEN = (*_WRONG_BYTES, *_WRONG_VALUES)
-_UPRIGHT = {
+# Exceptions that Pillow's decoders raise on malformed bytes; LookupError covers IndexError and KeyError.
+_VALUE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError)
+_FORMAT_ERRORS = (OSError, EOFError, SyntaxError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
+_DECODE_ERRORS = (*_FORMAT_ERRORS, *_VALUE_ERRORS)
+# EXIF orientation -> the operation that turns the image upright
+_TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,135 +41,152 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PILLOW = re.compile(r"PIL\.")
+_PILLOW_MODULES = re.compile(r"PIL\.")
 
-Image.init()  # otherwise the first pictures import Pillow's readers, from several threads at once
+Image.init()  # import Pillow's plugins now; otherwise the first images import them from several threads at once
 
 
 def decode(data: bytes, index: int) -> Image.Image:
-    """The first frame of an image file, upright, as RGB.
+    """Decode the first frame of an image file, upright, as RGB.
 
-    BadRequest: not one of FORMATS, truncated or broken, over MAX_PIXELS, a side under MIN_SIDE or sides further
-    apart than MAX_ASPECT; sizes are judged by the header, before there are pixels.
+    Sizes are checked from the header, before the pixels are decoded.
+
+    Args:
+        index: The index of the input in the request, for error messages.
+
+    Raises:
+        BadRequest: The file is not one of FORMATS, is truncated or broken, has more than MAX_PIXELS pixels, a side
+            below MIN_SIDE, or an aspect ratio above MAX_ASPECT.
     """
-    where = f"Input at index {index} has an image"
+    subject = f"Input at index {index} has an image"
     if not data:
-        raise BadRequest(f"{where} that cannot be read: it is empty")
+        raise BadRequest(f"{subject} that cannot be read: it is empty")
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = _pixels_to_decode(image)
     except UnidentifiedImageError:
-        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise BadRequest(f"{where} that cannot be read: it is no {known} file") from None
+        formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise BadRequest(f"{subject} that cannot be read: it is not a {formats} file") from None
     except Image.DecompressionBombError:
         pixels = MAX_PIXELS + 1
-    except _BROKEN:
-        raise BadRequest(f"{where} that cannot be read: the file is truncated or broken") from None
+    except _DECODE_ERRORS:
+        raise BadRequest(f"{subject} that cannot be read: the file is truncated or broken") from None
     if pixels > MAX_PIXELS:
-        raise BadRequest(f"{where} of more than {MAX_PIXELS:,} pixels")
+        raise BadRequest(f"{subject} of more than {MAX_PIXELS:,} pixels")
     size = f"{image.width}x{image.height} pixels"
     if min(image.size) < MIN_SIDE:
-        raise BadRequest(f"{where} of {size}; each side must have at least {MIN_SIDE}")
+        raise BadRequest(f"{subject} of {size}; each side must have at least {MIN_SIDE}")
     if max(image.size) / min(image.size) > MAX_ASPECT:
-        raise BadRequest(f"{where} of {size}; one side may be at most {MAX_ASPECT} times the other")
+        raise BadRequest(f"{subject} of {size}; one side may be at most {MAX_ASPECT} times the other")
     try:
-        rgb = _rgb(image)
-        turn = _turn(image)
-    except _BROKEN:
-        raise BadRequest(f"{where} that cannot be read: the file is truncated or broken") from None
-    return rgb if turn is None else rgb.transpose(turn)
+        rgb = _to_rgb(image)
+        transpose = _upright_transpose(image)
+    except _DECODE_ERRORS:
+        raise BadRequest(f"{subject} that cannot be read: the file is truncated or broken") from None
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def _silence_pillow() -> None:
-    """Keep Pillow's warnings about odd metadata to itself.
+    """Ignore Pillow's warnings about unusual metadata, permanently.
 
-    `warnings.catch_warnings` swaps the whole process's filters and back, which threads get wrong; this one lasts.
+    `warnings.catch_warnings` replaces and restores the filters of the whole process, which is not thread-safe.
     """
-    quiet = ("ignore", None, Warning, _PILLOW, 0)
-    if not warnings.filters or warnings.filters[0] != quiet:
-        warnings.filterwarnings("ignore", module=_PILLOW.pattern)
+    ignore_pillow = ("ignore", None, Warning, _PILLOW_MODULES, 0)
+    if not warnings.filters or warnings.filters[0] != ignore_pillow:
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
 
 
 def _pixels_to_decode(image: Image.Image) -> int:
-    """The picture's pixels, or those of one tile: a TIFF's may be far larger than its picture."""
+    """Return the number of pixels of the image or of one TIFF tile, which may be far larger than its image."""
     tile = [1, 1]
     if isinstance(image, TiffImageFile):
         tile = [image.tag_v2.get(tag, 1) for tag in (TILEWIDTH, TILELENGTH)]
         if not all(isinstance(side, int) for side in tile):
-            raise ValueError("a tile's sides are whole numbers")
+            raise ValueError("the sides of a TIFF tile must be whole numbers")
     return max(image.width * image.height, math.prod(tile))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """transformers' convert_to_rgb: what is transparent shows white.
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB like transformers' convert_to_rgb: transparent pixels become white.
 
-    Unlike there, deep greys are scaled: 16 bits by their full range, 32-bit and float ones, which state no white,
-    from their darkest to their brightest pixel.
+    Unlike transformers, this scales gray levels of more than 8 bits to 0..255: 16-bit images by their full range, and
+    32-bit and float images, which declare no white level, from their darkest to their brightest pixel.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         if not np.isfinite(np.asarray(image)).all():
-            raise ValueError("a pixel is no number")
-        deep = np.asarray(image).astype(np.float64)
-        deep -= deep.min()
-        image = Image.fromarray(np.rint(deep * (255 / (deep.max() or 1))).astype(np.uint8))
+            raise ValueError("a pixel is not a finite number")
+        levels = np.asarray(image).astype(np.float64)
+        levels -= levels.min()
+        image = Image.fromarray(np.rint(levels * (255 / (levels.max() or 1))).astype(np.uint8))
     elif "A" in image.getbands() or image.info.get("transparency") is not None:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """EXIF's, of a loaded image. `ImageOps.exif_transpose` rewrites the block too, and trips over a broken one."""
+def _upright_transpose(image: Image.Image) -> Image.Transpose | None:
+    """Return the operation that turns a loaded image upright, by its EXIF orientation; None if there is none.
+
+    `ImageOps.exif_transpose` also rewrites the EXIF block, and fails if the block is broken.
+    """
     try:
-        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _BROKEN:
+        return _TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DECODE_ERRORS:
         return None
 
 
 @dataclass(frozen=True)
-class ClipImages:
-    """CLIP's rule: the shortest edge to a stated length, or both sides to a stated size, then a centre crop."""
+class ClipImageProcessor:
+    """The image processor of CLIP: resizes the shortest edge or both sides to `size`, then crops the center."""
 
     mean: Channels
     std: Channels
-    size: int | tuple[int, int]  # the shortest edge, or height and width whatever the aspect
-    crop: tuple[int, int]  # height and width of what `read` returns
+    size: int | tuple[int, int]  # the shortest edge, or height and width (which ignore the aspect ratio)
+    crop: tuple[int, int]  # height and width of the image that `read` returns
     resample: Image.Resampling
 
     @classmethod
-    def from_checkpoint(cls, directory: Path) -> "ClipImages":
-        """Read the checkpoint's image processor. ConfigError: a value that is missing or not implemented."""
-        file = _processor(directory)
+    def from_checkpoint(cls, directory: Path) -> "ClipImageProcessor":
+        """Read the settings of the checkpoint's image processor.
+
+        Raises:
+            ConfigError: A value is missing or not implemented.
+        """
+        file = _read_settings(directory)
         if not file.get("do_center_crop", bool, True):
-            raise file.refuse("do_center_crop", "only true is implemented")
+            raise file.error("do_center_crop", "only true is implemented")
         if file.get("do_pad", bool, False):
-            raise file.refuse("do_pad", "only false is implemented")
+            raise file.error("do_pad", "only false is implemented")
         size, crop = _size(file, "size"), _square(_size(file, "crop_size"))
         if any(inner > outer for inner, outer in zip(crop, _square(size), strict=True)):
-            raise file.refuse("crop_size", f"larger than size, {file.values['size']!r}")
+            raise file.error("crop_size", f"must not be larger than size {file.values['size']!r}")
         return cls(_channels(file, "image_mean"), _channels(file, "image_std"), size, crop, _resample(file))
 
     def read(self, data: bytes, index: int) -> Pixels:
-        """The picture of one image file, [*crop, 3]. BadRequest names the index of its input."""
+        """Decode, resize and crop one image file to [*crop, 3].
+
+        Raises:
+            BadRequest: The image is rejected by `decode`.
+        """
         image = decode(data, index)
         height, width = _square(self.size)
         if isinstance(self.size, int):
-            long = int(self.size * max(image.size) / min(image.size))
-            height, width = (height, long) if image.height < image.width else (long, width)
+            long_side = int(self.size * max(image.size) / min(image.size))
+            height, width = (height, long_side) if image.height < image.width else (long_side, width)
         top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
         resized = image.resize((width, height), self.resample)
         return np.array(resized.crop((left, top, left + self.crop[1], top + self.crop[0])), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
-class Qwen2VLImages:
-    """Qwen2-VL's rule: about the same aspect, both sides multiples of patch_size * merge_size, bounded in tokens.
+class Qwen2VLImageProcessor:
+    """The image processor of Qwen2-VL: keeps the aspect ratio approximately and bounds the number of tokens.
 
-    One token is a block of merge_size x merge_size patches. The checkpoint's own limits are left aside: GME's official
-    code overrides them.
+    Both sides become multiples of patch_size * merge_size; one token is a block of merge_size x merge_size patches.
+    The checkpoint's min_pixels and max_pixels are ignored, because GME's official code overrides them.
     """
 
     mean: Channels
@@ -180,45 +199,68 @@ class Qwen2VLImages:
     resample: Image.Resampling
 
     @classmethod
-    def from_checkpoint(cls, directory: Path, min_tokens: int, max_tokens: int) -> "Qwen2VLImages":
-        """Read the checkpoint's image processor. ConfigError: a value that is missing or not implemented."""
+    def from_checkpoint(cls, directory: Path, min_tokens: int, max_tokens: int) -> "Qwen2VLImageProcessor":
+        """Read the settings of the checkpoint's image processor.
+
+        Args:
+            min_tokens: The minimum number of tokens of one image.
+            max_tokens: The maximum number of tokens of one image.
+
+        Raises:
+            ConfigError: A value is missing or not implemented, or the token limits are invalid.
+        """
         if not 1 <= min_tokens <= max_tokens:
-            raise ConfigError(f"an image cannot have {min_tokens} to {max_tokens} tokens")
-        file = _processor(directory)
+            raise ConfigError(
+                f"min_image_tokens is {min_tokens}, max_image_tokens is {max_tokens}; "
+                "the minimum must be at least 1 and at most the maximum"
+            )
+        file = _read_settings(directory)
         return cls(
             mean=_channels(file, "image_mean"),
             std=_channels(file, "image_std"),
-            patch_size=file.size("patch_size"),
-            merge_size=file.size("merge_size"),
-            frames=file.size("temporal_patch_size"),
+            patch_size=file.positive_int("patch_size"),
+            merge_size=file.positive_int("merge_size"),
+            frames=file.positive_int("temporal_patch_size"),
             min_tokens=min_tokens,
             max_tokens=max_tokens,
             resample=_resample(file),
         )
 
     def read(self, data: bytes, index: int) -> Pixels:
-        """The picture of one image file. BadRequest names the index of its input."""
+        """Decode and resize one image file to uint8 [height, width, 3].
+
+        Raises:
+            BadRequest: The image is rejected by `decode`.
+        """
         image = decode(data, index)
-        height, width = self.resized(image.height, image.width)
+        height, width = self.target_size(image.height, image.width)
         return np.array(image.resize((width, height), self.resample), dtype=np.uint8)
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """transformers' smart_resize. A long and thin picture may exceed a small max_tokens, as it does there."""
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width after resizing, by transformers' smart_resize.
+
+        As in transformers, a long and thin image may exceed a small max_tokens.
+        """
         factor = self.patch_size * self.merge_size
-        most, least = self.max_tokens * factor**2, self.min_tokens * factor**2
-        high, wide = round(height / factor) * factor, round(width / factor) * factor
-        if high * wide > most:
-            shrink = math.sqrt(height * width / most)
-            high = max(factor, math.floor(height / shrink / factor) * factor)
-            wide = max(factor, math.floor(width / shrink / factor) * factor)
-        elif high * wide < least:
-            grow = math.sqrt(least / (height * width))
-            high, wide = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
-        return high, wide
+        max_pixels, min_pixels = self.max_tokens * factor**2, self.min_tokens * factor**2
+        new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+        if new_height * new_width > max_pixels:
+            shrink = math.sqrt(height * width / max_pixels)
+            new_height = max(factor, math.floor(height / shrink / factor) * factor)
+            new_width = max(factor, math.floor(width / shrink / factor) * factor)
+        elif new_height * new_width < min_pixels:
+            grow = math.sqrt(min_pixels / (height * width))
+            new_height = math.ceil(height * grow / factor) * factor
+            new_width = math.ceil(width * grow / factor) * factor
+        return new_height, new_width
 
 
-def _processor(directory: Path) -> JsonFile:
-    """The image processor's settings, where transformers looks: inside processor_config.json, or in its own file."""
+def _read_settings(directory: Path) -> JsonFile:
+    """Read the image processor's settings from processor_config.json, or from preprocessor_config.json if it has none.
+
+    Raises:
+        ConfigError: Both files lack the settings, or a setting is not implemented.
+    """
     file = JsonFile(directory / "processor_config.json")
     if file.has("image_processor"):
         file.values = file.get("image_processor", dict, {})
@@ -226,42 +268,42 @@ def _processor(directory: Path) -> JsonFile:
         file = JsonFile(directory / "preprocessor_config.json", required=True)
     for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if not file.get(switch, bool, True):
-            raise file.refuse(switch, "only true is implemented")
+            raise file.error(switch, "only true is implemented")
     if not math.isclose(file.get("rescale_factor", (int, float), 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise file.refuse("rescale_factor", "only 1/255 is implemented")
+        raise file.error("rescale_factor", "only 1/255 is implemented")
     return file
 
 
 def _channels(file: JsonFile, key: str) -> Channels:
-    values = file.need(key, list)
+    values = file.require(key, list)
     if len(values) != 3 or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-        raise file.refuse(key, "not three numbers")
+        raise file.error(key, "must be three finite numbers")
     if key == "image_std" and min(values) <= 0:
-        raise file.refuse(key, "not above 0")
+        raise file.error(key, "must be above 0")
     red, green, blue = map(float, values)
     return red, green, blue
 
 
 def _resample(file: JsonFile) -> Image.Resampling:
-    stated = file.get("resample", int, Image.Resampling.BICUBIC)
+    code = file.get("resample", int, Image.Resampling.BICUBIC)
     try:
-        return Image.Resampling(stated)
+        return Image.Resampling(code)
     except ValueError:
-        raise file.refuse("resample", "not one of Pillow's filters") from None
+        raise file.error("resample", "must be the number of a Pillow resampling filter") from None
 
 
 def _size(file: JsonFile, key: str) -> int | tuple[int, int]:
-    """One length, or height and width."""
+    """Read a size: one length (of the shortest edge), or height and width."""
     value = file.get(key, (int, dict), None)
     if value is None:
         raise ConfigError(f"{file.path}: '{key}' is missing")
     sides = value if isinstance(value, dict) else {"shortest_edge": value}
     if not all(type(side) is int and side > 0 for side in sides.values()):
-        raise file.refuse(key, "not made of whole numbers above 0")
+        raise file.error(key, "must consist of whole numbers above 0")
     if sides.keys() == {"height", "width"}:
         return sides["height"], sides["width"]
     if sides.keys() != {"shortest_edge"} or (key == "crop_size" and sides is value):
-        raise file.refuse(key, "neither one length nor height and width")
+        raise file.error(key, "must be one length, or height and width")
     return int(sides["shortest_edge"])
 
 

@@ -1,4 +1,4 @@
-"""Job: the rows of one request between their admission and the one reply, and what makes two rows the same."""
+"""Jobs: the rows of one request from admission to its reply, and the identity of rows."""
 
 import hashlib
 import logging
@@ -16,13 +16,13 @@ from triton_embed.python_backend.row import Row
 log = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 0.05
-COMPUTED, IN_FLIGHT, CACHED = range(3)  # where a row's vector came from: the output REUSED
+COMPUTED, IN_FLIGHT, CACHED = range(3)  # values of the output REUSED: where the vector of a row came from
 
 Key = tuple[int, bytes, bytes]
 
 
 class Reply(Protocol):
-    """Where the outcome of a job goes: exactly one of `done`, `failed` and `dropped`, exactly once.
+    """Receives the outcome of a job: exactly one call of `done`, `failed` or `dropped`.
 
     `reused` int32 [rows]: COMPUTED, IN_FLIGHT or CACHED.
     """
@@ -33,25 +33,27 @@ class Reply(Protocol):
     def dropped(self, reason: str) -> None: ...
 
 
-class Flight:
-    """A vector on its way, and the places of all jobs that wait for it. `taken`: by a forward pass."""
+class PendingRow:
+    """A row without a vector, with the jobs that need it and its indices in each. `started`: part of a forward pass."""
 
-    __slots__ = ("dims", "jobs", "key", "row", "taken")
+    __slots__ = ("dims", "jobs", "key", "row", "started")
 
     def __init__(self, key: Key, row: Row, dims: int) -> None:
         self.key = key
         self.row = row
         self.dims = dims
         self.jobs: dict[Job, list[int]] = {}
-        self.taken = False
+        self.started = False
 
 
 class Job:
-    """The rows of one request: they may be spread over several forward passes, the reply is one.
+    """The rows of one request. They may be spread over several forward passes; there is one reply.
 
-    `places`: where each distinct row stands, the shortest first, so that equal lengths are computed as neighbours;
-    `cost`: tokens of the distinct rows; `vectors`: fp32 [rows, dims]. `deadline`, on the monotonic clock: a job that
-    has not begun by then is dropped.
+    Attributes:
+        indices: Indices of each distinct row, shortest row first, so that rows of equal length are computed together.
+        cost: Tokens of the distinct rows.
+        vectors: fp32 [rows, dims].
+        deadline: On the monotonic clock; a job that has not started by then is dropped.
     """
 
     def __init__(self, rows: Sequence[Row], dims: int, reply: Reply, deadline: float = math.inf) -> None:
@@ -59,47 +61,47 @@ class Job:
         self.dims = dims
         self.reply = reply
         self.deadline = deadline
-        self.places: dict[Key, list[int]] = {}
+        self.indices: dict[Key, list[int]] = {}
         for i in sorted(range(len(rows)), key=lambda i: rows[i].cost):
-            self.places.setdefault(identity(rows[i], dims), []).append(i)
-        self.cost = sum(rows[places[0]].cost for places in self.places.values())
+            self.indices.setdefault(identity(rows[i], dims), []).append(i)
+        self.cost = sum(rows[indices[0]].cost for indices in self.indices.values())
         self.vectors = np.empty((len(rows), dims), dtype=np.float32)
         self.reused = np.full(len(rows), IN_FLIGHT, dtype=np.int32)
-        self.left = len(rows)  # without a vector
-        self.flights: list[Flight] = []  # of every row that was not in the cache
-        self.waiting: deque[Flight] = deque()  # those that its turn has not come to
+        self.missing = len(rows)  # rows without a vector
+        self.pending: list[PendingRow] = []  # every distinct row that was not cached
+        self.queue: deque[PendingRow] = deque()  # pending rows not yet considered for a pass
         self.submitted = time.monotonic()
-        self.told = False  # how long it waited
+        self.wait_reported = False
 
     @property
-    def begun(self) -> bool:
-        """Whether a forward pass has taken any of it."""
-        return any(flight.taken for flight in self.flights)
+    def started(self) -> bool:
+        """Whether a forward pass includes any of its rows."""
+        return any(row.started for row in self.pending)
 
-    def fill(self, places: Sequence[int], vector: npt.NDArray[np.float32]) -> None:
-        """Take the vector of these rows, which are one and the same."""
-        for i in places:
+    def fill(self, indices: Sequence[int], vector: npt.NDArray[np.float32]) -> None:
+        """Set the vector of these rows, which are identical."""
+        for i in indices:
             self.vectors[i] = vector
-        self.left -= len(places)
+        self.missing -= len(indices)
 
-    def given_up(self) -> str | None:
-        """Why nobody waits for it any more, if so.
+    def drop_reason(self) -> str | None:
+        """Return why the job should be dropped, or None.
 
-        Asking costs tens of microseconds: only where it may have waited long.
+        Cancellation is checked only after a while, because the check takes tens of microseconds.
         """
         now = time.monotonic()
         if now > self.deadline:
-            return "The request's deadline passed before its computation began"
+            return "The request's deadline passed before its computation started"
         if now - self.submitted < CANCEL_SECONDS:
             return None
         try:
             return "The request was cancelled" if self.reply.cancelled() else None
         except Exception:
-            log.exception("a request could not be asked whether it was cancelled")
+            log.exception("Could not check whether a request was cancelled")
             return None
 
     def finish(self, reason: str | None = None) -> None:
-        """One reply, whatever happens: a caller without one would wait for ever."""
+        """Send exactly one reply in any case: a caller without one would wait forever."""
         if reason is None and not np.isfinite(self.vectors).all():
             reason = "The model computed a vector that is not finite"
         if reason is None:
@@ -107,19 +109,21 @@ class Job:
                 self.reply.done(self.vectors, self.reused)
                 return
             except Exception:
-                log.exception("a reply could not be sent")
+                log.exception("A reply could not be sent")
                 reason = "The reply could not be sent"
         self.reply.failed(reason)
 
 
 def identity(row: Row, dims: int) -> Key:
-    """What decides a vector: its size, the ids, in which the prompt is written, and the pictures by SHA-256, which
-    callers cannot make collide."""
-    pictures = b""
+    """Return what determines a vector: its dimensions, the token ids (prompt included), and the images.
+
+    Images are hashed with SHA-256, for which callers cannot construct collisions.
+    """
+    images = b""
     if row.pictures:
         digest = hashlib.sha256()
         for pixels in row.pictures:
             digest.update(repr(pixels.shape).encode())
             digest.update(pixels.tobytes())
-        pictures = digest.digest()
-    return dims, row.ids.tobytes(), pictures
+        images = digest.digest()
+    return dims, row.ids.tobytes(), images

@@ -1,4 +1,4 @@
-"""A checkpoint's JSON files, read key by key: every fault names file, key and value."""
+"""Typed access to a checkpoint's JSON files: every error names file, key and value."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,10 @@ from triton_embed.python_backend.errors import ConfigError
 
 
 class JsonFile:
-    """A JSON object of a checkpoint; empty where there is no file and none is required.
+    """A JSON object of a checkpoint; empty if the file does not exist and is not required.
 
-    ConfigError, naming file, key and value: no file, no JSON object, a missing key or a value of another kind.
+    Raises:
+        ConfigError: The file is missing, is not a JSON object, lacks a key, or has a value of the wrong type.
     """
 
     def __init__(self, path: Path, required: bool = False) -> None:
@@ -20,63 +21,64 @@ class JsonFile:
         self.values: dict[str, Any] = read_json(path, dict)
 
     def nested(self, key: str) -> "JsonFile":
-        """The object under a key, read the same way; empty where there is none."""
-        found = object.__new__(JsonFile)
-        found.path, found.values = f"{self.path}: {key}", self.get(key, dict, {})
-        return found
+        """Return the object under a key as a JsonFile; empty if the key is missing."""
+        inner = object.__new__(JsonFile)
+        inner.path, inner.values = f"{self.path}: {key}", self.get(key, dict, {})
+        return inner
 
     def has(self, key: str) -> bool:
-        """Whether the key is there with a value; null is none."""
+        """Return whether the key has a value; null counts as missing."""
         return self.values.get(key) is not None
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        """The value, of this kind, or the default where there is none."""
+        """Return the value, checked to be of type `kind`, or the default if the key is missing."""
         if not self.has(key):
             return default
         value = self.values[key]
         if kind is float and type(value) is int:
-            return float(value)  # JSON writes 1e6 as 1000000
+            return float(value)  # a JSON file may contain 1000000 for 1e6
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise self.refuse(key, f"not of type {' or '.join(k.__name__ for k in kinds)}")
+            raise self.error(key, f"expected type {' or '.join(k.__name__ for k in kinds)}")
         return value
 
-    def need(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """The value, which must be there."""
+    def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        """Return the value of a required key, checked to be of type `kind`."""
         if not self.has(key):
             raise ConfigError(f"{self.path}: '{key}' is missing")
         return self.get(key, kind, None)
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0, which must be there unless it has a default."""
-        value: int = self.need(key, int) if default is None else self.get(key, int, default)
+    def positive_int(self, key: str, default: int | None = None) -> int:
+        """Return an integer above 0; the key is required if `default` is None."""
+        value: int = self.require(key, int) if default is None else self.get(key, int, default)
         if value < 1:
-            raise self.refuse(key, "not above 0")
+            raise self.error(key, "must be above 0")
         return value
 
-    def positive(self, key: str, default: float | None = None) -> float:
-        """A number above 0, which must be there unless it has a default."""
-        value: float = self.need(key, float) if default is None else self.get(key, float, default)
+    def positive_float(self, key: str, default: float | None = None) -> float:
+        """Return a number above 0; the key is required if `default` is None."""
+        value: float = self.require(key, float) if default is None else self.get(key, float, default)
         if value <= 0:
-            raise self.refuse(key, "not above 0")
+            raise self.error(key, "must be above 0")
         return value
 
-    def refuse(self, key: str, why: str) -> ConfigError:
-        """The error that names this file, the key and its value."""
-        return ConfigError(f"{self.path}: {key} is {self.values.get(key)!r}, {why}")
+    def error(self, key: str, reason: str) -> ConfigError:
+        """Build an error that names this file, the key, its value and the reason."""
+        return ConfigError(f"{self.path}: {key} is {self.values.get(key)!r}; {reason}")
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """A JSON file that holds a dict or a list, as `kind` says; an empty one where there is no file.
+    """Read a JSON file whose top level is a dict or a list, as `kind` says; return an empty one if it does not exist.
 
-    ConfigError: it is not JSON, or holds something else.
+    Raises:
+        ConfigError: The file is not valid JSON, or its top level is of another type.
     """
     if not path.is_file():
         return kind()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, kind):
-        raise ConfigError(f"{path} does not hold a JSON {'object' if kind is dict else 'list'}")
-    return found
+    if not isinstance(value, kind):
+        raise ConfigError(f"{path} does not contain a JSON {'object' if kind is dict else 'list'}")
+    return value

@@ -1,4 +1,4 @@
-"""Thin modules over kernels.ops: they hold parameters under the checkpoint's names and nothing else."""
+"""Thin modules over kernels.ops that hold only parameters, under the checkpoint's names."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ class Linear(nn.Module):
         self.act = act
 
     def pack(self, in_int8: bool = False) -> None:
-        """Lay the loaded weight out for speed; the plain one is gone after that."""
+        """Replace the loaded weight by one in the fastest layout."""
         packed = ops.pack_linear(self.weight.data, in_int8)
         del self.weight
         self.weight = nn.Parameter(packed, requires_grad=False) if isinstance(packed, Tensor) else packed
@@ -29,7 +29,7 @@ class Linear(nn.Module):
 
 
 class FusedLinear(Linear):
-    """Several projections of one input as one: the checkpoint's tensors, of these sizes, one below the other."""
+    """Several projections of one input as one: tensors of these sizes, concatenated."""
 
     def __init__(self, inputs: int, sizes: tuple[int, ...], bias: bool = True) -> None:
         super().__init__(inputs, sum(sizes), bias=bias)
@@ -37,15 +37,15 @@ class FusedLinear(Linear):
 
 
 class PatchEmbedding(Linear):
-    """A convolution whose stride is its kernel, over patches that are cut out already: [P, C*kernel] -> [P,N]."""
+    """A convolution whose stride is its kernel, over extracted patches: [P, C*kernel] -> [P,N]."""
 
     def __init__(self, kernel: tuple[int, ...], outputs: int) -> None:
         super().__init__(3 * math.prod(kernel), outputs, bias=False)
-        self.weight = nn.Parameter(torch.empty(outputs, 3, *kernel))  # as the checkpoint has it, until it is packed
+        self.weight = nn.Parameter(torch.empty(outputs, 3, *kernel))  # as in the checkpoint, until it is packed
 
     def pack(self, in_int8: bool = False) -> None:
         self.weight = nn.Parameter(self.weight.data.flatten(1), requires_grad=False)
-        super().pack()  # few products, of the pixels themselves
+        super().pack()  # never int8: few products, directly on pixels
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.flatten(1) if isinstance(self.weight, Tensor) and self.weight.dim() > 2 else self.weight
@@ -53,12 +53,12 @@ class PatchEmbedding(Linear):
 
 
 class Projection(Linear):
-    """A map of pooled vectors: fp32 whatever the rest of the network is, and few rows, so never packed."""
+    """A projection of pooled vectors: always fp32, and never packed because it has few rows."""
 
     dtype = torch.float32
 
     def pack(self, in_int8: bool = False) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class LayerNorm(nn.Module):
@@ -80,7 +80,7 @@ class LayerNorm(nn.Module):
 
 
 class PostLayerNorm(LayerNorm):
-    """LayerNorm of x + residual, and the same as the next residual, for blocks that go on from what it gives."""
+    """LayerNorm of x + residual, and the same as the next residual, for post-norm blocks."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.post_layer_norm(x, residual, self.weight, self.bias, self.eps, rows)

@@ -1,4 +1,4 @@
-"""Qwen2VL: a decoder that reads the tokens of pictures among those of the text."""
+"""Qwen2-VL: a decoder that reads image tokens among text tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,14 +13,14 @@ from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.decoder import Decoder
 from triton_embed.python_backend.prefix import Prefix
 from triton_embed.python_backend.row import Ids, Row
-from triton_embed.python_backend.shapes import Qwen2VLShape
+from triton_embed.python_backend.shapes import Qwen2VLConfig
 from triton_embed.python_backend.vision import VisionTower
 
 
 class Qwen2VL(nn.Module):
-    """Rows of token ids with pictures -> hidden states as Decoder gives them, and their layout."""
+    """Rows of token ids with images -> hidden states as from Decoder, and their layout."""
 
-    # The hub's names, transformers 5's, and those of a bare Qwen2VLModel.
+    # Names of the hub, of transformers 5, and of a bare Qwen2VLModel.
     naming = replace(
         Decoder.naming,
         renames=(
@@ -30,7 +30,7 @@ class Qwen2VL(nn.Module):
         ),
     )
 
-    def __init__(self, model: ModelConfig, shape: Qwen2VLShape, device: str) -> None:
+    def __init__(self, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
         super().__init__()
         self._shape, self._device = shape, device
         self._rule = model.image_positions
@@ -49,11 +49,11 @@ class Qwen2VL(nn.Module):
         return self.language_model.lay_out(rows, [self._positions(row) for row in rows], prefix)
 
     def compute(self, batch: Batch) -> Tensor:
-        """Rows without pictures."""
+        """Lay out rows without images."""
         return self.language_model.compute(batch)
 
     def sample_pictures(self) -> list[Row]:
-        """A row to warm up with: a picture of 2 x 2 tokens, and one that is read behind it."""
+        """Return a row for warm-up: an image of 2 x 2 tokens, and a token after it."""
         side = 2 * self._shape.patch_size * self._shape.merge
         ids = np.array([*[self._shape.image_token] * 4, 0], dtype=np.int32)
         return [Row(ids, (np.full((side, side, 3), 127, dtype=np.uint8),), 4 * self._shape.merge**2)]
@@ -62,7 +62,7 @@ class Qwen2VL(nn.Module):
         return self.language_model.read_prefix(ids)
 
     def _positions(self, row: Row) -> npt.NDArray[np.int64]:
-        """Time, height and width [3,n] of each token.
+        """Return time, height and width [3,n] of each token.
 
         `mrope` (transformers' get_rope_index): text counts up on all three axes, a picture's tokens stand still in
         time and lie on a grid, and what follows goes on after its longer side. `sequential`: everything counts up,

@@ -1,4 +1,4 @@
-"""What a caller may ask of a model, read and checked: pure functions, each error a BadRequest."""
+"""Validation of tensors and parameters of a request: pure functions that raise BadRequest."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from triton_embed.python_backend.errors import BadRequest
 
 @dataclass(frozen=True)
 class Item:
-    """One input as it was sent: a text, encoded image files, or both."""
+    """One input as received: a text, encoded image files, or both."""
 
     text: str = ""
     images: tuple[bytes, ...] = ()
@@ -29,14 +29,18 @@ PARAMETERS = {
     "on_error": str,
     "timeout_ms": int,
 }
-# Of parameters that take one of a few words, the default first.
+# Parameters with a fixed set of values; the first is the default.
 CHOICES = {"truncate": ("end", "start", "none"), "long_text": ("truncate", "mean"), "on_error": ("fail", "report")}
-PROMPT = ("instruction", "prompt_name")  # what a row's own prompt may hold, one of them
+PROMPT = ("instruction", "prompt_name")  # keys of an entry of prompts, which may have one of them
 PROMPTS = (*PROMPT, "prompts")
 
 
 def parse_parameters(text: str) -> dict[str, Any]:
-    """The request parameters, each known and of its kind. BadRequest names the one that is not."""
+    """Parse the request parameters.
+
+    Raises:
+        BadRequest: for an unknown parameter or a wrong type or value.
+    """
     parameters: dict[str, Any] = json.loads(text) if text else {}
     if not parameters:
         return parameters
@@ -46,9 +50,9 @@ def parse_parameters(text: str) -> dict[str, Any]:
         if type(value) is not PARAMETERS[key]:
             kind = "a whole number" if PARAMETERS[key] is int else "a string"
             raise BadRequest(f"Parameter '{key}' must be {kind}, got {value!r}")
-    for key, known in CHOICES.items():
-        if parameters.get(key, known[0]) not in known:
-            words = f"{', '.join(known[:-1])} or {known[-1]}"
+    for key, choices in CHOICES.items():
+        if parameters.get(key, choices[0]) not in choices:
+            words = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise BadRequest(f"{key} must be {words}, got '{parameters[key]}'")
     if parameters.get("timeout_ms", 1) < 1:
         raise BadRequest(f"timeout_ms must be greater than 0, got {parameters['timeout_ms']}")
@@ -58,7 +62,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
 
 
 def check_dimensions(dimensions: int | None, name: str, model: ModelConfig) -> None:
-    """SGLang's rules and texts for an output size the model was not asked to learn."""
+    """Refuse dimensions the model was not trained for, by SGLang's rules and in its words."""
     if dimensions is None or dimensions == model.dimensions:
         return
     if dimensions < 1:
@@ -78,15 +82,19 @@ def check_dimensions(dimensions: int | None, name: str, model: ModelConfig) -> N
 
 
 def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
-    """The prompt of each row: nothing, an instruction or a prompt_name. BadRequest names the row that is otherwise."""
+    """Parse the prompt of each row: empty, an instruction or a prompt_name.
+
+    Raises:
+        BadRequest: naming the row with an invalid prompt.
+    """
     try:
-        found = json.loads(text)
+        entries = json.loads(text)
     except (ValueError, RecursionError):
         raise BadRequest("prompts is not valid JSON") from None
-    if not isinstance(found, list) or len(found) != rows:
-        count = f"{len(found)} entries" if isinstance(found, list) else "no list"
+    if not isinstance(entries, list) or len(entries) != rows:
+        count = f"{len(entries)} entries" if isinstance(entries, list) else "no list"
         raise BadRequest(f"prompts must be a list with an entry for each of the {rows} rows, got {count}")
-    prompts = [{} if prompt is None else prompt for prompt in found]
+    prompts = [{} if prompt is None else prompt for prompt in entries]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, dict) or not prompt.keys() <= set(PROMPT) or len(prompt) > 1:
             raise BadRequest(f"An entry of prompts must hold an instruction or a prompt_name (input at index {i})")
@@ -101,30 +109,38 @@ def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
 
 
 def count_rows(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object_] | None) -> int:
-    """Rows of TEXT and IMAGE. BadRequest: neither tensor, different numbers of rows, or TEXT with several columns."""
-    given = [tensor for tensor in (text, image) if tensor is not None]
-    if not given:
+    """Return the number of rows of TEXT and IMAGE.
+
+    Raises:
+        BadRequest: if both are missing, their numbers of rows differ, or TEXT has several columns.
+    """
+    tensors = [tensor for tensor in (text, image) if tensor is not None]
+    if not tensors:
         raise BadRequest("Send either TEXT or INPUT_IDS")
-    if len({len(tensor) for tensor in given}) > 1:
-        raise BadRequest(f"TEXT has {len(given[0])} rows, IMAGE has {len(given[1])}")
+    if len({len(tensor) for tensor in tensors}) > 1:
+        raise BadRequest(f"TEXT has {len(tensors[0])} rows, IMAGE has {len(tensors[1])}")
     if text is not None and text.size != len(text):
         raise BadRequest(f"TEXT must be [rows, 1], got {list(text.shape)}")
-    return len(given[0])
+    return len(tensors[0])
 
 
 def read_item(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object_] | None, row: int) -> Item:
-    """A row of TEXT and IMAGE; a text of nothing but white space is none. BadRequest: the text is not UTF-8."""
-    found = b"" if text is None else text[row].reshape(-1)[0]
+    """Return a row of TEXT and IMAGE. A text of white space alone counts as empty.
+
+    Raises:
+        BadRequest: if the text is not UTF-8.
+    """
+    cell = b"" if text is None else text[row].reshape(-1)[0]
     try:
-        written = found.decode("utf-8")
+        decoded = cell.decode("utf-8")
     except UnicodeDecodeError:
         raise BadRequest(f"Input at index {row} is not valid UTF-8") from None
     images = () if image is None else tuple(x for x in image[row].reshape(-1) if x)
-    return Item(written if written.strip() else "", images)
+    return Item(decoded if decoded.strip() else "", images)
 
 
 def unpad_ids(row: npt.NDArray[np.int32], index: int) -> npt.NDArray[np.int32]:
-    """Cut the -1s at the end; any other negative id stays and is refused as outside the vocabulary."""
+    """Remove the -1s at the end. Other negative ids stay, and are refused as outside the vocabulary later."""
     end = len(row)
     while end and row[end - 1] == -1:
         end -= 1

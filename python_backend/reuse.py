@@ -1,7 +1,7 @@
-"""No work twice: rows that are the same are computed once, and their vector goes to everyone who asked for it.
+"""Deduplication: identical rows are computed once, and every request that needs the vector gets it.
 
-That holds within a request, among requests that wait and for rows that are being computed. Beyond that, vectors are
-remembered where the operator gave them memory.
+This covers rows within a request, rows of waiting requests, and rows in a running forward pass. Beyond that, vectors
+are cached if the operator has set a cache size.
 """
 
 import sys
@@ -11,50 +11,50 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from triton_embed.python_backend.job import CACHED, Flight, Job, Key
+from triton_embed.python_backend.job import CACHED, Job, Key, PendingRow
 
 Vector = npt.NDArray[np.float32]
 
-ENTRY_BYTES = 150  # of an OrderedDict's entry, at most
+ENTRY_BYTES = 150  # most memory of an OrderedDict entry
 
 
 class Cache:
-    """The vectors that were used last, in at most `limit` bytes, keys counted; 0: none.
+    """A least-recently-used cache of vectors in at most `max_bytes`, keys included.
 
-    A key holds no name of the checkpoint: a cache lives in the process of one load of one checkpoint, and ends with it.
+    Keys do not name the checkpoint, because a cache lives in the process of one loaded checkpoint.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._vectors: OrderedDict[Key, Vector] = OrderedDict()
         self.bytes = 0
 
     def get(self, key: Key) -> Vector | None:
-        """Read-only."""
+        """Return a vector, which is read-only, or None."""
         vector = self._vectors.get(key)
         if vector is not None:
             self._vectors.move_to_end(key)
         return vector
 
     def put(self, key: Key, vector: Vector) -> None:
-        """Remember a copy of a vector that is finite and small enough; those used longest ago are forgotten for it."""
+        """Store a copy of a vector if it is finite and fits, and evict the least recently used ones."""
         if key in self._vectors or not np.isfinite(vector).all():
             return
-        kept = vector.copy()
-        kept.flags.writeable = False
-        if (size := size_of(key, kept)) > self._limit:
+        stored = vector.copy()
+        stored.flags.writeable = False
+        if (size := entry_bytes(key, stored)) > self._max_bytes:
             return
-        self._vectors[key] = kept
+        self._vectors[key] = stored
         self.bytes += size
-        while self.bytes > self._limit:
-            self.bytes -= size_of(*self._vectors.popitem(last=False))
+        while self.bytes > self._max_bytes:
+            self.bytes -= entry_bytes(*self._vectors.popitem(last=False))
 
 
-class Reuse:
-    """The vectors on their way, and those in the cache. Not safe among threads: the scheduler holds its lock."""
+class DedupCache:
+    """Pending rows and cached vectors. Not thread-safe: the scheduler holds its lock."""
 
     def __init__(self, cache_bytes: int = 0) -> None:
-        self._flights: dict[Key, Flight] = {}
+        self._pending: dict[Key, PendingRow] = {}
         self._cache = Cache(cache_bytes) if cache_bytes else None
 
     @property
@@ -62,51 +62,52 @@ class Reuse:
         return self._cache.bytes if self._cache else 0
 
     def join(self, job: Job) -> int:
-        """Give a job what is in the cache; for the rest it waits, with others that wait for the same.
+        """Fill a job's rows from the cache, and register the job for the pending rows of the rest.
 
-        Returns how many of its rows were in the cache.
+        Returns:
+            The number of rows that were cached.
         """
-        rows = job.left
-        for key, places in job.places.items():
+        missing_before = job.missing
+        for key, indices in job.indices.items():
             if self._cache and (vector := self._cache.get(key)) is not None:
-                job.fill(places, vector)
-                job.reused[places] = CACHED
+                job.fill(indices, vector)
+                job.reused[indices] = CACHED
                 continue
-            flight = self._flights.get(key)
-            if flight is None:
-                flight = self._flights[key] = Flight(key, job.rows[places[0]], job.dims)
-            flight.jobs[job] = places
-            job.flights.append(flight)
-        job.waiting.extend(job.flights)
-        return rows - job.left
+            pending = self._pending.get(key)
+            if pending is None:
+                pending = self._pending[key] = PendingRow(key, job.rows[indices[0]], job.dims)
+            pending.jobs[job] = indices
+            job.pending.append(pending)
+        job.queue.extend(job.pending)
+        return missing_before - job.missing
 
     def leave(self, job: Job) -> None:
-        """A job waits no more. What others wait for stays on its way."""
-        for flight in job.flights:
-            flight.jobs.pop(job, None)
-            if not flight.jobs and not flight.taken:
-                del self._flights[flight.key]
+        """Remove a job from its pending rows. Rows that other jobs need stay."""
+        for pending in job.pending:
+            pending.jobs.pop(job, None)
+            if not pending.jobs and not pending.started:
+                del self._pending[pending.key]
 
-    def land(self, flights: Sequence[Flight], vectors: Iterable[Vector]) -> list[Job]:
-        """Hand the vectors to everyone who waits for them. Returns those who wait for nothing more."""
+    def complete(self, rows: Sequence[PendingRow], vectors: Iterable[Vector]) -> list[Job]:
+        """Give the vectors to every job that needs them. Return the jobs that are complete."""
         complete = []
-        for flight, vector in zip(flights, vectors, strict=True):
-            del self._flights[flight.key]
+        for pending, vector in zip(rows, vectors, strict=True):
+            del self._pending[pending.key]
             if self._cache:
-                self._cache.put(flight.key, vector)
-            for job, places in flight.jobs.items():
-                job.fill(places, vector)
-                if not job.left:
+                self._cache.put(pending.key, vector)
+            for job, indices in pending.jobs.items():
+                job.fill(indices, vector)
+                if not job.missing:
                     complete.append(job)
         return complete
 
-    def fail(self, flights: Sequence[Flight]) -> set[Job]:
-        """Nobody gets these vectors. Returns those who waited for them."""
-        for flight in flights:
-            del self._flights[flight.key]
-        return {job for flight in flights for job in flight.jobs}
+    def fail(self, rows: Sequence[PendingRow]) -> set[Job]:
+        """Drop rows whose computation failed. Return the jobs that needed them."""
+        for pending in rows:
+            del self._pending[pending.key]
+        return {job for pending in rows for job in pending.jobs}
 
 
-def size_of(key: Key, vector: Vector) -> int:
-    """Bytes that an entry takes, its places in the dictionary and in the order of use included."""
+def entry_bytes(key: Key, vector: Vector) -> int:
+    """Return the memory of a cache entry, including the dictionary's own."""
     return sum(map(sys.getsizeof, (key, *key, vector))) + ENTRY_BYTES

@@ -1,6 +1,6 @@
 """Rotary positions: the frequencies of each scaling, and the angles of a packed batch.
 
-The rules are those of transformers' `modeling_rope_utils`, after the papers it cites; all of it in fp32.
+The rules follow transformers' `modeling_rope_utils` and the papers it cites. Everything is computed in fp32.
 """
 
 import math
@@ -9,26 +9,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triton_embed.python_backend.shapes import Rope
+from triton_embed.python_backend.shapes import RopeConfig
 
 
 class Rotary:
-    """Positions -> the cosines and sines every layer shares."""
+    """Positions -> the cosines and sines that every layer shares."""
 
-    def __init__(self, rope: Rope, device: str) -> None:
+    def __init__(self, rope: RopeConfig, device: str) -> None:
         self._rope = rope
-        with torch.device("cpu"):  # these are constants, real even where parameters are built on meta
+        with torch.device("cpu"):  # constants need real memory even while parameters are built on meta
             self._frequencies = frequencies(rope).to(device)
-            # Column j of the D/2 angles follows this axis of the position.
+            # Column j of the D/2 angles depends on this axis of the position.
             self._axis = torch.repeat_interleave(torch.tensor(rope.sections)).to(device)
         self._scale = attention_factor(rope)
 
     def __call__(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """positions int [A,T], one row an axis; `lengths` of the packed sequences -> cos, sin fp32 [T, D/2].
+        """Return cos and sin fp32 [T, D/2] of positions int [A,T], a row per axis.
 
-        A sequence longer than the model was made for gets frequencies of its own where the scaling is dynamic.
+        With dynamic scaling, a sequence longer than the trained length gets its own frequencies.
+
+        Args:
+            lengths: Of the packed sequences.
         """
-        # [T, D/2], laid out so: every layer reads what follows from it.
+        # Contiguous [T, D/2], because every layer reads cos and sin.
         by_column = positions.T[:, self._axis].float()
         angles = by_column * self._frequencies
         if self._rope.kind == "dynamic" and max(lengths) > self._rope.positions:
@@ -41,12 +44,12 @@ class Rotary:
         return angles.cos() * self._scale, angles.sin() * self._scale
 
 
-def frequencies(rope: Rope, length: int = 0) -> Tensor:
-    """fp32 [D/2]: radians a position, for a sequence of `length` tokens (which only dynamic scaling looks at)."""
+def frequencies(rope: RopeConfig, length: int = 0) -> Tensor:
+    """Return fp32 [D/2]: radians per position. `length` of the sequence matters to dynamic scaling only."""
     size, theta, numbers = rope.head_dim, rope.theta, rope.scaling
     if rope.kind == "dynamic":
-        grown = numbers["factor"] * max(length, rope.positions) / rope.positions - (numbers["factor"] - 1)
-        theta *= grown ** (size / (size - 2))
+        growth = numbers["factor"] * max(length, rope.positions) / rope.positions - (numbers["factor"] - 1)
+        theta *= growth ** (size / (size - 2))
     plain = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
     if rope.kind == "linear":
         return plain / numbers["factor"]
@@ -57,8 +60,8 @@ def frequencies(rope: Rope, length: int = 0) -> Tensor:
     return plain
 
 
-def attention_factor(rope: Rope) -> float:
-    """What cosines and sines are multiplied by: not 1 for yarn alone."""
+def attention_factor(rope: RopeConfig) -> float:
+    """Return the factor of cosines and sines: other than 1 for yarn only."""
     numbers = rope.scaling
     if rope.kind != "yarn":
         return 1.0
@@ -73,8 +76,8 @@ def attention_factor(rope: Rope) -> float:
     return magnitude(1.0)
 
 
-def _yarn(plain: Tensor, rope: Rope) -> Tensor:
-    """Fast frequencies stay, slow ones are divided by the factor, a linear ramp between (arXiv 2309.00071)."""
+def _yarn(plain: Tensor, rope: RopeConfig) -> Tensor:
+    """Return YaRN's frequencies (arXiv 2309.00071): fast ones unchanged, slow ones divided, linear in between."""
     size, numbers = rope.head_dim, rope.scaling
     trained = numbers.get("original_max_position_embeddings") or rope.positions
 
@@ -91,12 +94,12 @@ def _yarn(plain: Tensor, rope: Rope) -> Tensor:
     return plain / numbers["factor"] * slow + plain * (1 - slow)
 
 
-def _llama3(plain: Tensor, rope: Rope) -> Tensor:
-    """Llama 3.1: wavelengths beyond the trained length are stretched, those well inside it are not."""
+def _llama3(plain: Tensor, rope: RopeConfig) -> Tensor:
+    """Return Llama 3.1's frequencies: wavelengths beyond the trained length are stretched, shorter ones are not."""
     numbers = rope.scaling
     trained, low, high = (
         numbers[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
     )
-    turns = trained * plain / (2 * math.pi)  # how often a frequency turns within the trained length
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return plain / numbers["factor"] * (1 - kept) + plain * kept
+    turns = trained * plain / (2 * math.pi)  # turns of a frequency within the trained length
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain / numbers["factor"] * (1 - unscaled) + plain * unscaled

@@ -1,4 +1,4 @@
-"""Row: one input as the network takes it, whatever it was made of."""
+"""Rows: one input each, as the network reads it."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,18 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3], sides as the vision tower needs them
-Channels = tuple[float, float, float]  # a number for red, green and blue
+Channels = tuple[float, float, float]  # red, green, blue
 NO_IDS: Ids = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids [n], the pictures among or instead of them, and what it all costs.
+    """Token ids [n] and images of one input.
 
-    `vision_tokens`: tokens of the vision tower, over all pictures. `dropped`: tokens that truncation cut off.
-    `shared`: how many of the first ids are an instruction's, and so likely to be met again.
+    Attributes:
+        vision_tokens: Tokens of the vision tower, over all images.
+        dropped: Tokens removed by truncation.
+        shared: How many leading ids belong to an instruction, so that other rows probably begin with them too.
     """
 
     ids: Ids
@@ -27,10 +29,10 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """What usage counts: text tokens with the image tokens among them, or those of a picture alone."""
+        """Tokens counted as usage: text tokens with image tokens among them, or the tokens of an image alone."""
         return len(self.ids) or self.vision_tokens
 
     @property
     def cost(self) -> int:
-        """Tokens to compute, in all towers: what the token budget counts."""
+        """Tokens to compute in all towers, which the token budget counts."""
         return len(self.ids) + self.vision_tokens

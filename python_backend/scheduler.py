@@ -1,8 +1,8 @@
-"""Admission, the token budget, two lanes, and the engine thread that computes while others tokenise and send.
+"""The scheduler: admission of jobs, the token budget of forward passes, two lanes, and the engine thread.
 
-`submit` blocks while a lane has eight forward passes' worth of tokens: that is what makes Triton's own batcher hold
-requests back, so that its queue limits, priorities and timeouts mean something. Each lane counts its own: what a bulk
-request has left to compute keeps no small one out.
+The engine thread computes while other threads tokenize and send. `submit` blocks while a lane holds eight forward
+passes' worth of tokens: this makes Triton's own batcher hold requests back, so that its queue limits, priorities and
+timeouts apply. Each lane counts separately: a bulk request that is still being computed keeps no small job out.
 """
 
 import logging
@@ -19,232 +19,233 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_embed.python_backend.budget import Budget
-from triton_embed.python_backend.delivery import Delivery
-from triton_embed.python_backend.job import COMPUTED, Flight, Job
-from triton_embed.python_backend.reuse import Reuse
+from triton_embed.python_backend.delivery import Sender
+from triton_embed.python_backend.job import COMPUTED, Job, PendingRow
+from triton_embed.python_backend.reuse import DedupCache
 from triton_embed.python_backend.row import Row
 
 log = logging.getLogger(__name__)
 
-ADMITTED = 8  # budgets a lane
-# Tokens of a job, below which to read and answer it costs about as much as to compute it: several of them leave a core
-# to that. Measured with MiniLM on two cores: 128 callers of 12 tokens each are served a sixth faster, and 32 of 100
-# tokens a fifth slower.
-LIGHT = 32
-# That small jobs are taken to keep coming. Meanwhile passes over large ones are smaller, and leave a core to what reads
-# and answers.
+ADMITTED_BUDGETS = 8  # per lane, in forward passes
+# Jobs below this size cost as much I/O as compute, so a pass over several of them leaves a core to I/O (measured with
+# MiniLM on 2 cores: 128 callers of 12 tokens each are served 17 % faster, but 32 callers of 100 tokens 20 % slower).
+LIGHT_JOB_TOKENS = 32
+# How long after the last small job another one is expected. Meanwhile passes over large jobs are smaller and leave a
+# core to I/O.
 RECENT_SECONDS = 0.1
 
-Between = Callable[[], None]
+PauseHook = Callable[[], None]
 
 
 class Compute(Protocol):
-    """Rows -> fp32 [rows, at least max(dims)]. `between` is to be called now and then on the way; it may compute.
-    `spare`: others need a core meanwhile."""
+    """Computes rows -> fp32 [rows, at least max(dims)].
+
+    `pause_hook` is called now and then during the pass and may itself compute. `spare_core`: others need a core.
+    """
 
     def __call__(
-        self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool
+        self, rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool
     ) -> npt.NDArray[np.float32]: ...
 
 
-class Watch(Protocol):
-    """Told of what was done, on the delivery thread."""
+class MetricsSink(Protocol):
+    """Receives measurements on the sender thread."""
 
     def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
-        """One forward pass, its own seconds, and how long each request that began with it had waited."""
+        """Record one forward pass: its own seconds, and how long each job that started with it had waited."""
 
     def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
-        """Rows that got their vector, by where it came from, and what the cache holds now."""
+        """Record rows by the source of their vector, and the size of the cache."""
 
 
 class Lane:
-    """Jobs in the order they came, and the tokens of those that have no reply yet."""
+    """A queue of jobs, and the tokens of its jobs that have no reply yet."""
 
     def __init__(self) -> None:
         self.queue: deque[Job] = deque()
-        self.admitted = 0
+        self.admitted_tokens = 0
 
 
 class Scheduler:
-    """Runs on the engine, an executor of one thread; `close` lets everything admitted be computed first.
+    """Fills forward passes with the rows of jobs and runs them on the engine, an executor of one thread.
 
-    Small jobs go before the others: the lanes take turns where both wait, and a pass over rows of large jobs pauses
-    for what came in the meantime, a little at a time until that is as much as the pass may hold itself, so that a
-    stream of small jobs cannot stop it. They never share a pass, for the small ones would wait for all of it.
+    Small jobs go first: lanes take turns when both wait, and a pass over large jobs pauses for small jobs that arrive
+    meanwhile, up to as many tokens as the pass may hold itself, so that a stream of small jobs cannot stop it. Small
+    and large jobs never share a pass, because the small ones would wait for all of it.
 
-    The engine is given, because torch should be used on no other thread: each thread that runs it gets a pool of
-    OpenMP workers of its own, and with more workers than cores they stop spinning and sleep between operations
-    (a short query then takes about half as long again).
+    The engine is passed in because torch should run on no other thread: each thread that runs it gets a separate pool
+    of OpenMP workers, and with more workers than cores they stop spinning and sleep between operations (measured: a
+    short query then takes about 1.5 times as long).
     """
 
     def __init__(
         self,
         compute: Compute,
         budget: Budget,
-        delivery: Delivery,
+        sender: Sender,
         engine: Executor,
-        watch: Watch | None = None,
+        metrics: MetricsSink | None = None,
         cache_bytes: int = 0,
     ) -> None:
         self._compute = compute
-        self._watch = watch
-        self._delivery = delivery
+        self._metrics = metrics
+        self._sender = sender
         self._budget = budget
         self._small, self._large = Lane(), Lane()
-        self._yielded = False  # large jobs have let small ones go first
-        self._paused = 0.0  # seconds of passes in the pauses of others
-        self._room = 0  # tokens that small jobs may still have in the pauses of this pass
-        self._latest_small = -math.inf  # when one came
-        self._reuse = Reuse(cache_bytes)
+        self._large_yielded = False  # the large lane let the small lane go first
+        self._paused_seconds = 0.0  # spent in passes inside the pauses of others
+        self._pause_tokens = 0  # tokens of small jobs that still fit the pauses of the current pass
+        self._latest_small = -math.inf  # time of the latest small job
+        self._dedup = DedupCache(cache_bytes)
         self._closing = False
-        self._change = threading.Condition()
-        self._running = engine.submit(self._run_engine)
+        self._changed = threading.Condition()
+        self._engine_loop = engine.submit(self._run_engine)
 
     def submit(self, job: Job) -> None:
-        """Admit a job; blocks while its lane is full."""
+        """Admit a job. Block while its lane is full."""
         lane = self._lane_of(job)
-        with self._change:
-            self._change.wait_for(lambda: lane.admitted < ADMITTED * self._budget.whole)
+        with self._changed:
+            self._changed.wait_for(lambda: lane.admitted_tokens < ADMITTED_BUDGETS * self._budget.whole)
             if lane is self._small:
                 self._latest_small = time.monotonic()
-            cached = self._reuse.join(job)
-            if job.left:
-                lane.admitted += job.cost
+            cached = self._dedup.join(job)
+            if job.missing:
+                lane.admitted_tokens += job.cost
                 lane.queue.append(job)
-                self._change.notify_all()
+                self._changed.notify_all()
             else:
-                self._delivery.put(job.finish)
+                self._sender.put(job.finish)
         if cached:
-            self._tell_answered(0, 0, cached)
+            self._report_answered(0, 0, cached)
 
     def close(self) -> None:
-        """Compute what was admitted, then stop."""
-        with self._change:
+        """Compute every admitted job, then stop."""
+        with self._changed:
             self._closing = True
-            self._change.notify_all()
-        self._running.result()
+            self._changed.notify_all()
+        self._engine_loop.result()
 
     def _run_engine(self) -> None:
         while (lane := self._next_lane()) is not None:
             if lane is self._small:
-                self._pass_small(self._budget.whole)
+                self._run_small_pass(self._budget.whole)
             else:
                 shared = time.monotonic() - self._latest_small < RECENT_SECONDS
-                self._room = self._budget.shared if shared else self._budget.whole
-                self._pass(self._take(lane, self._room), self._pause, spare=shared)
+                self._pause_tokens = self._budget.shared if shared else self._budget.whole
+                self._run_pass(self._take(lane, self._pause_tokens), self._pause, spare_core=shared)
 
     def _next_lane(self) -> Lane | None:
-        """Whose turn it is; None: the scheduler is closing."""
-        with self._change:
-            self._change.wait_for(lambda: self._small.queue or self._large.queue or self._closing)
-            if self._large.queue and (self._yielded or not self._small.queue):
-                self._yielded = False
+        """Wait for work. Return the lane whose turn it is, or None if the scheduler is closing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._small.queue or self._large.queue or self._closing)
+            if self._large.queue and (self._large_yielded or not self._small.queue):
+                self._large_yielded = False
                 return self._large
-            self._yielded = bool(self._large.queue)
+            self._large_yielded = bool(self._large.queue)
             return self._small if self._small.queue else None
 
     def _pause(self) -> None:
-        """Amid a pass: compute what small jobs have come."""
-        if not self._small.queue or self._room <= 0:  # without the lock: it is looked at again in the next pause
+        """Compute small jobs that arrived during a pass."""
+        if not self._small.queue or self._pause_tokens <= 0:  # without the lock: the next pause looks again
             return
-        began = time.monotonic()
-        self._room -= self._pass_small(self._budget.small)
-        self._paused += time.monotonic() - began
+        start = time.monotonic()
+        self._pause_tokens -= self._run_small_pass(self._budget.small)
+        self._paused_seconds += time.monotonic() - start
 
-    def _pass_small(self, most: int) -> int:
-        """Compute at most so many tokens of small jobs. Returns how many."""
-        flights = self._take(self._small, most)
-        tokens, jobs = _tokens(flights), len({job for flight in flights for job in flight.jobs})
-        light = jobs > 1 and tokens < LIGHT * jobs
-        self._pass(flights, spare=light or self._large.admitted > 0)
+    def _run_small_pass(self, max_tokens: int) -> int:
+        """Compute up to `max_tokens` tokens of small jobs. Return the number of tokens."""
+        rows = self._take(self._small, max_tokens)
+        tokens, jobs = _tokens(rows), len({job for row in rows for job in row.jobs})
+        light = jobs > 1 and tokens < LIGHT_JOB_TOKENS * jobs
+        self._run_pass(rows, spare_core=light or self._large.admitted_tokens > 0)
         return tokens
 
-    def _take(self, lane: Lane, most: int) -> list[Flight]:
-        """What to compute next, up to `most` tokens and at least one row, the shortest first; none where nobody waits
-        for anything any more."""
-        flights: list[Flight] = []
+    def _take(self, lane: Lane, max_tokens: int) -> list[PendingRow]:
+        """Take the next rows of a lane: up to `max_tokens` and at least one row, shortest first.
+
+        Jobs that are cancelled or too late are dropped, so the result may be empty.
+        """
+        rows: list[PendingRow] = []
         tokens = 0
-        with self._change:
+        with self._changed:
             while lane.queue:
                 job = lane.queue[0]
-                if not job.begun and (reason := job.given_up()):
-                    self._leave([job])
-                    self._delivery.put(partial(job.reply.dropped, reason))
+                if not job.started and (reason := job.drop_reason()):
+                    self._remove([job])
+                    self._sender.put(partial(job.reply.dropped, reason))
                     continue
-                while job.waiting:
-                    flight = job.waiting[0]
-                    if not flight.taken:  # by another job's turn
-                        if flights and tokens + flight.row.cost > most:
+                while job.queue:
+                    row = job.queue[0]
+                    if not row.started:  # else it is computed for another job
+                        if rows and tokens + row.row.cost > max_tokens:
                             break
-                        flight.taken = True
-                        job.reused[flight.jobs[job][0]] = COMPUTED
-                        flights.append(flight)
-                        tokens += flight.row.cost
-                    job.waiting.popleft()
-                if job.waiting:
+                        row.started = True
+                        job.reused[row.jobs[job][0]] = COMPUTED
+                        rows.append(row)
+                        tokens += row.row.cost
+                    job.queue.popleft()
+                if job.queue:
                     break
                 lane.queue.popleft()
-        return sorted(flights, key=lambda flight: flight.row.cost)
+        return sorted(rows, key=lambda row: row.row.cost)
 
-    def _pass(self, flights: Sequence[Flight], between: Between | None = None, *, spare: bool) -> None:
-        if not flights:
+    def _run_pass(self, rows: Sequence[PendingRow], pause_hook: PauseHook | None = None, *, spare_core: bool) -> None:
+        if not rows:
             return
-        began, paused = time.monotonic(), self._paused
-        dims = [flight.dims for flight in flights]
+        start, paused_before = time.monotonic(), self._paused_seconds
+        dims = [row.dims for row in rows]
         try:
-            vectors = self._compute([flight.row for flight in flights], dims, between, spare)
-            if len(vectors) != len(flights) or vectors.shape[1] < max(dims):
-                raise ValueError(
-                    f"{vectors.shape} vectors of {len(flights)} rows, of which the largest has {max(dims)}"
-                )
+            vectors = self._compute([row.row for row in rows], dims, pause_hook, spare_core)
+            if len(vectors) != len(rows) or vectors.shape[1] < max(dims):
+                raise ValueError(f"got vectors {vectors.shape} for {len(rows)} rows of up to {max(dims)} dimensions")
         except Exception:
-            log.exception("a forward pass over %d rows failed", len(flights))
-            self._fail(flights)
+            log.exception("A forward pass over %d rows failed", len(rows))
+            self._fail(rows)
             return
-        seconds = time.monotonic() - began - (self._paused - paused)
-        with self._change:
-            jobs = {job: None for flight in flights for job in flight.jobs}
-            rows = sum(len(places) for flight in flights for places in flight.jobs.values())
-            complete = self._reuse.land(flights, (vector[:size] for vector, size in zip(vectors, dims, strict=True)))
+        seconds = time.monotonic() - start - (self._paused_seconds - paused_before)
+        with self._changed:
+            jobs = {job: None for row in rows for job in row.jobs}
+            row_count = sum(len(indices) for row in rows for indices in row.jobs.values())
+            complete = self._dedup.complete(rows, (vector[:size] for vector, size in zip(vectors, dims, strict=True)))
             for job in complete:
-                self._lane_of(job).admitted -= job.cost
-            self._change.notify_all()
+                self._lane_of(job).admitted_tokens -= job.cost
+            self._changed.notify_all()
         for job in complete:
-            self._delivery.put(job.finish)
-        if self._watch is None:
+            self._sender.put(job.finish)
+        if self._metrics is None:
             return
-        # After the replies, which should not wait for it.
-        waits = [max(0.0, began - job.submitted) for job in jobs if not job.told]
+        # After the replies, which should not wait for the metrics.
+        waits = [max(0.0, start - job.submitted) for job in jobs if not job.wait_reported]
         for job in jobs:
-            job.told = True
-        self._delivery.put(partial(self._watch.passed, waits, seconds, _tokens(flights)))
-        self._tell_answered(len(flights), max(0, rows - len(flights)), 0)
+            job.wait_reported = True
+        self._sender.put(partial(self._metrics.passed, waits, seconds, _tokens(rows)))
+        self._report_answered(len(rows), max(0, row_count - len(rows)), 0)
 
-    def _fail(self, flights: Sequence[Flight]) -> None:
-        with self._change:
-            jobs = self._reuse.fail(flights)
-            self._leave(jobs)
+    def _fail(self, rows: Sequence[PendingRow]) -> None:
+        with self._changed:
+            jobs = self._dedup.fail(rows)
+            self._remove(jobs)
         for job in jobs:
-            self._delivery.put(partial(job.finish, "The model failed to compute this request"))
+            self._sender.put(partial(job.finish, "The model failed to compute this request"))
 
-    def _leave(self, jobs: Collection[Job]) -> None:
-        """Forget jobs that are not complete."""
+    def _remove(self, jobs: Collection[Job]) -> None:
+        """Remove incomplete jobs from their lanes."""
         for job in jobs:
-            self._reuse.leave(job)
+            self._dedup.leave(job)
             lane = self._lane_of(job)
-            lane.admitted -= job.cost
+            lane.admitted_tokens -= job.cost
             if job in lane.queue:
                 lane.queue.remove(job)
-        self._change.notify_all()
+        self._changed.notify_all()
 
     def _lane_of(self, job: Job) -> Lane:
         return self._small if job.cost <= self._budget.small else self._large
 
-    def _tell_answered(self, computed: int, in_flight: int, cached: int) -> None:
-        if self._watch is not None:
-            told = partial(self._watch.answered, computed, in_flight, cached, self._reuse.cache_bytes)
-            self._delivery.put(told)
+    def _report_answered(self, computed: int, in_flight: int, cached: int) -> None:
+        if self._metrics is not None:
+            report = partial(self._metrics.answered, computed, in_flight, cached, self._dedup.cache_bytes)
+            self._sender.put(report)
 
 
-def _tokens(flights: Sequence[Flight]) -> int:
-    return sum(flight.row.cost for flight in flights)
+def _tokens(rows: Sequence[PendingRow]) -> int:
+    return sum(row.row.cost for row in rows)

@@ -1,10 +1,13 @@
-"""EmbeddingServer: a family as Triton sees it. The only file that talks to Triton's Python backend.
+"""EmbeddingServer, the base class of every family, and the only file that talks to Triton's Python backend.
 
-Inputs TEXT (BYTES [n,1]) and, where the model takes pictures, IMAGE (BYTES [n,k]: encoded files, empty = none), or
-INPUT_IDS (INT32 [n,L], rows padded with -1); outputs EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), REUSED
-(INT32 [n,1]: 0 computed for this request, 1 shared with an identical input of it or in flight, 2 from the cache), ERROR
-(BYTES [n,1]) with on_error "report", and without any compute, each when it alone is asked for, INFO (BYTES [n,1]: JSON
-about the model) and IDS (INT32 [n,L]: what the model would read, uncut, rows padded with -1).
+Inputs: TEXT (BYTES [n,1]) and, for models that take images, IMAGE (BYTES [n,k]: encoded files, empty = none); or
+INPUT_IDS (INT32 [n,L], rows padded with -1).
+
+Outputs: EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), REUSED (INT32 [n,1]: 0 computed for this request, 1
+shared with an identical row in flight, 2 from the cache), and ERROR (BYTES [n,1]) with on_error "report". Requested
+alone and without compute: INFO (BYTES [n,1]: JSON about the model) and IDS (INT32 [n,L]: the token ids before
+truncation, rows padded with -1).
+
 Everything else is a request parameter. Every request ends in exactly one response.
 """
 
@@ -22,62 +25,64 @@ import triton_python_backend_utils as pb_utils
 
 from triton_embed.python_backend import checkpoint
 from triton_embed.python_backend.config import ServingConfig
-from triton_embed.python_backend.delivery import Delivery
+from triton_embed.python_backend.delivery import Sender
 from triton_embed.python_backend.engine_metrics import EngineMetrics
 from triton_embed.python_backend.errors import BadRequest
 from triton_embed.python_backend.request import check_dimensions, parse_parameters
 from triton_embed.python_backend.spec import Spec
 
 if TYPE_CHECKING:
-    from triton_embed.python_backend.inputs import Inputs
-    from triton_embed.python_backend.reader import Reader
+    from triton_embed.python_backend.inputs import RequestRows
+    from triton_embed.python_backend.reader import TextProcessor
 
 
 class EmbeddingServer:
-    """What every family's `1/model.py` derives from, stating only what its weights demand."""
+    """The base class of every family's `1/model.py`, which declares only what its weights demand."""
 
     spec: ClassVar[Spec]
-    prompt: ClassVar[str | None] = None  # with {instruction} and {text}; None: an instruction is refused
+    prompt: ClassVar[str | None] = None  # template with {instruction} and {text}; None: instructions are refused
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the checkpoint. Without one, serve a clear UNAVAILABLE instead: a raise would stop the server."""
+        """Load the checkpoint. Without one, answer requests with UNAVAILABLE: an exception would stop the server."""
         self._serving = serving = ServingConfig.from_triton(args)
         logging.basicConfig(handlers=[_TritonLog()], level=logging.INFO, format="%(message)s", force=True)
-        self._delivery = Delivery()
+        self._sender = Sender()
         self._unavailable = None
         directory = checkpoint.locate(serving)
         if directory is None:
-            looked = checkpoint.directory_of(serving.checkpoint, serving.checkpoint_root)
+            expected = checkpoint.directory_of(serving.checkpoint, serving.checkpoint_root)
             self._unavailable = (
                 f"Model '{serving.name}' has no checkpoint. Fetch it with: "
-                f"triton-embed download {serving.checkpoint}\nLooked in {looked}"
+                f"triton-embed download {serving.checkpoint}\nLooked in {expected}"
             )
             logging.warning(self._unavailable)
             return
 
-        # Only now: a family without a checkpoint must not pay for torch.
+        # Imported here, because a family without a checkpoint should not cost the import of torch.
         from triton_embed.python_backend.embedder import Embedder
         from triton_embed.python_backend.scheduler import Scheduler
 
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._embedder = self._engine.submit(Embedder, self.spec, directory, serving).result()
         self._model = self._embedder.model
-        reader = self.spec.load(self.spec.reader)
-        self._reader: Reader = reader(directory, self._model, self._model.shape, serving, self.spec.eos, self.prompt)
-        # Pillow lets go of the interpreter while it decodes and resizes.
-        self._pool = ThreadPoolExecutor(serving.thread_count, thread_name_prefix="picture")
+        reader = self.spec.load(self.spec.processor)
+        self._reader: TextProcessor = reader(
+            directory, self._model, self._model.network_config, serving, self.spec.eos, self.prompt
+        )
+        # Pillow releases the interpreter lock while it decodes and resizes.
+        self._pool = ThreadPoolExecutor(serving.thread_count, thread_name_prefix="image")
         family = getattr(pb_utils, "MetricFamily", None)
         self._scheduler = Scheduler(
             self._embedder.embed,
             self._embedder.budget,
-            self._delivery,
+            self._sender,
             self._engine,
             family and EngineMetrics(family, serving.name),
             serving.cache_bytes,
         )
         self._info = json.dumps(self._describe()).encode()
         logging.info(
-            "%s: serving %s in %s on %s, kernels %s, %d tokens a forward pass",
+            "%s: serving %s in %s on %s, kernels %s, %d tokens per forward pass",
             serving.name,
             directory,
             self._embedder.computes_in,
@@ -87,97 +92,98 @@ class EmbeddingServer:
         )
 
     def is_ready(self) -> bool:
-        """Asked by Triton 26.03 and later; 2.51 never asks."""
+        """Return whether the model can serve. Called by Triton 26.03 and later, never by 2.51."""
         return self._unavailable is None
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Read, tokenise in one call, admit. Responses follow from the delivery thread.
+        """Parse requests, tokenize all texts in one call, and admit them. The sender thread sends the responses.
 
-        Those that need no compute are handed to it last of all: see delivery.py for what a busy machine makes of one
-        that is sent while its own `execute` still runs.
+        Responses without compute are queued last, because one that is sent while `execute` still runs may stall (see
+        the sender).
         """
-        readings = [_Reading(request) for request in requests]
+        pending = [_InferRequest(request) for request in requests]
         try:
-            self._guard(readings, self._read)
-            self._guard(readings, self._tokenise(readings))
-            self._guard(readings, self._admit)
+            self._for_each_open(pending, self._parse)
+            self._for_each_open(pending, self._tokenize(pending))
+            self._for_each_open(pending, self._admit)
         finally:
-            for reading in readings:
-                if reading.answer is not None:
-                    self._delivery.put(reading.answer)
+            for request in pending:
+                if request.send_response is not None:
+                    self._sender.put(request.send_response)
 
     def finalize(self) -> None:
-        """Drain: everything admitted is answered."""
+        """Answer everything admitted, then stop."""
         if self._unavailable is None:
             self._scheduler.close()
             self._engine.shutdown()
             self._pool.shutdown()
-        self._delivery.close()
+        self._sender.close()
         if self._unavailable is None:
-            del self._scheduler  # with its metrics, which Triton has to hear of while the stub can tell it
+            del self._scheduler  # ends its metrics while the stub can still report that to Triton
 
-    def _guard(self, readings: Sequence["_Reading"], step: Callable[["_Reading"], None]) -> None:
-        """Run one step for each open request; an error ends that request alone."""
-        for reading in readings:
-            if reading.answer is not None:
+    def _for_each_open(self, pending: Sequence["_InferRequest"], step: Callable[["_InferRequest"], None]) -> None:
+        """Run a step for each request that has no response yet. An error ends that request alone."""
+        for request in pending:
+            if request.send_response is not None:
                 continue
             try:
-                step(reading)
+                step(request)
             except BadRequest as error:
-                reading.refuse(str(error), pb_utils.TritonError.INVALID_ARG)
+                request.refuse(str(error), pb_utils.TritonError.INVALID_ARG)
             except Exception:
-                logging.exception("a request could not be read")
-                reading.refuse("The model failed to read this request", pb_utils.TritonError.INTERNAL)
+                logging.exception("A request could not be parsed")
+                request.refuse("The model failed to read this request", pb_utils.TritonError.INTERNAL)
 
-    def _read(self, reading: "_Reading") -> None:
+    def _parse(self, request: "_InferRequest") -> None:
         if self._unavailable is not None:
-            reading.refuse(self._unavailable, pb_utils.TritonError.UNAVAILABLE)
+            request.refuse(self._unavailable, pb_utils.TritonError.UNAVAILABLE)
             return
-        if reading.outputs == {"INFO"}:
-            reading.inform(self._info)
+        if request.outputs == {"INFO"}:
+            request.reply_info(self._info)
             return
-        from triton_embed.python_backend.inputs import IdInputs, ItemInputs
+        from triton_embed.python_backend.inputs import IdRows, ItemRows
 
-        reading.parameters = parameters = parse_parameters(reading.request.parameters())
+        request.parameters = parameters = parse_parameters(request.triton.parameters())
         check_dimensions(parameters.get("dimensions"), self._serving.name, self._model)
-        if reading.reports and "ERROR" not in reading.outputs:
-            raise BadRequest('on_error "report" needs the output ERROR to be asked for')
-        ids, text, image = (reading.tensor(name) for name in ("INPUT_IDS", "TEXT", "IMAGE"))
+        if request.reports_errors and "ERROR" not in request.outputs:
+            raise BadRequest('on_error "report" needs the output ERROR to be requested')
+        ids, text, image = (request.tensor(name) for name in ("INPUT_IDS", "TEXT", "IMAGE"))
         if ids is None:
-            reading.inputs = items = ItemInputs(self._reader, parameters, text, image)
-            if not reading.lists_ids:
-                items.open_pictures(self._pool)
+            request.rows = items = ItemRows(self._reader, parameters, text, image)
+            if not request.wants_ids:
+                items.decode_images(self._pool)
         elif text is None and image is None:
-            reading.inputs = IdInputs(self._reader, parameters, ids)
+            request.rows = IdRows(self._reader, parameters, ids)
         else:
             raise BadRequest("Send either INPUT_IDS or TEXT and IMAGE")
 
-    def _tokenise(self, readings: Sequence["_Reading"]) -> Callable[["_Reading"], None]:
-        """Encode the texts of all requests at once, on every core; the step hands each request its own."""
+    def _tokenize(self, pending: Sequence["_InferRequest"]) -> Callable[["_InferRequest"], None]:
+        """Return a step that gives each request its token ids; the texts of all requests are encoded in one call."""
         encoded = self._encode(
-            [text for reading in readings if reading.answer is None for text in reading.inputs.texts()]
+            [text for request in pending if request.send_response is None for text in request.rows.texts()]
         )
-        return lambda reading: reading.inputs.take(encoded)
+        return lambda request: request.rows.set_ids(encoded)
 
     def _encode(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
-        """A generator, so that what goes wrong does so inside a step, where requests are answered for it."""
+        """Yield the ids of each text. A generator, so that an error is raised inside a step, which handles it."""
         yield from self._reader.tokenizer.encode(texts)
 
-    def _admit(self, reading: "_Reading") -> None:
+    def _admit(self, request: "_InferRequest") -> None:
         from triton_embed.python_backend.job import Job
 
-        inputs, parameters = reading.inputs, reading.parameters
-        if reading.lists_ids:
-            reading.reply({"IDS": inputs.padded_ids()})
+        rows, parameters = request.rows, request.parameters
+        if request.wants_ids:
+            request.reply({"IDS": rows.padded_ids()})
             return
-        inputs.make_rows(self._serving.max_request_tokens)
-        reading.dims = dims = parameters.get("dimensions") or self._model.dimensions
-        if not (rows := inputs.rows):
-            reading.reply(reading.computed(np.empty((0, dims), np.float32), np.empty(0, np.int32)))
+        rows.make_rows(self._serving.max_request_tokens)
+        request.dims = dims = parameters.get("dimensions") or self._model.dimensions
+        if not rows.rows:
+            request.reply(request.outputs_of(np.empty((0, dims), np.float32), np.empty(0, np.int32)))
             return
         timeout = parameters.get("timeout_ms")
-        deadline = math.inf if timeout is None else reading.began + timeout / 1_000
-        self._scheduler.submit(Job(rows, self._model.dimensions if inputs.averaged else dims, reading, deadline))
+        deadline = math.inf if timeout is None else request.received + timeout / 1_000
+        job_dims = self._model.dimensions if rows.averaged else dims
+        self._scheduler.submit(Job(rows.rows, job_dims, request, deadline))
 
     def _describe(self) -> dict[str, Any]:
         model, serving = self._model, self._serving
@@ -203,55 +209,55 @@ class EmbeddingServer:
         }
 
 
-class _Reading:
-    """One request on its way in, and the reply on its way out."""
+class _InferRequest:
+    """One Triton request and its response."""
 
-    def __init__(self, request: Any) -> None:
-        self.request = request
-        self.sender = request.get_response_sender()
-        self.outputs = set(request.requested_output_names())
-        self.began = time.monotonic()
+    def __init__(self, triton: Any) -> None:
+        self.triton = triton  # pb_utils.InferenceRequest
+        self.response_sender = triton.get_response_sender()
+        self.outputs = set(triton.requested_output_names())
+        self.received = time.monotonic()
         self.parameters: dict[str, Any] = {}
-        self.inputs: Inputs
+        self.rows: RequestRows
         self.dims = 0
-        self.answer: Callable[[], None] | None = None  # what needs no compute, to be sent
+        self.send_response: Callable[[], None] | None = None  # sends a response that needs no compute
 
     @property
-    def reports(self) -> bool:
-        """Whether a bad row is told in ERROR."""
+    def reports_errors(self) -> bool:
+        """Whether errors of rows are reported in ERROR."""
         return self.parameters.get("on_error") == "report"
 
     @property
-    def lists_ids(self) -> bool:
-        """Whether IDS are asked for, and nothing that must be computed. Who names no outputs asks for all."""
+    def wants_ids(self) -> bool:
+        """Whether IDS are requested, and nothing that must be computed. A request without output names wants all."""
         return "IDS" in self.outputs and self.outputs <= {"IDS", "ERROR"}
 
     def tensor(self, name: str) -> npt.NDArray[Any] | None:
-        found = pb_utils.get_input_tensor_by_name(self.request, name)
-        return None if found is None else found.as_numpy()
+        tensor = pb_utils.get_input_tensor_by_name(self.triton, name)
+        return None if tensor is None else tensor.as_numpy()
 
-    def inform(self, info: bytes) -> None:
-        """Answer INFO, one row for each row sent."""
-        found = next((x for x in map(self.tensor, ("TEXT", "IMAGE", "INPUT_IDS")) if x is not None), None)
-        rows = np.full((1 if found is None else len(found), 1), info, dtype=np.object_)
+    def reply_info(self, info: bytes) -> None:
+        """Reply with INFO, one row per input row."""
+        tensor = next((x for x in map(self.tensor, ("TEXT", "IMAGE", "INPUT_IDS")) if x is not None), None)
+        rows = np.full((1 if tensor is None else len(tensor), 1), info, dtype=np.object_)
         self.reply({"INFO": rows})
 
     def reply(self, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Answer what took no compute."""
+        """Reply with outputs that needed no compute."""
         tensors = self._tensors(outputs)
-        self.answer = lambda: self._send(tensors)
+        self.send_response = lambda: self._send(tensors)
 
     def refuse(self, message: str, code: Any) -> None:
-        """Answer with an error."""
-        self.answer = lambda: self._send([], pb_utils.TritonError(message, code))
+        """Reply with an error."""
+        self.send_response = lambda: self._send([], pb_utils.TritonError(message, code))
 
-    # The scheduler's Reply: all but `cancelled` are called on the delivery thread.
+    # The scheduler's Reply: every method but `cancelled` is called on the sender thread.
 
     def cancelled(self) -> bool:
-        return bool(self.sender.is_cancelled())
+        return bool(self.response_sender.is_cancelled())
 
     def done(self, vectors: npt.NDArray[np.float32], reused: npt.NDArray[np.int32]) -> None:
-        self._send(self._tensors(self.computed(vectors, reused)))
+        self._send(self._tensors(self.outputs_of(vectors, reused)))
 
     def failed(self, reason: str) -> None:
         self._send([], pb_utils.TritonError(reason, pb_utils.TritonError.INTERNAL))
@@ -259,27 +265,29 @@ class _Reading:
     def dropped(self, reason: str) -> None:
         self._send([], pb_utils.TritonError(reason, pb_utils.TritonError.CANCELLED))
 
-    def computed(self, vectors: npt.NDArray[np.float32], reused: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[Any]]:
-        """The outputs, from the vectors of the rows and where they came from."""
+    def outputs_of(
+        self, vectors: npt.NDArray[np.float32], reused: npt.NDArray[np.int32]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return the outputs for the vectors of the rows and their sources."""
         return {
-            "EMBEDDING": self.inputs.embeddings(vectors, self.dims),
-            "TOKENS": self.inputs.tokens(),
-            "DROPPED": self.inputs.dropped(),
-            "REUSED": self.inputs.reused(reused),
+            "EMBEDDING": self.rows.embeddings(vectors, self.dims),
+            "TOKENS": self.rows.tokens(),
+            "DROPPED": self.rows.dropped(),
+            "REUSED": self.rows.reused(reused),
         }
 
     def _tensors(self, outputs: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
-        """Those asked for, with ERROR where rows are reported."""
-        found = {**outputs, "ERROR": self.inputs.errors()} if self.reports else outputs
-        return [pb_utils.Tensor(name, value) for name, value in found.items() if name in self.outputs]
+        """Return the requested outputs, with ERROR if errors are reported."""
+        available = {**outputs, "ERROR": self.rows.errors()} if self.reports_errors else outputs
+        return [pb_utils.Tensor(name, value) for name, value in available.items() if name in self.outputs]
 
     def _send(self, tensors: list[Any], error: Any = None) -> None:
         response = pb_utils.InferenceResponse(output_tensors=tensors, error=error)
-        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self.response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 class _TritonLog(logging.Handler):
-    """Python's logging into Triton's log."""
+    """A logging handler that writes to Triton's log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         write = {logging.WARNING: pb_utils.Logger.log_warn, logging.ERROR: pb_utils.Logger.log_error}

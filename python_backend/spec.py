@@ -1,5 +1,7 @@
-"""What the weights of a family demand: facts no checkpoint file states. No torch here, so that a family
-without a checkpoint costs nothing."""
+"""Specs of the model families: properties of the weights that no checkpoint file declares.
+
+This module does not import torch, so that a family without a checkpoint starts quickly and uses little memory.
+"""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -8,90 +10,96 @@ from typing import Any, ClassVar
 
 from triton_embed.python_backend.json_file import JsonFile
 from triton_embed.python_backend.row import Channels
-from triton_embed.python_backend.shapes import ClipShape, DecoderShape, EncoderShape, Qwen2VLShape, Shape
+from triton_embed.python_backend.shapes import ClipConfig, DecoderConfig, EncoderConfig, NetworkConfig, Qwen2VLConfig
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What every family says of its weights.
+    """The base of all specs.
 
-    `eos`: the token that every text ends with, appended where the tokenizer's post-processor does not do it:
-    a token, or "eos_token" for the one tokenizer_config.json names so; None: as tokenizer.json has it.
+    Attributes:
+        eos: The token that must end every text; the tokenizer appends it if the post-processor in tokenizer.json does
+            not. "eos_token" selects the `eos_token` of tokenizer_config.json. None leaves texts as tokenizer.json
+            encodes them.
     """
 
-    network: ClassVar[str]  # module.Class in this folder
-    reader: ClassVar[str] = "reader.Reader"  # what turns a request's rows into the network's
-    pooling: ClassVar[str | None] = None  # None: the checkpoint or the operator says
+    network: ClassVar[str]  # module.Class in this package
+    processor: ClassVar[str] = "reader.TextProcessor"  # builds the network's rows from items
+    pooling: ClassVar[str | None] = None  # None: the checkpoint or the operator decides
     eos: str | None = None
 
-    def read(self, config: JsonFile) -> Shape:
-        """The network's shape, from config.json. ConfigError: it does not fit the family."""
+    def read_config(self, config: JsonFile) -> NetworkConfig:
+        """Read the network's configuration from config.json.
+
+        Raises:
+            ConfigError: A value is missing or does not fit the family.
+        """
         raise NotImplementedError
 
-    def normalisation(self, directory: Path) -> tuple[Channels, ...]:
-        """Mean and standard deviation of a pixel, by channel; nothing for models that read no pictures."""
+    def image_normalization(self, directory: Path) -> tuple[Channels, ...]:
+        """Return the per-channel mean and standard deviation of the pixels; empty for models without images."""
         return ()
 
     def load(self, name: str) -> Any:
-        """`network` or `reader` itself; only this imports torch."""
+        """Import the class that `network` or `processor` names; this imports torch."""
         module, attribute = name.split(".")
         return getattr(import_module(f"triton_embed.python_backend.{module}"), attribute)
 
 
 @dataclass(frozen=True)
 class EncoderSpec(Spec):
-    """A bidirectional post-norm encoder with learned positions (BERT, XLM-RoBERTa)."""
+    """The spec of bidirectional post-norm encoders with learned positions (BERT, XLM-RoBERTa)."""
 
     network = "encoder.Encoder"
 
-    def read(self, config: JsonFile) -> EncoderShape:
-        return EncoderShape.read(config)
+    def read_config(self, config: JsonFile) -> EncoderConfig:
+        return EncoderConfig.read(config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec(Spec):
-    """A pre-norm decoder with rotary positions (Llama, Mistral, Qwen2, Qwen3)."""
+    """The spec of pre-norm decoders with rotary positions (Llama, Mistral, Qwen2, Qwen3)."""
 
     network = "decoder.Decoder"
     eos: str
-    causal: bool | None  # None: config.json says it, in is_causal
-    qk_norm: bool  # an RMSNorm inside each query and key head
+    causal: bool | None  # None: is_causal of config.json decides
+    qk_norm: bool  # whether each query and key head has an RMSNorm
     qkv_bias: bool
 
-    def read(self, config: JsonFile) -> DecoderShape:
-        return DecoderShape.read(config, causal=self.causal, qk_norm=self.qk_norm, qkv_bias=self.qkv_bias)
+    def read_config(self, config: JsonFile) -> DecoderConfig:
+        return DecoderConfig.read(config, causal=self.causal, qk_norm=self.qk_norm, qkv_bias=self.qkv_bias)
 
 
 @dataclass(frozen=True)
 class ClipSpec(Spec):
-    """Two towers, one for texts and one for images, that project into one space."""
+    """The spec of CLIP: a text tower and an image tower that project into one vector space."""
 
     network = "clip.Clip"
-    reader = "reader.ClipReader"
+    processor = "reader.ClipProcessor"
     pooling = "projection"  # of the end-of-text token and of the class token
 
-    def read(self, config: JsonFile) -> ClipShape:
-        return ClipShape.read(config)
+    def read_config(self, config: JsonFile) -> ClipConfig:
+        return ClipConfig.read(config)
 
-    def normalisation(self, directory: Path) -> tuple[Channels, ...]:
-        from triton_embed.python_backend.images import ClipImages
+    def image_normalization(self, directory: Path) -> tuple[Channels, ...]:
+        from triton_embed.python_backend.images import ClipImageProcessor
 
-        images = ClipImages.from_checkpoint(directory)
+        images = ClipImageProcessor.from_checkpoint(directory)
         return images.mean, images.std
 
 
 @dataclass(frozen=True)
 class Qwen2VLSpec(Spec):
-    """A causal decoder that reads the merged patches of a vision tower among its tokens."""
+    """The spec of Qwen2-VL: a causal decoder with the merged patches of a vision tower among its tokens."""
 
     network = "qwen2_vl.Qwen2VL"
-    reader = "reader.ChatReader"
+    processor = "reader.ChatProcessor"
 
-    def read(self, config: JsonFile) -> Qwen2VLShape:
-        return Qwen2VLShape.read(config)
+    def read_config(self, config: JsonFile) -> Qwen2VLConfig:
+        return Qwen2VLConfig.read(config)
 
-    def normalisation(self, directory: Path) -> tuple[Channels, ...]:
-        from triton_embed.python_backend.images import Qwen2VLImages
+    def image_normalization(self, directory: Path) -> tuple[Channels, ...]:
+        from triton_embed.python_backend.images import Qwen2VLImageProcessor
 
-        images = Qwen2VLImages.from_checkpoint(directory, 1, 1)
+        images = Qwen2VLImageProcessor.from_checkpoint(directory, 1, 1)
         return images.mean, images.std

@@ -1,4 +1,4 @@
-"""Threads: how many of a CPU's cores each forward pass takes."""
+"""The number of CPU threads of each forward pass."""
 
 import resource
 import time
@@ -7,49 +7,57 @@ from contextlib import contextmanager
 
 import torch
 
-FEW_TOKENS = 256  # of a pass, below which a second core gains less than others lose
-# Of our threads during passes of few tokens, the last counting half: from so many on, cores have something else to do.
-# Measured on two cores, one query after another: 0 to 3 a pass while nothing else runs, seldom 6; mostly more than 8
-# beside a busy process.
-PREEMPTED = 4
-REMEMBERED_SECONDS = 5.0  # that a pass over few tokens keeps to one core then
+SMALL_PASS_TOKENS = 256  # below this, a second core gains less than other processes lose
+# Involuntary context switches per small pass (moving average) above which the cores are assumed to be shared (measured
+# on 2 cores, one query after another: 0 to 3 per pass while nothing else runs, rarely 6; mostly more than 8 next to a
+# busy process).
+MAX_PREEMPTIONS = 4
+SHARED_SECONDS = 5.0  # how long small passes use one core afterwards
 
 
 class Threads:
-    """Of the engine, on its own thread; `most` are what the operator gives it.
+    """The thread counts of passes on the engine thread.
 
-    Threads that wait for each other after every operation wait for all that runs in their stead. So a pass leaves a
-    core to others where it is told to, and one of few tokens all but one, which it does by itself too for some seconds
-    after its threads have been preempted: one query after another takes 9 ms beside a busy process, not 58.
+    The threads of a pass wait for each other after every operation, and so for any other process that preempts one of
+    them. A pass therefore leaves one core free when asked to. A small pass then uses a single core, and also does so
+    for some seconds after its threads were preempted (measured: one query after another takes 9 ms next to a busy
+    process instead of 58).
+
+    Args:
+        max_threads: The operator's limit.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._preempted = 0.0
-        self._crowded_until = 0.0
-        torch.set_num_threads(most)
+    def __init__(self, max_threads: int) -> None:
+        self._max_threads = max_threads
+        self._preemptions = 0.0  # moving average
+        self._shared_until = 0.0  # on the monotonic clock
+        torch.set_num_threads(max_threads)
 
     @contextmanager
-    def of(self, tokens: int, spare: bool) -> Iterator[None]:
-        """For a pass over so many tokens. `spare`: others need a core meanwhile."""
-        before, few = torch.get_num_threads(), tokens < FEW_TOKENS
-        if few and (spare or time.monotonic() < self._crowded_until):
+    def for_pass(self, tokens: int, spare_core: bool) -> Iterator[None]:
+        """Set the thread count for a pass over `tokens` tokens.
+
+        Args:
+            spare_core: Other threads need a core meanwhile.
+        """
+        previous, small = torch.get_num_threads(), tokens < SMALL_PASS_TOKENS
+        if small and (spare_core or time.monotonic() < self._shared_until):
             count = 1
         else:
-            count = max(1, self._most - 1) if spare else self._most
+            count = max(1, self._max_threads - 1) if spare_core else self._max_threads
         _use(count)
-        began = _preemptions()
+        before = _preemptions()
         try:
             yield
         finally:
-            if few and count > 1:
-                self._note(_preemptions() - began)
-            _use(before)  # it may have been within another pass, which goes on
+            if small and count > 1:
+                self._record(_preemptions() - before)
+            _use(previous)  # this pass may be nested in another, which continues
 
-    def _note(self, preempted: int) -> None:
-        self._preempted = (self._preempted + preempted) / 2
-        if self._preempted >= PREEMPTED:
-            self._preempted, self._crowded_until = 0.0, time.monotonic() + REMEMBERED_SECONDS
+    def _record(self, preemptions: int) -> None:
+        self._preemptions = (self._preemptions + preemptions) / 2
+        if self._preemptions >= MAX_PREEMPTIONS:
+            self._preemptions, self._shared_until = 0.0, time.monotonic() + SHARED_SECONDS
 
 
 def _use(count: int) -> None:
@@ -58,5 +66,5 @@ def _use(count: int) -> None:
 
 
 def _preemptions() -> int:
-    """Of all threads of this process, so far."""
+    """Return the involuntary context switches of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

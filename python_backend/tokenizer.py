@@ -1,4 +1,4 @@
-"""Text -> token ids: special tokens, the end of a text, truncation that keeps both."""
+"""Tokenizer: text to token ids, with special tokens, the EOS token and truncation that preserves both."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,16 @@ from triton_embed.python_backend.row import Ids, Row
 
 
 class Tokenizer:
-    """The checkpoint's tokenizer.json, with its own padding and truncation switched off: both are ours.
+    """The tokenizer of the checkpoint's tokenizer.json.
 
-    `eos` is `Spec.eos`. ConfigError: no tokenizer.json, an unreadable one, one with more ids than the network has
-    embeddings, one without the token that texts end with, or one that ends them with another.
+    The padding and truncation configured in the file are switched off: this class truncates, and nothing is padded.
+
+    Args:
+        eos: The token that must end every text, see `Spec.eos`.
+
+    Raises:
+        ConfigError: tokenizer.json is missing or unreadable, has more ids than the network has embeddings, lacks the
+            EOS token, or ends texts with a different token.
     """
 
     def __init__(self, directory: Path, model: ModelConfig, eos: str | None) -> None:
@@ -35,118 +41,139 @@ class Tokenizer:
                 f"{path} has {size} tokens, {directory / 'config.json'} says vocab_size {model.vocab_size}"
             )
         self._model = model
-        inside = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
-        if not inside:
-            raise ConfigError(f"{path} makes no token of the letter a")
-        # How many special tokens the post-processor puts before and after a text.
-        self._before, self._after = inside[0], len(probe.ids) - 1 - inside[-1]
+        text_indices = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+        if not text_indices:
+            raise ConfigError(f"{path} produces no token for the letter 'a'")
+        # Number of special tokens that the post-processor adds before and after a text.
+        self._leading, self._trailing = text_indices[0], len(probe.ids) - 1 - text_indices[-1]
         self._appended: tuple[int, ...] = ()
         if eos is not None:
-            self._end_with(directory, eos, probe.tokens[inside[-1] + 1 :])
-        if model.max_tokens <= self._before + self._after:
-            raise ConfigError(f"{path}: special tokens alone fill the {model.max_tokens} tokens allowed")
+            self._append_eos(directory, eos, probe.tokens[text_indices[-1] + 1 :])
+        if model.max_tokens <= self._leading + self._trailing:
+            raise ConfigError(f"{path}: special tokens alone fill the maximum length of {model.max_tokens} tokens")
 
-    def _end_with(self, directory: Path, eos: str, ending: list[str]) -> None:
-        """Append the token that texts end with, unless the post-processor, which puts `ending`, does it."""
+    def _append_eos(self, directory: Path, eos: str, trailing: list[str]) -> None:
+        """Append the EOS token to every text, unless the post-processor already adds it (in `trailing`)."""
         if eos == "eos_token":
             config = JsonFile(directory / "tokenizer_config.json", required=True)
-            stated = config.need("eos_token", (str, dict))
-            eos = stated if isinstance(stated, str) else config.nested("eos_token").need("content", str)
-        number = self._fast.token_to_id(eos)
-        if number is None:
+            value = config.require("eos_token", (str, dict))
+            eos = value if isinstance(value, str) else config.nested("eos_token").require("content", str)
+        eos_id = self._fast.token_to_id(eos)
+        if eos_id is None:
             raise ConfigError(f"{directory / 'tokenizer.json'} has no token '{eos}', which every text must end with")
-        if not ending:
-            self._appended, self._after = (number,), 1
-        elif ending[-1] != eos:
+        if not trailing:
+            self._appended, self._trailing = (eos_id,), 1
+        elif trailing[-1] != eos:
             raise ConfigError(
-                f"{directory / 'tokenizer.json'} ends texts with '{ending[-1]}', the model was trained to see '{eos}'"
+                f"{directory / 'tokenizer.json'} ends texts with '{trailing[-1]}', "
+                f"but the model was trained with '{eos}'"
             )
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text with its special tokens, uncut. One call for many texts uses every core."""
+        """Return the ids of each text with its special tokens, not truncated.
+
+        Encode many texts in one call: the call uses every core.
+        """
         if self._model.lowercase:
             texts = [text.lower() for text in texts]
-        found = self._fast.encode_batch_fast(list(texts))
-        return [np.array([*e.ids, *self._appended], dtype=np.int32) for e in found]
+        encodings = self._fast.encode_batch_fast(list(texts))
+        return [np.array([*encoding.ids, *self._appended], dtype=np.int32) for encoding in encodings]
 
-    def opening(self, text: str) -> Ids:
-        """The ids that texts beginning so begin with, but the last two: what follows may merge into those."""
+    def stable_prefix(self, text: str) -> Ids:
+        """Return the ids that every text starting with `text` starts with.
+
+        The last two tokens of `text` are left out, because they may merge with the characters that follow.
+        """
         ids = self.encode([text])[0]
-        return ids[: max(len(ids) - self._after - 2, 0)]
+        return ids[: max(len(ids) - self._trailing - 2, 0)]
 
-    def count(self, text: str) -> int:
-        """Tokens of a text by itself, without special tokens around it."""
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text without special tokens."""
         return len(self._fast.encode(text, add_special_tokens=False).ids)
 
-    def pieces(self, text: str) -> list[str]:
-        """The text cut in front of every token that begins with a new character; joined, they are the text as read."""
+    def split_at_tokens(self, text: str) -> list[str]:
+        """Split a text before every token that starts at a new character; joined, the pieces are the encoded text."""
         if self._model.lowercase:
             text = text.lower()
         starts = [0]
         for start, _ in self._fast.encode(text, add_special_tokens=False).offsets:
-            if start > starts[-1]:  # tokens of a few bytes each may share a character
+            if start > starts[-1]:  # several byte-level tokens may belong to one character
                 starts.append(start)
         return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
 
-    def cut_text(self, ids: Ids, truncate: str, row: int, prompt: str = "") -> Row:
-        """Fit an encoded text that begins with a prompt into the model's length; special tokens stay, and the prompt.
+    def truncate_text(self, ids: Ids, truncate: str, index: int, prompt: str = "") -> Row:
+        """Truncate an encoded text to the model's maximum length; keep the special tokens and the prompt before it.
 
-        BadRequest: `truncate` forbids it, or what stays is too much.
+        Raises:
+            BadRequest: `truncate` is "none", or the tokens to keep exceed the maximum length.
         """
-        before = self._before
-        if prompt and truncate == "start" and len(ids) > self.limit:
-            alone = self.encode([prompt])[0]
-            size = min(len(alone) - self._after, len(ids) - self._after)
-            # What both begin with: the end of the prompt and the text may have become a token together.
-            apart = np.flatnonzero(alone[:size] != ids[:size])
-            before = max(before, int(apart[0]) if len(apart) else size)
-        return self.cut(ids, truncate, row, before, self._after)
+        head = self._leading
+        if prompt and truncate == "start" and len(ids) > self.max_tokens:
+            prompt_ids = self.encode([prompt])[0]
+            compared = min(len(prompt_ids) - self._trailing, len(ids) - self._trailing)
+            # Keep the common prefix only: the end of the prompt may have merged with the text into one token.
+            mismatches = np.flatnonzero(prompt_ids[:compared] != ids[:compared])
+            head = max(head, int(mismatches[0]) if len(mismatches) else compared)
+        return self.truncate(ids, truncate, index, head, self._trailing)
 
-    def cut_ids(self, ids: Ids, truncate: str, row: int) -> Row:
-        """Fit ids given by the caller; those that the pooling needs stay. BadRequest: `truncate` forbids it."""
-        return self.cut(ids, truncate, row, *self.pooled)
+    def truncate_token_ids(self, ids: Ids, truncate: str, index: int) -> Row:
+        """Truncate token ids from the request; keep the ids that the pooling needs.
+
+        Raises:
+            BadRequest: `truncate` is "none" and the ids exceed the maximum length.
+        """
+        return self.truncate(ids, truncate, index, *self.pooled_ends)
 
     @property
-    def limit(self) -> int:
-        """The model's length."""
+    def max_tokens(self) -> int:
+        """The model's maximum length."""
         return self._model.max_tokens
 
     @property
-    def pooled(self) -> tuple[int, int]:
-        """How many ids the pooling needs at the beginning and at the end of a row."""
+    def pooled_ends(self) -> tuple[int, int]:
+        """The number of ids that the pooling needs at the start and at the end of a row."""
         return {"cls": (1, 0), "last": (0, 1), "projection": (0, 1)}.get(self._model.pooling, (0, 0))
 
-    def check_ids(self, ids: Ids, row: int) -> Ids:
-        """Ids given by the caller are used as they are. BadRequest: none at all, or one outside the vocabulary."""
+    def check_ids(self, ids: Ids, index: int) -> Ids:
+        """Return token ids from the request unchanged after checking them.
+
+        Raises:
+            BadRequest: `ids` is empty, or an id is outside the vocabulary.
+        """
         if not len(ids):
-            raise BadRequest(f"Input at index {row} cannot be empty")
+            raise BadRequest(f"Input at index {index} cannot be empty")
         outside = ids[(ids < 0) | (ids >= self._model.vocab_size)]
         if len(outside):
             raise BadRequest(
-                f"Input at index {row} has token id {outside[0]}, which is outside the model's vocabulary "
+                f"Input at index {index} has token id {outside[0]}, which is outside the model's vocabulary "
                 f"(0 to {self._model.vocab_size - 1})"
             )
         return ids
 
-    def cut(self, ids: Ids, truncate: str, row: int, before: int, after: int) -> Row:
-        """Fit ids into the model's length; the first `before` and the last `after` stay.
+    def truncate(self, ids: Ids, truncate: str, index: int, head: int, tail: int) -> Row:
+        """Truncate ids to the model's maximum length; keep the first `head` and the last `tail` ids.
 
-        BadRequest: `truncate` forbids it, or those alone are too many.
+        Args:
+            truncate: "end" or "start", the side of the text to cut; "none" rejects ids that are too long.
+            index: The index of the input in the request, for error messages.
+
+        Raises:
+            BadRequest: `truncate` is "none", or the ids to keep exceed the maximum length.
         """
-        limit = self.limit
+        limit = self.max_tokens
         dropped = len(ids) - limit
         if dropped <= 0:
             return Row(ids)
         if truncate == "none":
             raise BadRequest(
                 f"The input ({len(ids)} tokens) is longer than the model's context length ({limit} tokens). "
-                f"(input at index {row})"
+                f"(input at index {index})"
             )
-        if before + after > limit:
+        if head + tail > limit:
             raise BadRequest(
-                f"Input at index {row}: images and instruction take {before + after} tokens, more than the model's "
+                f"Input at index {index}: images and instruction take {head + tail} tokens, more than the model's "
                 f"context length ({limit} tokens)"
             )
-        start = before if truncate == "end" else before + dropped
-        kept = (ids[:before], ids[start : start + limit - before - after], ids[len(ids) - after :])
-        return Row(np.concatenate(kept), dropped=dropped)
+        start = head if truncate == "end" else head + dropped
+        parts = (ids[:head], ids[start : start + limit - head - tail], ids[len(ids) - tail :])
+        return Row(np.concatenate(parts), dropped=dropped)

@@ -1,4 +1,4 @@
-"""VisionTower: Qwen2-VL's, over the packed patches of pictures of any size, merged into tokens of the decoder.
+"""Qwen2-VL's vision tower, over packed patches of images of any size, merged into tokens of the decoder.
 
 Modules are named as the checkpoints name their tensors.
 """
@@ -13,25 +13,25 @@ from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.config import ModelConfig
 from triton_embed.python_backend.layers import LayerNorm, Linear, PatchEmbedding
-from triton_embed.python_backend.patches import Patches
+from triton_embed.python_backend.patches import Patchify
 from triton_embed.python_backend.rotary import frequencies
 from triton_embed.python_backend.row import Pixels
-from triton_embed.python_backend.shapes import Qwen2VLShape, Rope, TowerShape
+from triton_embed.python_backend.shapes import Qwen2VLConfig, RopeConfig, TowerConfig
 
 Angles = tuple[Tensor, Tensor]
 
 
 class VisionTower(nn.Module):
-    """Pictures -> [tokens, E of the decoder], theirs one after the other."""
+    """Images -> [tokens, E of the decoder], one image after another."""
 
-    def __init__(self, model: ModelConfig, shape: Qwen2VLShape, device: str) -> None:
+    def __init__(self, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
         super().__init__()
         self._device, self._heads = device, shape.vision.heads
-        self._patches = Patches(model, shape.patch_size, shape.merge, shape.frames, device)
-        # Rows and columns turn by the same frequencies, each in a half of the head.
+        self._patches = Patchify(model, shape.patch_size, shape.merge, shape.frames, device)
+        # Rows and columns rotate by the same frequencies, each in half of the head.
         half = shape.vision.hidden_size // shape.vision.heads // 2
         with torch.device("cpu"):
-            self._frequencies = frequencies(Rope(theta=10_000.0, head_dim=half, positions=0)).to(device)
+            self._frequencies = frequencies(RopeConfig(theta=10_000.0, head_dim=half, positions=0)).to(device)
         kernel = (shape.frames, shape.patch_size, shape.patch_size)
         self.patch_embed = nn.ModuleDict({"proj": PatchEmbedding(kernel, shape.vision.hidden_size)})
         self.blocks = nn.ModuleList(Block(shape.vision) for _ in range(shape.vision.layers))
@@ -57,9 +57,9 @@ class VisionTower(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm, attention inside each picture, norm, MLP; each norm adds what came before to the residual stream."""
+    """Norm, attention inside each image, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, shape: TowerShape) -> None:
+    def __init__(self, shape: TowerConfig) -> None:
         super().__init__()
         self.norm1 = LayerNorm(shape.hidden_size, shape.norm_eps)
         self.attn = Attention(shape)
@@ -78,9 +78,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """q, k and v of one projection, turned by row and column."""
+    """Attention with q, k and v from one projection, rotated by row and column."""
 
-    def __init__(self, shape: TowerShape) -> None:
+    def __init__(self, shape: TowerConfig) -> None:
         super().__init__()
         self.heads = shape.heads
         self.scale = (shape.hidden_size // shape.heads) ** -0.5
@@ -97,9 +97,9 @@ class Attention(nn.Module):
 
 
 class Merger(nn.Module):
-    """`merge` x `merge` neighbouring patches -> one token of the decoder."""
+    """`merge` x `merge` neighboring patches -> one token of the decoder."""
 
-    def __init__(self, shape: Qwen2VLShape) -> None:
+    def __init__(self, shape: Qwen2VLConfig) -> None:
         super().__init__()
         self.patches = shape.merge**2
         wide = shape.vision.hidden_size * self.patches

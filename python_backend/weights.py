@@ -1,4 +1,4 @@
-"""safetensors -> parameters: driven by what the network needs, strict both ways."""
+"""Loading of safetensors into parameters: driven by what the network needs, and strict in both directions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,11 +15,13 @@ from triton_embed.python_backend.layers import FusedLinear
 
 @dataclass(frozen=True)
 class Naming:
-    """How a network's parameters relate to a checkpoint's tensors.
+    """The relation of a network's parameters to a checkpoint's tensors.
 
-    `renames`: what a checkpoint may call the beginnings of names, and what the network calls them; the first that
-    fits counts. `fused`: the module that holds, one below the other, the tensors of these siblings. `ignored`:
-    beginnings of names (as in the network) that it has no use for; `ignored_endings`: endings.
+    Attributes:
+        renames: (prefix in the checkpoint, prefix in the network); the first that matches is applied.
+        fused: A module -> the sibling modules in the checkpoint whose tensors it holds, concatenated.
+        ignored: Prefixes of names (as in the network) that are not loaded.
+        ignored_endings: Suffixes of names that are not loaded.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -30,27 +32,33 @@ class Naming:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies: opened anew each time, so that no more of a file is mapped than the tensor being read, and
-    copied once, to the place and dtype it is for."""
+    """A tensor in a file. The file is opened for each tensor, so that no more than one tensor is mapped at a time, and
+    the tensor is copied once, to its final memory and dtype."""
 
     path: Path
     key: str
 
-    def copy_to(self, place: Tensor, name: str) -> None:
-        """ConfigError: it has another shape than `place`."""
+    def copy_to(self, target: Tensor, name: str) -> None:
+        """Copy the tensor.
+
+        Raises:
+            ConfigError: if its shape is not that of `target`.
+        """
         with safe_open(self.path, framework="pt") as file:
             tensor = file.get_tensor(self.key)
-            if tensor.shape != place.shape:
-                found, wanted = list(tensor.shape), list(place.shape)
-                raise ConfigError(f"{self.path}: tensor '{name}' has shape {found}, config.json asks for {wanted}")
-            place.copy_(tensor)
+            if tensor.shape != target.shape:
+                actual, expected = list(tensor.shape), list(target.shape)
+                raise ConfigError(f"{self.path}: tensor '{name}' has shape {actual}, config.json requires {expected}")
+            target.copy_(tensor)
 
 
 def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype, device: str) -> None:
-    """Give every parameter of `network` (built on meta) its tensor, in `dtype` on `device`; a module with a `dtype`
-    of its own keeps that one.
+    """Load every parameter of `network`, which was built on meta, in `dtype` on `device`.
 
-    ConfigError: a tensor that is missing, left over or of another shape, or a file that cannot be read; it names it.
+    A module with a `dtype` attribute keeps that dtype.
+
+    Raises:
+        ConfigError: naming a tensor that is missing, unexpected or of another shape, or a file that cannot be read.
     """
     tensors = _index(directory, naming)
     for name, parameter in list(network.named_parameters()):
@@ -59,10 +67,10 @@ def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype
         names = _parts(name, naming.fused)
         sizes = list(owner.sizes) if isinstance(owner, FusedLinear) else list(parameter.shape[:1])
         value = torch.empty(parameter.shape, dtype=getattr(owner, "dtype", dtype), device=device)
-        for part, place in zip(names, torch.split(value, sizes), strict=True):
+        for part, target in zip(names, torch.split(value, sizes), strict=True):
             if part not in tensors:
                 raise ConfigError(f"{directory}: tensor '{part}' is missing")
-            tensors.pop(part).copy_to(place, part)
+            tensors.pop(part).copy_to(target, part)
         setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
 
     unknown = [
@@ -71,12 +79,12 @@ def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype
     if unknown:
         name = min(unknown)
         raise ConfigError(
-            f"{tensors[name].path}: tensor '{name}' is not part of this network ({len(unknown)} left over)"
+            f"{tensors[name].path}: tensor '{name}' is not part of this network ({len(unknown)} unexpected tensors)"
         )
 
 
 def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
-    """Our name of each stored tensor -> where it is."""
+    """Return the stored tensors by the network's names."""
     tensors: dict[str, _Stored] = {}
     for path in weight_files(directory):
         try:
@@ -87,21 +95,21 @@ def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
         for key in keys:
             name = _rename(key, naming.renames)
             if name in tensors:
-                raise ConfigError(f"{path}: tensors '{tensors[name].key}' and '{key}' have one place, '{name}'")
+                raise ConfigError(f"{path}: tensors '{tensors[name].key}' and '{key}' both map to '{name}'")
             tensors[name] = _Stored(path, key)
     return tensors
 
 
 def _rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
-    for theirs, ours in renames:
-        if key.startswith(theirs):
-            return ours + key.removeprefix(theirs)
+    for stored, renamed in renames:
+        if key.startswith(stored):
+            return renamed + key.removeprefix(stored)
     return key
 
 
 def _parts(name: str, fused: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The checkpoint's names for a parameter: one, or those its fused module was made of."""
+    """Return the checkpoint's names of a parameter: one, or those of the modules it fuses."""
     module, _, attribute = name.rpartition(".")
     parent, _, last = module.rpartition(".")
-    before = f"{parent}." if parent else ""
-    return [f"{before}{source}.{attribute}" for source in fused[last]] if last in fused else [name]
+    prefix = f"{parent}." if parent else ""
+    return [f"{prefix}{source}.{attribute}" for source in fused[last]] if last in fused else [name]

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from triton_embed.gateway import repository
 from triton_embed.python_backend.config import ModelConfig, ServingConfig
 from triton_embed.python_backend.embedder import Embedder
-from triton_embed.python_backend.reader import Reader
+from triton_embed.python_backend.reader import TextProcessor
 from triton_embed.python_backend.request import Item
 from triton_embed.python_backend.row import NO_IDS, Row
 
@@ -105,9 +105,9 @@ class Family:
         )
         self.spec, self.directory = stated.spec, directory
         self.model = ModelConfig.from_checkpoint(directory, self.serving, self.spec)
-        reader = self.spec.load(self.spec.reader)
-        self.reader: Reader = reader(
-            directory, self.model, self.model.shape, self.serving, self.spec.eos, stated.prompt
+        processor = self.spec.load(self.spec.processor)
+        self.processor: TextProcessor = processor(
+            directory, self.model, self.model.network_config, self.serving, self.spec.eos, stated.prompt
         )
 
     @cached_property
@@ -115,13 +115,15 @@ class Family:
         return Embedder(self.spec, self.directory, self.serving)
 
     def rows(self, *items: Item, truncate: str = "end", **parameters: str) -> list[Row]:
-        reader, found = self.reader, []
-        template = reader.template(parameters)
+        processor, found = self.processor, []
+        template = processor.template(parameters)
         for i, item in enumerate(items):
-            reader.check(item, i)
-            ids = reader.tokenizer.encode([template(item)])[0] if reader.has_ids(item) else NO_IDS
-            row = reader.row(ids, tuple(reader.picture(image, i) for image in item.images), template, truncate, i)
-            found.append(reader.share(row, template))
+            processor.check(item, i)
+            ids = processor.tokenizer.encode([template(item)])[0] if processor.has_ids(item) else NO_IDS
+            row = processor.build_row(
+                ids, tuple(processor.decode_image(image, i) for image in item.images), template, truncate, i
+            )
+            found.append(processor.mark_shared_prefix(row, template))
         return found
 
 

@@ -147,8 +147,8 @@ class Watched(Table):
         self.kernels = table.kernels
         self.used: list[Config | None] = []
 
-    def choice(self, kernel: str, **sizes: int) -> Config | None:
-        self.used.append(super().choice(kernel, **sizes))
+    def find_config(self, kernel: str, **sizes: int) -> Config | None:
+        self.used.append(super().find_config(kernel, **sizes))
         return self.used[-1]
 
     def unreached(self, kernel: str) -> list[dict[str, int]]:
@@ -187,12 +187,12 @@ def recording(table: Table) -> Iterator[list[Launch]]:
         file = kernel.__module__.rpartition(".")[2]
         launches.append(Launch("", file, kernel.__name__, signature, constants, num_warps, num_stages))
 
-    real = blocks.of
-    blocks.of = lambda _: table  # type: ignore[assignment]
+    real = blocks.table_for
+    blocks.table_for = lambda _: table  # type: ignore[assignment]
     for file in FILES.values():
         file.launch = launch  # type: ignore[attr-defined]
     yield launches
-    blocks.of = real
+    blocks.table_for = real
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ def refused() -> dict[str, Build]:
     weight, odd = torch.empty(1024, 1024, dtype=torch.bfloat16), torch.empty(99, 1023, dtype=torch.bfloat16)
 
     def one(call: Callable[[], object]) -> Launch:
-        return launches(blocks.table("sm80"), [("", iter([call]))])[0]
+        return launches(blocks.load_table("sm80"), [("", iter([call]))])[0]
 
     large, deep, small = Config(128, 256, 32, 4, 2), Config(128, 128, 64, 8, 6), Config(64, 64, 16)
     single = one(lambda: ops.linear(x.float(), weight.float(), bias.float(), None, small))
@@ -401,7 +401,7 @@ def unreached(launches: list[Launch]) -> list[str]:
 def main(files: Collection[str]) -> int:
     began, builds, wrong = time.monotonic(), [], []
     for architecture, capability in ARCHITECTURES.items():
-        table = Watched(blocks.table(architecture))
+        table = Watched(blocks.load_table(architecture))
         reached = launches(table, calls(table))
         wrong += [
             f"{architecture}.json: no call reaches the entry of '{kernel}' up to {most}"

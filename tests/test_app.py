@@ -1,4 +1,4 @@
-"""The gateway as its callers meet it: real HTTP clients, uvicorn, and the real tritonserver behind."""
+"""The gateway under uvicorn with real HTTP clients and the real tritonserver."""
 
 import asyncio
 import base64
@@ -34,7 +34,7 @@ from triton_embed.gateway.settings import read_settings
 
 
 class Served:
-    """The gateway under uvicorn in a thread, on a free port."""
+    """A gateway under uvicorn in a thread, on a free port."""
 
     def __init__(self, **settings: Any) -> None:
         app = create_app(read_settings(**settings))
@@ -61,7 +61,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(triton: Triton) -> Iterator[Served]:
-    """Two models are ready behind it, minilm and bge_tiny; bge has no checkpoint."""
+    """A gateway with two ready models, minilm and bge_tiny; bge has no checkpoint."""
     gateway = Served(triton_grpc=triton.grpc)
     yield gateway
     gateway.stop()
@@ -69,7 +69,7 @@ def served(triton: Triton) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def locked(triton: Triton) -> Iterator[Served]:
-    """With a key, small limits, and a name of its own."""
+    """A gateway with an API key and small limits."""
     gateway = Served(triton_grpc=triton.grpc, api_key="k3y", max_body_bytes=2000, max_inputs=3, request_timeout=5)
     yield gateway
     gateway.stop()
@@ -89,25 +89,25 @@ def vectors_of(response: requests.Response) -> np.ndarray[Any, Any]:
     return np.array([item["embedding"] for item in response.json()["data"]], dtype=np.float32)
 
 
-def test_openai_with_its_default_base64(served: Served) -> None:
+def test_openai_client_with_default_base64(served: Served) -> None:
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="EMPTY") as client:
         reply = client.embeddings.create(model="all-MiniLM-L6-v2", input=["hello world", "你好 😀"])
         packed = np.array([item.embedding for item in reply.data])
         plain = client.embeddings.create(model="minilm", input=["hello world", "你好 😀"], encoding_format="float")
         ids = client.embeddings.create(model="minilm", input=[101, 7592, 2088, 102])
-        told = client.embeddings.create(model="tiny", input={"input": "hello", "instruction": "the cat"})  # type: ignore[arg-type]
-        untold = client.embeddings.create(model="tiny", input="hello", dimensions=60)
+        instructed = client.embeddings.create(model="tiny", input={"input": "hello", "instruction": "the cat"})  # type: ignore[arg-type]
+        plain_tiny = client.embeddings.create(model="tiny", input="hello", dimensions=60)
         assert [model.id for model in client.models.list()] == ["bge_tiny", "minilm", "bge"]
         retrieved = client.models.retrieve("sentence-transformers/all-MiniLM-L6-v2")
     assert reply.model == "all-MiniLM-L6-v2"
     assert np.allclose(packed, [item.embedding for item in plain.data], atol=1e-7)
     assert np.allclose(ids.data[0].embedding, packed[0], atol=2e-5)
-    assert not np.allclose(told.data[0].embedding, untold.data[0].embedding, atol=1e-2)
+    assert not np.allclose(instructed.data[0].embedding, plain_tiny.data[0].embedding, atol=1e-2)
     assert (plain.usage.prompt_tokens, ids.usage.total_tokens) == (plain.usage.total_tokens, 4)
     assert retrieved.id == "minilm"
 
 
-def test_openai_async_many_at_once(served: Served) -> None:
+def test_openai_async_client_with_concurrent_requests(served: Served) -> None:
     async def run() -> list[list[float]]:
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="EMPTY") as client:
             calls = [client.embeddings.create(model="tiny", input=f"the cat {i}") for i in range(32)]
@@ -119,15 +119,15 @@ def test_openai_async_many_at_once(served: Served) -> None:
 
 
 def test_curl_without_a_content_type(served: Served) -> None:
-    for given in ("Once upon a time", [101, 2320, 2588, 1037, 2051, 102]):
-        body = json.dumps({"model": "minilm", "input": given})
+    for value in ("Once upon a time", [101, 2320, 2588, 1037, 2051, 102]):
+        body = json.dumps({"model": "minilm", "input": value})
         command = ["curl", "-s", f"{served.url}/v1/embeddings", "-d", body]
         reply = json.loads(subprocess.check_output(command))
         assert len(reply["data"][0]["embedding"]) == 384
         assert reply["usage"]["prompt_tokens"] == 6
 
 
-def test_requests_as_in_the_documents(served: Served) -> None:
+def test_requests_client_as_in_sglang_docs(served: Served) -> None:
     payload = {"model": "minilm", "input": "法国的首都是什么?", "encoding_format": "float"}
     reply = requests.post(served.url + "/v1/embeddings", json=payload, timeout=30).json()
     assert list(reply) == ["object", "data", "model", "usage"]
@@ -136,15 +136,15 @@ def test_requests_as_in_the_documents(served: Served) -> None:
 
 
 def test_httpx_on_the_alias_route(served: Served) -> None:
-    given = {"model": "tiny", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 20, "user": "me"}
+    payload = {"model": "tiny", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 20, "user": "me"}
     with httpx.Client() as client:
-        reply = client.post(f"{served.url}/embeddings", json=given).json()
+        reply = client.post(f"{served.url}/embeddings", json=payload).json()
     rows = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in reply["data"]]
     assert [row.shape for row in rows] == [(20,), (20,)]
     assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
 
 
-def test_what_was_cut_is_told(served: Served) -> None:
+def test_truncation_is_reported(served: Served) -> None:
     long = served.post({"model": "minilm", "input": ["word " * 400, "short", "word " * 300]})
     assert long.headers["x-truncated-inputs"] == "2"
     assert long.json()["usage"]["prompt_tokens"] == 256 + 3 + 256
@@ -154,7 +154,7 @@ def test_what_was_cut_is_told(served: Served) -> None:
     assert not np.allclose(vectors_of(start), vectors_of(end), atol=1e-3)
 
 
-REFUSED = [
+INVALID_REQUESTS = [
     ({"model": "minilm"}, 400, "input", "input is required"),
     ({"model": "minilm", "input": ""}, 400, "input", "Input cannot be empty"),
     ({"model": "minilm", "input": []}, 400, "input", "Input cannot be empty"),
@@ -217,15 +217,15 @@ REFUSED = [
         "Model 'minilm' takes no images (input at index 1)",
     ),
     ({"model": "minilm", "input": [{"video": "x"}]}, 400, "input", "Input at index 0 has an unknown key 'video'"),
-    ({"input": "a"}, 400, "model", "model is required, as several are served: bge_tiny, minilm"),
+    ({"input": "a"}, 400, "model", "model is required because several are served: bge_tiny, minilm"),
     ({"model": "gpt", "input": ""}, 400, "input", "Input cannot be empty"),
-    ({"model": "gpt", "input": "a"}, 404, "model", "The model 'gpt' does not exist. Ready to be asked: bge_tiny, mi"),
+    ({"model": "gpt", "input": "a"}, 404, "model", "The model 'gpt' does not exist. Available models: bge_tiny, mi"),
     ({"model": "bge", "input": "a"}, 503, None, "Model 'bge' has no checkpoint. Fetch it with: triton-embed download "),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "status", "param", "message"), REFUSED)
-def test_refusals(served: Served, body: Any, status: int, param: str | None, message: str) -> None:
+@pytest.mark.parametrize(("body", "status", "param", "message"), INVALID_REQUESTS)
+def test_invalid_requests(served: Served, body: Any, status: int, param: str | None, message: str) -> None:
     response = served.post(body)
     error = error_of(response)
     assert (response.status_code, error["param"]) == (status, param)
@@ -238,13 +238,13 @@ def test_refusals(served: Served, body: Any, status: int, param: str | None, mes
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"\xff\xfe", b'{"input": "\\ud800", "model": "minilm"}', b"[]", b"[" * 10**5, b'{"input": NaN}']
 )
-def test_bytes_that_are_no_request(served: Served, body: bytes) -> None:
+def test_malformed_json_is_400(served: Served, body: bytes) -> None:
     response = requests.post(served.url + "/v1/embeddings", data=body, timeout=30)
     assert response.status_code == 400
     assert error_of(response)["message"].startswith("The request body ")
 
 
-def test_one_bad_request_among_good_ones_fails_alone(served: Served) -> None:
+def test_invalid_request_does_not_fail_concurrent_ones(served: Served) -> None:
     async def run() -> list[int]:
         async with httpx.AsyncClient(base_url=served.url, timeout=30) as client:
             bodies = [{"model": "tiny", "input": f"cat {i}"} for i in range(15)]
@@ -255,18 +255,18 @@ def test_one_bad_request_among_good_ones_fails_alone(served: Served) -> None:
     assert asyncio.run(run()) == [200] * 7 + [400] + [200] * 8
 
 
-def test_encode_in_sglangs_form(served: Served) -> None:
-    one = served.post({"model": "minilm", "text": "hello world"}, "/encode").json()
-    assert (len(one["embedding"]), one["meta_info"]["prompt_tokens"]) == (384, 4)
+def test_encode_in_sglang_format(served: Served) -> None:
+    single = served.post({"model": "minilm", "text": "hello world"}, "/encode").json()
+    assert (len(single["embedding"]), single["meta_info"]["prompt_tokens"]) == (384, 4)
     many = served.post({"model": "minilm", "input_ids": [[101, 7592, 2088, 102], [101, 102]]}, "/encode").json()
-    assert np.allclose(many[0]["embedding"], one["embedding"], atol=2e-5)
+    assert np.allclose(many[0]["embedding"], single["embedding"], atol=2e-5)
     assert [item["meta_info"]["prompt_tokens"] for item in many] == [4, 2]
     refused = served.post({"model": "minilm", "image_data": "x"}, "/encode")
     assert (refused.status_code, error_of(refused)["param"]) == (400, "image_data")
     assert error_of(refused)["message"] == "Model 'minilm' takes no images (input at index 0)"
 
 
-def test_objects_of_text_for_a_model_of_text(served: Served) -> None:
+def test_text_objects_and_parts_for_a_text_model(served: Served) -> None:
     plain = served.post({"model": "tiny", "input": ["hello", "the cat"], "instruction": "dog"})
     items = served.post(
         {"model": "tiny", "input": ["hello", {"text": "the cat", "instruction": "dog"}], "instruction": "dog"}
@@ -277,7 +277,7 @@ def test_objects_of_text_for_a_model_of_text(served: Served) -> None:
     assert np.allclose(vectors_of(as_parts), vectors_of(plain), atol=2e-5)
 
 
-# Its vector of a row: the length of the text, how many images came, and a checksum of them all.
+# The vector of a row: length of the text, number of images, and a checksum of the images.
 IMAGE_MODEL = """
 import json
 import zlib
@@ -288,21 +288,21 @@ import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def execute(self, requests):
-        return [pb_utils.InferenceResponse(list(self.answer(request))) for request in requests]
+        return [pb_utils.InferenceResponse(list(self.outputs(request))) for request in requests]
 
-    def answer(self, request):
-        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    def outputs(self, request):
+        inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         if list(request.requested_output_names()) == ["INFO"]:
-            assert list(given) == ["INPUT_IDS"]
+            assert list(inputs) == ["INPUT_IDS"]
             yield pb_utils.Tensor("INFO", np.array([[INFO]], dtype=np.object_))
             return
         rows = []
-        if "INPUT_IDS" in given:
-            assert list(given) == ["INPUT_IDS"]
-            rows = [[len(row), 0, 0] for row in given["INPUT_IDS"]]
+        if "INPUT_IDS" in inputs:
+            assert list(inputs) == ["INPUT_IDS"]
+            rows = [[len(row), 0, 0] for row in inputs["INPUT_IDS"]]
         else:
-            assert sorted(given) == ["IMAGE", "TEXT"]
-            for text, images in zip(given["TEXT"], given["IMAGE"], strict=True):
+            assert sorted(inputs) == ["IMAGE", "TEXT"]
+            for text, images in zip(inputs["TEXT"], inputs["IMAGE"], strict=True):
                 images = [image for image in images if image]
                 rows.append([len(text[0]), len(images), zlib.crc32(b"".join(images)) % 2**20])
         yield pb_utils.Tensor("EMBEDDING", np.array(rows, dtype=np.float32))
@@ -331,25 +331,25 @@ IMAGE_INFO = {
     "matryoshka": None, "instructions": True, "prompt_names": [], "default_prompt_name": None, "batch_tokens": 1024,
     "small_tokens": 256,     "max_request_tokens": 300_000, "dtype": "float32", "device": "cpu", "kernels": "",
 }  # fmt: skip
-PICTURES = {"/a.png": b"\x89PNG a" * 99, "/b.jpg": bytes(70_000), "/c": b"GIF89a c"}
+IMAGES = {"/a.png": b"\x89PNG a" * 99, "/b.jpg": bytes(70_000), "/c": b"GIF89a c"}
 
 
-class Pictures(BaseHTTPRequestHandler):
-    """A web site of PICTURES."""
+class ImageSite(BaseHTTPRequestHandler):
+    """A web site that serves IMAGES."""
 
     def do_GET(self) -> None:
-        body = PICTURES.get(self.path)
+        body = IMAGES.get(self.path)
         self.send_response(200 if body else 404)
         self.end_headers()
         self.wfile.write(body or b"")
 
     def log_message(self, *_: object) -> None:
-        """Not on the test's output."""
+        """Suppress the log."""
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ImageSite)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield f"127.0.0.1:{server.server_address[1]}"
@@ -360,7 +360,7 @@ def site() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def image_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
-    """The real server with two models of images, one of which takes text and image together."""
+    """tritonserver with two image models. Only `fused` embeds text and image together."""
     directory = tmp_path_factory.mktemp("images")
     for name, modalities in {"fused": ["text", "image", "text+image"], "either": ["text", "image"]}.items():
         (directory / "models" / name / "1").mkdir(parents=True)
@@ -383,8 +383,8 @@ def expected(text: str, *images: bytes) -> list[float]:
     return [len(text.encode()), len(images), zlib.crc32(b"".join(images)) % 2**20]
 
 
-def test_every_form_of_image_reaches_the_model_in_its_row(imaging: Served, site: str) -> None:
-    a, b, c = PICTURES.values()
+def test_every_image_format_reaches_the_right_row(imaging: Served, site: str) -> None:
+    a, b, c = IMAGES.values()
     packed = base64.b64encode(a).decode()
     items: list[Any] = [
         "plain 文",
@@ -406,37 +406,37 @@ def test_every_form_of_image_reaches_the_model_in_its_row(imaging: Served, site:
         expected("text"),
     ]
     assert reply.json()["usage"]["prompt_tokens"] == 7 + 64 * 7
-    one = imaging.post({"model": "fused", "input": items[5]})
-    assert vectors_of(one).tolist() == [expected("parts", a)]
+    single = imaging.post({"model": "fused", "input": items[5]})
+    assert vectors_of(single).tolist() == [expected("parts", a)]
 
 
-def test_the_multimodal_call_of_the_documents(imaging: Served, site: str) -> None:
+def test_multimodal_request_of_sglang_docs(imaging: Served, site: str) -> None:
     text = "Represent this image in embedding space."
     payload = {"model": "either", "input": [{"text": text}, {"image": f"http://{site}/a.png"}]}
     reply = requests.post(imaging.url + "/v1/embeddings", json=payload, timeout=30).json()
-    found = [x.get("embedding") for x in reply.get("data", [])]
-    assert found == [expected(text), expected("", PICTURES["/a.png"])]
+    vectors = [x.get("embedding") for x in reply.get("data", [])]
+    assert vectors == [expected(text), expected("", IMAGES["/a.png"])]
 
 
-def test_texts_and_ids_for_a_model_of_images(imaging: Served) -> None:
+def test_texts_and_ids_for_an_image_model(imaging: Served) -> None:
     assert vectors_of(imaging.post({"model": "either", "input": ["a", "bc"]})).tolist() == [[1, 0, 0], [2, 0, 0]]
     assert vectors_of(imaging.post({"model": "either", "input": [1, 2, 3]})).tolist() == [[3, 0, 0]]
     assert imaging.get("/health_generate").json()["models"] == {"either": "ok", "fused": "ok"}
     assert imaging.get("/v1/models/fused").json()["modalities"] == ["text", "image", "text+image"]
 
 
-def test_openai_passes_images_through(imaging: Served, site: str) -> None:
+def test_openai_client_with_images(imaging: Served, site: str) -> None:
     with openai.OpenAI(base_url=f"{imaging.url}/v1", api_key="EMPTY") as client:
-        given: Any = [{"image": f"http://{site}/a.png"}, "text"]
-        reply = client.embeddings.create(model="fused", input=given)
-    assert [item.embedding for item in reply.data] == [expected("", PICTURES["/a.png"]), expected("text")]
+        inputs: Any = [{"image": f"http://{site}/a.png"}, "text"]
+        reply = client.embeddings.create(model="fused", input=inputs)
+    assert [item.embedding for item in reply.data] == [expected("", IMAGES["/a.png"]), expected("text")]
 
 
 def test_encode_with_images(imaging: Served, site: str) -> None:
-    a, c = PICTURES["/a.png"], PICTURES["/c"]
+    a, c = IMAGES["/a.png"], IMAGES["/c"]
     urls = [f"http://{site}/a.png", f"http://{site}/c"]
-    one = imaging.post({"model": "fused", "text": "both", "image_data": urls[0]}, "/encode").json()
-    assert (one["embedding"], one["meta_info"]["prompt_tokens"]) == (expected("both", a), 65)
+    single = imaging.post({"model": "fused", "text": "both", "image_data": urls[0]}, "/encode").json()
+    assert (single["embedding"], single["meta_info"]["prompt_tokens"]) == (expected("both", a), 65)
     two = imaging.post({"model": "fused", "image_data": urls}, "/encode").json()
     assert two["embedding"] == expected("", a, c)
     many = imaging.post({"model": "fused", "text": ["x", ""], "image_data": [None, urls]}, "/encode").json()
@@ -464,7 +464,7 @@ def test_encode_with_images(imaging: Served, site: str) -> None:
         ),
     ],
 )
-def test_refused_images(imaging: Served, site: str, model: str, item: Any, message: str) -> None:
+def test_invalid_images(imaging: Served, site: str, model: str, item: Any, message: str) -> None:
     item = json.loads(json.dumps(item).replace("SITE", f"http://{site}"))
     response = imaging.post({"model": model, "input": ["a", item]})
     error = error_of(response)
@@ -473,7 +473,7 @@ def test_refused_images(imaging: Served, site: str, model: str, item: Any, messa
     assert site not in error["message"]
 
 
-def test_getting_images_is_a_stage_of_its_own(imaging: Served, site: str) -> None:
+def test_image_loading_is_a_separate_stage(imaging: Served, site: str) -> None:
     def count() -> float:
         lines = imaging.get("/metrics").text.splitlines()
         return next(float(line.split()[-1]) for line in lines if 'stage_seconds_count{stage="media"}' in line)
@@ -485,32 +485,32 @@ def test_getting_images_is_a_stage_of_its_own(imaging: Served, site: str) -> Non
     assert count() == before + 1
 
 
-def test_urls_are_the_operators_to_refuse(image_triton: Triton) -> None:
+def test_operator_can_disable_image_urls(image_triton: Triton) -> None:
     gateway = Served(triton_grpc=image_triton.grpc, media_urls=False)
     try:
         response = gateway.post({"model": "fused", "input": {"image": "https://example.com/a.png"}})
-        assert (response.status_code, "fetches no URLs" in error_of(response)["message"]) == (400, True)
+        assert (response.status_code, "does not fetch URLs" in error_of(response)["message"]) == (400, True)
         packed = base64.b64encode(b"GIF89a").decode()
         assert vectors_of(gateway.post({"model": "fused", "input": {"image": packed}})).shape == (1, 3)
     finally:
         gateway.stop()
 
 
-def test_model_cards(served: Served) -> None:
-    cards = {card["id"]: card for card in served.get("/v1/models").json()["data"]}
-    minilm = cards["minilm"]
+def test_list_of_models(served: Served) -> None:
+    models = {model["id"]: model for model in served.get("/v1/models").json()["data"]}
+    minilm = models["minilm"]
     assert (minilm["object"], minilm["ready"], minilm["dimensions"]) == ("model", True, 384)
     assert (minilm["max_model_len"], minilm["modalities"], minilm["pooling"]) == (256, ["text"], "mean")
     assert minilm["checkpoint"] == "sentence-transformers/all-MiniLM-L6-v2"
-    assert cards["bge"]["ready"] is False
-    assert cards["bge"]["reason"].startswith("Model 'bge' has no checkpoint.")
-    assert cards["bge_tiny"]["checkpoint"] is None  # a local path is nobody's business
-    assert served.get("/v1/models/BAAI/bge-tiny").json() == cards["bge_tiny"]
+    assert models["bge"]["ready"] is False
+    assert models["bge"]["reason"].startswith("Model 'bge' has no checkpoint.")
+    assert models["bge_tiny"]["checkpoint"] is None  # a local path is not revealed
+    assert served.get("/v1/models/BAAI/bge-tiny").json() == models["bge_tiny"]
     missing = served.get("/v1/models/nope/nope")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
 
-def test_model_info_in_sglangs_form(served: Served) -> None:
+def test_model_info_in_sglang_format(served: Served) -> None:
     info = served.get("/get_model_info?model=minilm").json()
     assert info["model_path"] == info["tokenizer_path"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert info["is_generation"] is False
@@ -550,8 +550,8 @@ def test_metrics(served: Served) -> None:
 def test_openapi_describes_the_routes(served: Served) -> None:
     page = served.get("/openapi.json").json()
     posted = page["paths"]["/v1/embeddings"]["post"]
-    given = posted["requestBody"]["content"]["application/json"]["schema"]["properties"]["input"]
-    objects = [form for form in given["anyOf"] if form["type"] == "object"]
+    input_schema = posted["requestBody"]["content"]["application/json"]["schema"]["properties"]["input"]
+    objects = [form for form in input_schema["anyOf"] if form["type"] == "object"]
     prompt = {"instruction", "prompt_name", "input_type"}
     assert [set(form["properties"]) for form in objects] == [
         {"text", "image", "image_url"} | prompt,
@@ -559,13 +559,13 @@ def test_openapi_describes_the_routes(served: Served) -> None:
     ]
     assert "422" not in json.dumps(page)
     for path, methods in page["paths"].items():
-        for method, told in methods.items():
-            assert told["summary"], (path, method)
-            assert told["description"], (path, method)
-            assert "headers" in told["responses"]["200"], (path, method)
+        for method, operation in methods.items():
+            assert operation["summary"], (path, method)
+            assert operation["description"], (path, method)
+            assert "headers" in operation["responses"]["200"], (path, method)
 
 
-def test_keys(locked: Served) -> None:
+def test_api_key(locked: Served) -> None:
     refused = locked.post({"model": "tiny", "input": "a"})
     assert (refused.status_code, error_of(refused)["code"]) == (401, "invalid_api_key")
     assert {locked.get(path).status_code for path in ("/health", "/health_generate", "/ready", "/ping")} == {200}
@@ -579,7 +579,7 @@ def test_keys(locked: Served) -> None:
         assert len(client.embeddings.create(model="tiny", input="a").data[0].embedding) == 60
 
 
-def test_limits_are_the_operators(locked: Served) -> None:
+def test_configured_limits_apply(locked: Served) -> None:
     headers = {"Authorization": "Bearer k3y"}
     url = locked.url + "/v1/embeddings"
     many = requests.post(url, json={"model": "tiny", "input": ["a"] * 4}, headers=headers, timeout=30)
@@ -590,8 +590,8 @@ def test_limits_are_the_operators(locked: Served) -> None:
         assert (large.status_code, error_of(large)["code"]) == (413, "body_too_large")
 
 
-def test_several_sizes_in_one_pass(served: Served) -> None:
-    """Each is what asking for it alone gives."""
+def test_several_dimensions_in_one_request(served: Served) -> None:
+    """Compare each vector with that of a separate request."""
     texts = ["hello world", "the cat"]
     body = {"model": "tiny", "input": texts, "dimensions": [40, 60, 20]}
     several = [item["embedding"] for item in served.post(body).json()["data"]]
@@ -601,8 +601,8 @@ def test_several_sizes_in_one_pass(served: Served) -> None:
     assert served.post({**body, "dimensions": [20, 30]}).status_code == 400
 
 
-def test_small_integers(served: Served) -> None:
-    """binary as sentence-transformers packs it; the others back to floats by the scale they come with."""
+def test_quantized_output(served: Served) -> None:
+    """Compare binary with sentence-transformers, and the other types with the floats after scaling back."""
     body = {"model": "minilm", "input": ["hello world", "你好 😀"]}
     floats = vectors_of(served.post(body))
     for precision in ("binary", "ubinary"):
@@ -612,13 +612,13 @@ def test_small_integers(served: Served) -> None:
     for precision, zero in (("int8", 0), ("uint8", 128)):
         items = served.post({**body, "output_dtype": precision}).json()["data"]
         for item, vector in zip(items, floats, strict=True):
-            back = (np.array(item["embedding"]) - zero) * item["scale"]
-            assert np.abs(back - vector).max() <= item["scale"] / 2 + 1e-7
+            restored = (np.array(item["embedding"]) - zero) * item["scale"]
+            assert np.abs(restored - vector).max() <= item["scale"] / 2 + 1e-7
             assert np.abs(item["embedding"]).max() - zero in (127, 126)  # the whole range is used
 
 
-def test_a_report_isolates_what_is_bad(served: Served) -> None:
-    """Faults that the gateway finds, and one that only the model can."""
+def test_on_error_report_embeds_the_valid_inputs(served: Served) -> None:
+    """Include input errors that the gateway detects, and one that only the model detects."""
     inputs = ["hello", " ", {"text": 7}, "world " * 400, "the cat", {"image": "x"}]
     body = {"model": "minilm", "input": inputs, "truncate": "none", "on_error": "report", "return_receipt": True}
     response = served.post(body)
@@ -639,8 +639,8 @@ def test_a_report_isolates_what_is_bad(served: Served) -> None:
     assert served.post({"model": "minilm", "input": [" "], "on_error": "report"}).json()["usage"]["total_tokens"] == 0
 
 
-def test_a_prompt_for_each_input(served: Served) -> None:
-    """An instruction travels with its own text: as if each had been sent alone."""
+def test_each_input_can_have_its_own_prompt(served: Served) -> None:
+    """Compare with separate requests: an instruction must apply to its own text only."""
     texts = ["the cat", {"text": "the cat", "instruction": "a dog: "}, {"text": "the cat", "instruction": "hello "}]
     together = vectors_of(served.post({"model": "tiny", "input": texts}))
     for vector, text in zip(together, texts, strict=True):
@@ -650,56 +650,56 @@ def test_a_prompt_for_each_input(served: Served) -> None:
     assert np.allclose(shared[0], together[1], atol=1e-6)
 
 
-def test_many_inputs_travel_in_several_calls_and_come_back_in_order(served: Served) -> None:
-    """More tokens than a forward pass: lengths mixed, and one fault named by the number the caller knows."""
+def test_large_request_is_split_and_returned_in_order(served: Served) -> None:
+    """Send more tokens than fit in a forward pass. An error must name the index in the original request."""
     texts = [f"{'word ' * (i * 37 % 90)}number {i}" for i in range(200)]
     many = vectors_of(served.post({"model": "minilm", "input": texts}))
-    some = [0, 7, 63, 64, 130, 199]
+    sample = [0, 7, 63, 64, 130, 199]
     assert np.allclose(
-        many[some], vectors_of(served.post({"model": "minilm", "input": [texts[i] for i in some]})), atol=1e-6
+        many[sample], vectors_of(served.post({"model": "minilm", "input": [texts[i] for i in sample]})), atol=1e-6
     )
     texts[150] = "word " * 300
     refused = served.post({"model": "minilm", "input": texts, "truncate": "none"})
     assert "(input at index 150)" in error_of(refused)["message"]
 
 
-def test_how_long_it_may_take(served: Served) -> None:
+def test_request_timeout_header(served: Served) -> None:
     body = {"model": "minilm", "input": [f"{i} {'word ' * 250}" for i in range(64)]}
     url = f"{served.url}/v1/embeddings"
     late = requests.post(url, json=body, headers={"x-request-timeout": "0.05"}, timeout=30)
     assert (late.status_code, error_of(late)["message"]) == (504, "No answer within 0.05 s")
-    for bad in ("0", "-1", "soon", "nan", "inf"):
+    for invalid in ("0", "-1", "soon", "nan", "inf"):
         refused = requests.post(
-            f"{served.url}/v1/embeddings", json=body, headers={"x-request-timeout": bad}, timeout=30
+            f"{served.url}/v1/embeddings", json=body, headers={"x-request-timeout": invalid}, timeout=30
         )
         assert (refused.status_code, error_of(refused)["param"]) == (400, "x-request-timeout")
     assert served.post({**body, "input": "hello"}).headers["server-timing"].startswith("parse;dur=")
 
 
-def test_ranking(served: Served) -> None:
-    """Cosines of sentence-transformers' own vectors, best first."""
+def test_rerank_and_score(served: Served) -> None:
+    """Compare with the cosines of sentence-transformers' vectors, best first."""
     query, documents = "What is red?", ["The sea is blue.", "A ripe cherry is red.", "Red wine", "Snow"]
     model = SentenceTransformer(str(MINILM), device="cpu")
     scores = model.similarity(model.encode([query]), model.encode(documents))[0].numpy()
     body = {"model": "minilm", "query": query, "documents": documents, "return_documents": True, "top_n": 3}
-    answer = served.post(body, "/v1/rerank").json()
+    reply = served.post(body, "/v1/rerank").json()
     order = np.argsort(-scores)[:3]
-    assert [result["index"] for result in answer["results"]] == order.tolist()
-    assert np.allclose([result["relevance_score"] for result in answer["results"]], scores[order], atol=1e-5)
-    assert [result["document"]["text"] for result in answer["results"]] == [documents[i] for i in order]
+    assert [result["index"] for result in reply["results"]] == order.tolist()
+    assert np.allclose([result["relevance_score"] for result in reply["results"]], scores[order], atol=1e-5)
+    assert [result["document"]["text"] for result in reply["results"]] == [documents[i] for i in order]
     pairs = served.post({"model": "minilm", "text_1": query, "text_2": documents}, "/v1/score").json()
     assert np.allclose([item["score"] for item in pairs["data"]], scores, atol=1e-5)
     each = served.post({"model": "minilm", "text_1": documents, "text_2": documents[::-1]}, "/score").json()["data"]
-    both = model.encode(documents)
-    assert np.allclose([item["score"] for item in each], (both * both[::-1]).sum(axis=1), atol=1e-5)
+    vectors = model.encode(documents)
+    assert np.allclose([item["score"] for item in each], (vectors * vectors[::-1]).sum(axis=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", [{}, {"instruction": "a dog: "}])
-def test_only_the_query_is_prompted(served: Served, prompt: dict[str, str]) -> None:
-    """By the model's own prompt for queries, or as the caller says."""
+def test_rerank_prompts_only_the_query(served: Served, prompt: dict[str, str]) -> None:
+    """Check the model's prompt for queries and the caller's instruction."""
     documents = ["hello", "the cat", "the dog"]
-    asked = {"model": "tiny", "input": "the cat", **(prompt or {"input_type": "query"})}
-    query = vectors_of(served.post(asked))[0]
+    payload = {"model": "tiny", "input": "the cat", **(prompt or {"input_type": "query"})}
+    query = vectors_of(served.post(payload))[0]
     assert not np.allclose(query, vectors_of(served.post({"model": "tiny", "input": "the cat"}))[0], atol=1e-2)
     expected = vectors_of(served.post({"model": "tiny", "input": documents})) @ query
     body = {"model": "tiny", "query": "the cat", "documents": documents, **prompt}
@@ -724,42 +724,42 @@ def test_only_the_query_is_prompted(served: Served, prompt: dict[str, str]) -> N
         ("score", {"text_1": "a", "text_2": "b", "dimensions": [3]}, "dimensions"),
     ],
 )
-def test_what_cannot_be_ranked(served: Served, path: str, body: dict[str, Any], param: str) -> None:
+def test_invalid_rerank_and_score(served: Served, path: str, body: dict[str, Any], param: str) -> None:
     response = served.post({"model": "minilm", **body}, f"/v1/{path}")
     assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
-def test_tokens_as_the_model_sees_them(served: Served) -> None:
-    one = served.post({"model": "minilm", "prompt": "hello world"}, "/tokenize").json()
-    assert one == {"tokens": [101, 7592, 2088, 102], "count": 4, "max_model_len": 256, "model": "minilm"}
+def test_tokenize(served: Served) -> None:
+    single = served.post({"model": "minilm", "prompt": "hello world"}, "/tokenize").json()
+    assert single == {"tokens": [101, 7592, 2088, 102], "count": 4, "max_model_len": 256, "model": "minilm"}
     texts = ["hello", "word " * 400]
     many = served.post({"model": "minilm", "input": texts}, "/tokenize").json()
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     assert many["tokens"] == [tokenizer(text)["input_ids"] for text in texts]
     assert many["count"] == [3, 402]
-    told = {"model": "tiny", "prompt": "the cat", "instruction": "a dog: "}
-    ids = served.post(told, "/tokenize").json()["tokens"]
+    prompted = {"model": "tiny", "prompt": "the cat", "instruction": "a dog: "}
+    ids = served.post(prompted, "/tokenize").json()["tokens"]
     by_ids, by_text = ({"model": "tiny", "input": ids}, {"model": "tiny", "input": "the cat", "instruction": "a dog: "})
     assert np.allclose(vectors_of(served.post(by_ids)), vectors_of(served.post(by_text)), atol=1e-6)
 
 
-def test_server_info_tells_limits_and_no_secrets(locked: Served) -> None:
+def test_server_info_has_limits_and_no_secrets(locked: Served) -> None:
     reply = requests.get(f"{locked.url}/get_server_info", headers={"Authorization": "Bearer k3y"}, timeout=30)
-    told = reply.json()
-    assert (told["max_inputs"], told["max_body_bytes"], told["request_timeout"]) == (3, 2000, 5)
-    assert {model["name"] for model in told["models"]} == {"minilm", "bge_tiny"}
+    info = reply.json()
+    assert (info["max_inputs"], info["max_body_bytes"], info["request_timeout"]) == (3, 2000, 5)
+    assert {model["name"] for model in info["models"]} == {"minilm", "bge_tiny"}
     assert not any(secret in reply.text for secret in ("k3y", "127.0.0.1", str(MINILM)))
 
 
-def test_foreign_ids_of_a_declared_encoding_need_its_tables(served: Served) -> None:
+def test_token_encoding_without_tables_is_400(served: Served) -> None:
     response = served.post({"model": "minilm", "input": [[9906, 1917]], "token_encoding": "cl100k_base"})
     error = error_of(response)
     assert (response.status_code, error["param"]) == (400, "token_encoding")
     assert "check_embedding_ctx_length=False" in error["message"]
 
 
-def test_a_full_line_tells_when_to_come_back(triton: Triton) -> None:
-    """By tokens: what waits is counted before it is sent, and what is refused knows when to come back."""
+def test_full_queue_is_429_with_retry_after(triton: Triton) -> None:
+    """Exceed the limit of pending tokens. Rejected requests get a Retry-After."""
     gateway = Served(triton_grpc=triton.grpc, max_waiting_tokens=3_000)
     try:
         body = {"model": "minilm", "input": [f"{i} {'word ' * 200}" for i in range(40)]}
@@ -777,46 +777,46 @@ def test_a_full_line_tells_when_to_come_back(triton: Triton) -> None:
         gateway.stop()
 
 
-def test_a_bulk_load_lets_others_pass(served: Served) -> None:
-    """The second lane: a query that comes after 120 texts is answered long before them."""
+def test_interactive_requests_overtake_a_batch_request(served: Served) -> None:
+    """Send short queries after 120 texts in the batch lane. They must be answered long before the texts."""
     bulk = {"model": "minilm", "input": [f"{i} {'word ' * 120}" for i in range(120)], "priority": "batch"}
     with ThreadPoolExecutor(1) as pool:
-        began = time.monotonic()
+        start = time.monotonic()
         loading = pool.submit(served.post, bulk)
         time.sleep(0.3)
         waits = []
         while not loading.done():
-            asked = time.monotonic()
+            sent = time.monotonic()
             assert served.post({"model": "minilm", "input": "hello"}).status_code == 200
-            waits.append(time.monotonic() - asked)
-        whole = time.monotonic() - began
+            waits.append(time.monotonic() - sent)
+        total = time.monotonic() - start
     assert loading.result().status_code == 200
     assert len(waits) >= 3
-    assert sorted(waits)[len(waits) // 2] < whole / 4
+    assert sorted(waits)[len(waits) // 2] < total / 4
 
 
-def test_a_caller_who_leaves_takes_what_waits_along(triton: Triton) -> None:
-    """300 texts, and nobody there any more: the next caller does not wait for them."""
+def test_disconnect_cancels_pending_work(triton: Triton) -> None:
+    """Disconnect after sending 300 texts: the next request must not wait for them."""
     gateway = Served(triton_grpc=triton.grpc)
     texts = [f"{i} {'word ' * 120}" for i in range(300)]
     try:
         body = json.dumps({"model": "minilm", "input": texts}).encode()
         head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        began = time.monotonic()
+        start = time.monotonic()
         with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
             connection.sendall(head + body)
             time.sleep(0.3)
         assert gateway.post({"model": "minilm", "input": "hello"}).status_code == 200
-        left = time.monotonic() - began
-        began = time.monotonic()
+        wait_after_disconnect = time.monotonic() - start
+        start = time.monotonic()
         assert gateway.post({"model": "minilm", "input": texts}).status_code == 200
-        assert left < (time.monotonic() - began) / 2
+        assert wait_after_disconnect < (time.monotonic() - start) / 2
         assert 'status="499"' in gateway.get("/metrics").text
     finally:
         gateway.stop()
 
 
-def test_a_compressed_body_is_told_what_is_wrong_with_it(served: Served) -> None:
+def test_compressed_body_error_names_the_encoding(served: Served) -> None:
     body = gzip.compress(b'{"model": "minilm", "input": "a"}')
     headers = {"Content-Encoding": "gzip"}
     response = requests.post(f"{served.url}/v1/embeddings", data=body, headers=headers, timeout=30)
@@ -824,7 +824,7 @@ def test_a_compressed_body_is_told_what_is_wrong_with_it(served: Served) -> None
     assert "Content-Encoding is 'gzip'" in error_of(response)["message"]
 
 
-def test_a_client_that_hangs_up_leaves_the_others_alone(served: Served) -> None:
+def test_disconnects_do_not_affect_other_requests(served: Served) -> None:
     body = json.dumps({"model": "minilm", "input": ["word " * 250] * 8}).encode()
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for part in (head + body, head + body[:100]):
@@ -835,8 +835,8 @@ def test_a_client_that_hangs_up_leaves_the_others_alone(served: Served) -> None:
     assert vectors_of(served.post({"model": "minilm", "input": "still here"})).shape == (1, 384)
 
 
-def test_one_model_and_a_name_for_it(triton: Triton, model_directory: Path, tmp_path: Path) -> None:
-    """A real server of one model, its repository API locked; killed, and started again."""
+def test_served_model_name_and_triton_restart(triton: Triton, model_directory: Path, tmp_path: Path) -> None:
+    """Serve one model with a restricted repository API. Kill tritonserver, then restart it."""
     for name in ("bge_tiny", "bge"):
         shutil.copytree(model_directory / name, tmp_path / "models" / name)
     flag = "--grpc-restricted-protocol=model-repository:triton-embed=s3cret"
@@ -848,7 +848,7 @@ def test_one_model_and_a_name_for_it(triton: Triton, model_directory: Path, tmp_
         for body in ({"input": "a"}, {"model": "mine", "input": "a"}, {"model": "default", "input": "a"}):
             assert vectors_of(gateway.post(body)).shape == (1, 60)
         assert gateway.post({"input": "a"}).json()["model"] == "Mine"
-        assert [card["id"] for card in gateway.get("/v1/models").json()["data"]] == ["Mine", "bge"]
+        assert [model["id"] for model in gateway.get("/v1/models").json()["data"]] == ["Mine", "bge"]
         assert gateway.get("/get_model_info").json()["name"] == "bge_tiny"
 
         server.stop(signal.SIGKILL)
@@ -858,13 +858,13 @@ def test_one_model_and_a_name_for_it(triton: Triton, model_directory: Path, tmp_
                 "reason": "The inference server cannot be reached",
             }
         for body in ({"input": "a"}, {"model": "tiny", "input": "a"}):
-            began = time.monotonic()
+            start = time.monotonic()
             response = gateway.post(body)
             assert (response.status_code, error_of(response)["type"]) == (503, "server_error")
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - start < 1
         deadline = time.monotonic() + 5
-        while {card["ready"] for card in gateway.get("/v1/models").json()["data"]} != {False}:
-            assert time.monotonic() < deadline, "the registry still calls a model ready"
+        while {model["ready"] for model in gateway.get("/v1/models").json()["data"]} != {False}:
+            assert time.monotonic() < deadline, "the registry still reports a model as ready"
             time.sleep(REFRESH_GAP_SECONDS)
         assert gateway.post({"model": "unheard-of", "input": "a"}).status_code == 503
 
@@ -879,7 +879,7 @@ def test_one_model_and_a_name_for_it(triton: Triton, model_directory: Path, tmp_
         server.stop()
 
 
-def test_no_triton_at_all() -> None:
+def test_without_triton_requests_get_503() -> None:
     gateway = Served(triton_grpc=f"127.0.0.1:{free_port()}")
     try:
         response = gateway.post({"model": "minilm", "input": "a"})

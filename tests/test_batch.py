@@ -82,7 +82,7 @@ def test_a_padded_batch_has_sizes_that_its_rows_have_no_part_in(
     layout = Layout.of(ids, pooling, tile=tile)
     padded = layout.padded(tokens, count)
     again = Layout.of(other, pooling, tile=tile).padded(tokens, count)
-    assert padded.places == again.places
+    assert padded.offsets == again.offsets
     assert padded.lengths == again.lengths
     found, plain = padded.view(padded.buffer()), layout.view(layout.buffer())
     assert torch.equal(found.ids[: len(plain.ids)], plain.ids)

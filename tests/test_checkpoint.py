@@ -235,7 +235,7 @@ def test_no_checkpoint_at_all_is_no_error(package: str, tmp_path: Path) -> None:
 
 def test_a_directory_without_a_config_is_a_broken_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "org" / "tiny").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"org/tiny holds no config\.json"):
+    with pytest.raises(ConfigError, match=r"org/tiny has no config\.json"):
         checkpoint.locate(serving(checkpoint="org/tiny", checkpoint_root=tmp_path))
 
 
@@ -272,7 +272,7 @@ def test_weight_files(there: list[str], indexed: list[str], expected: list[str],
 
 def test_no_weights(tmp_path: Path) -> None:
     write(tmp_path, "pytorch_model.bin", "model.safetensors.index")
-    with pytest.raises(ConfigError, match=rf"{tmp_path} holds no \*\.safetensors file"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path} has no \*\.safetensors file"):
         checkpoint.weight_files(tmp_path)
 
 

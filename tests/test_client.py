@@ -1,4 +1,4 @@
-"""One request, one inference: shielded calls against a scripted gRPC server, tensors against the real one."""
+"""The Triton client: shielded calls against a scripted gRPC server, tensors against a real Triton."""
 
 import asyncio
 import json
@@ -15,8 +15,8 @@ from tritonclient.utils import deserialize_bytes_tensor
 from conftest import Triton, free_port
 from triton_embed.gateway.client import TritonClient
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.forms import Form
-from triton_embed.gateway.items import Faults, Prompt
+from triton_embed.gateway.forms import VectorFormat
+from triton_embed.gateway.items import InputErrors, Prompt
 from triton_embed.gateway.model import ModelInfo
 from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 
@@ -31,9 +31,9 @@ def ids(*rows: list[int], **fields: Any) -> EmbeddingRequest:
     return EmbeddingRequest(model=None, texts=[], ids=list(rows), single=False, param="input", **fields)
 
 
-def embed(client: TritonClient, model: str, request: EmbeddingRequest, images: Any = None, **how: Any) -> Any:
-    """A whole request in one call."""
-    return client.embed(model, request, range(request.count), images, **how)
+def embed(client: TritonClient, model: str, request: EmbeddingRequest, images: Any = None, **options: Any) -> Any:
+    """Embed all inputs of a request in one call."""
+    return client.embed(model, request, range(request.count), images, **options)
 
 
 def with_client(target: str, use: Callable[[TritonClient], Awaitable[T]], **options: Any) -> T:
@@ -48,20 +48,20 @@ def with_client(target: str, use: Callable[[TritonClient], Awaitable[T]], **opti
 
 
 class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """A Triton in this process: it answers after `seconds`, or fails as told, and sees what it is sent."""
+    """A scripted Triton in this process: it answers after `seconds` or with `failure`, and records requests."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.outputs = ("EMBEDDING", "TOKENS", "DROPPED")
-        self.most = 10**9  # at once; others find the queue full
+        self.max_running = 10**9  # above it, calls get "Exceeds maximum queue size"
         self.running = self.peak = self.refused = self.answered = 0
         self.cancelled = 0
         self.metadata: dict[str, str] = {}
-        self.asked: list[Any] = []
+        self.requests: list[Any] = []
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
-        if self.running >= self.most:
+        if self.running >= self.max_running:
             self.refused += 1
             await context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
         self.running += 1
@@ -74,7 +74,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         finally:
             self.running -= 1
         self.answered += 1
-        self.asked.append(request)
+        self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
         if self.failure is not None:
             await context.abort(*self.failure)
@@ -107,15 +107,15 @@ def with_scripted(use: Callable[[TritonClient, Scripted], Awaitable[T]], **optio
     return asyncio.run(run())
 
 
-def test_a_deadline_ends_the_wait_and_not_the_call() -> None:
+def test_deadline_ends_the_wait_but_not_the_call() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.seconds = 0.4
         ended: list[float] = []
-        began = time.monotonic()
+        start = time.monotonic()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await embed(client, "m", texts("a"), ended=lambda: ended.append(time.monotonic()))
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - start < 0.3
         assert not ended
         await asyncio.sleep(0.5)
         assert (script.answered, script.cancelled) == (1, 0)
@@ -124,7 +124,7 @@ def test_a_deadline_ends_the_wait_and_not_the_call() -> None:
     with_scripted(use)
 
 
-def test_a_call_that_fails_has_ended_too() -> None:
+def test_ended_is_called_for_a_failed_call() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.failure = (grpc.StatusCode.INTERNAL, "")
         ended: list[bool] = []
@@ -136,22 +136,22 @@ def test_a_call_that_fails_has_ended_too() -> None:
     with_scripted(use)
 
 
-def test_what_travels_beside_the_inputs() -> None:
+def test_parameters_and_metadata_are_sent() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         request = texts("a", "b", "c", prompts=[Prompt("x"), Prompt(), Prompt(prompt_name="q")], truncate="none")
         await client.embed("m", request, [2, 0], seconds=1.5, metadata=(("traceparent", "00-1-2-3"),))
-        asked = script.asked[0]
-        assert received(asked) == {"TEXT": [[b"c"], [b"a"]]}
-        assert json.loads(asked.parameters["prompts"].string_param) == [{"prompt_name": "q"}, {"instruction": "x"}]
-        assert asked.parameters["truncate"].string_param == "none"
-        assert asked.parameters["timeout_ms"].int64_param == 1500
-        assert [output.name for output in asked.outputs] == ["EMBEDDING", "TOKENS", "DROPPED"]
+        sent = script.requests[0]
+        assert received(sent) == {"TEXT": [[b"c"], [b"a"]]}
+        assert json.loads(sent.parameters["prompts"].string_param) == [{"prompt_name": "q"}, {"instruction": "x"}]
+        assert sent.parameters["truncate"].string_param == "none"
+        assert sent.parameters["timeout_ms"].int64_param == 1500
+        assert [output.name for output in sent.outputs] == ["EMBEDDING", "TOKENS", "DROPPED"]
         assert script.metadata["traceparent"] == "00-1-2-3"
 
     with_scripted(use)
 
 
-def test_a_caller_that_leaves_does_not_cancel_the_call() -> None:
+def test_cancelled_caller_does_not_cancel_the_call() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.seconds = 0.2
         callers = [asyncio.create_task(embed(client, "m", texts("a"))) for _ in range(5)]
@@ -166,7 +166,7 @@ def test_a_caller_that_leaves_does_not_cancel_the_call() -> None:
     with_scripted(use)
 
 
-def test_closing_waits_for_running_calls() -> None:
+def test_close_waits_for_running_calls() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.seconds = 0.2
         caller = asyncio.create_task(embed(client, "m", texts("a")))
@@ -197,12 +197,12 @@ def test_closing_waits_for_running_calls() -> None:
         ("UNAVAILABLE", "something /secret", 503, "The inference server cannot be reached"),
         ("NOT_FOUND", "Request for unknown model: 'm' is not found", 503, "Model 'm' is not loaded"),
         ("INTERNAL", "Failed to process\n\nAt:\n  /secret/model.py(24)", 500, "Model 'm' failed to answer"),
-        ("CANCELLED", "/secret", 504, "Model 'm' did not come to this request in time"),
+        ("CANCELLED", "/secret", 504, "Deadline exceeded before model 'm' started this request"),
         ("UNKNOWN", "/secret", 500, "Model 'm' failed to answer"),
         ("RESOURCE_EXHAUSTED", "/secret", 500, "Model 'm' failed to answer"),
     ],
 )  # fmt: skip
-def test_what_becomes_of_tritons_errors(status: str, details: str, expected: int, message: str) -> None:
+def test_translation_of_grpc_errors(status: str, details: str, expected: int, message: str) -> None:
     async def use(client: TritonClient, script: Scripted) -> ApiError:
         script.failure = (grpc.StatusCode[status], details)
         with pytest.raises(ApiError) as caught:
@@ -214,7 +214,7 @@ def test_what_becomes_of_tritons_errors(status: str, details: str, expected: int
     assert error.headers is None
 
 
-def test_an_answer_without_its_outputs_is_an_error() -> None:
+def test_missing_output_is_an_error() -> None:
     async def use(client: TritonClient, script: Scripted) -> None:
         script.outputs = ("EMBEDDING", "TOKENS")
         await embed(client, "m", texts("a"))
@@ -227,7 +227,7 @@ def test_an_answer_without_its_outputs_is_an_error() -> None:
     ("header", "expected"),
     [("Triton-Embed=s3=cret", {"triton-grpc-protocol-triton-embed": "s3=cret"}), ("", {})],
 )
-def test_the_header_of_a_restricted_repository(header: str, expected: dict[str, str]) -> None:
+def test_header_of_a_restricted_repository_is_sent(header: str, expected: dict[str, str]) -> None:
     async def use(client: TritonClient, script: Scripted) -> dict[str, str]:
         assert await client.index() == []
         return {key: value for key, value in script.metadata.items() if key.startswith("triton")}
@@ -235,23 +235,23 @@ def test_the_header_of_a_restricted_repository(header: str, expected: dict[str, 
     assert with_scripted(use, repository_header=header) == expected
 
 
-def test_a_refused_connection_fails_at_once() -> None:
+def test_refused_connection_fails_immediately() -> None:
     async def use(client: TritonClient) -> None:
         for _ in range(3):
-            began = time.monotonic()
+            start = time.monotonic()
             with pytest.raises(ApiError) as caught:
                 await embed(client, "m", texts("a"))
             assert (caught.value.status, caught.value.code) == (503, None)
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - start < 0.5
 
     with_client(f"127.0.0.1:{free_port()}", use)
 
 
-def test_a_triton_that_comes_up_is_noticed_within_a_second() -> None:
+def test_reconnects_to_a_started_triton_within_a_second() -> None:
     async def run() -> float:
         port = free_port()
         client = TritonClient(f"127.0.0.1:{port}")
-        for _ in range(20):  # long enough for gRPC's pauses between attempts to grow
+        for _ in range(20):  # long enough for gRPC's reconnect backoff to grow
             with pytest.raises(ApiError):
                 await client.live()
             await asyncio.sleep(0.1)
@@ -259,24 +259,24 @@ def test_a_triton_that_comes_up_is_noticed_within_a_second() -> None:
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Scripted(), server)
         server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
-        began = time.monotonic()
+        start = time.monotonic()
         while True:
             try:
                 await embed(client, "m", texts("a"))
                 break
             except ApiError:
                 await asyncio.sleep(0.02)
-                assert time.monotonic() - began < 5
-        took = time.monotonic() - began
+                assert time.monotonic() - start < 5
+        seconds = time.monotonic() - start
         await client.close()
         await server.stop(None)
-        return took
+        return seconds
 
     assert asyncio.run(run()) < 1
 
 
 def received(request: Any) -> dict[str, list[list[bytes]]]:
-    """The BYTES tensors of a request, read by tritonclient."""
+    """Return the BYTES tensors of a request, deserialized by tritonclient."""
     return {
         tensor.name: deserialize_bytes_tensor(content).reshape(tuple(tensor.shape)).tolist()
         for tensor, content in zip(request.inputs, request.raw_input_contents, strict=True)
@@ -285,7 +285,7 @@ def received(request: Any) -> dict[str, list[list[bytes]]]:
 
 
 @pytest.mark.parametrize(
-    ("given", "images", "expected"),
+    ("inputs", "images", "expected"),
     [
         (["a", "画像"], None, {"TEXT": [[b"a"], ["画像".encode()]]}),
         (["a", "b"], [[], []], {"TEXT": [[b"a"], [b"b"]], "IMAGE": [[b""], [b""]]}),
@@ -298,23 +298,23 @@ def received(request: Any) -> dict[str, list[list[bytes]]]:
         ),
     ],
 )
-def test_texts_and_images_as_tensors(given: list[str], images: Any, expected: dict[str, Any]) -> None:
+def test_texts_and_images_are_sent_as_tensors(inputs: list[str], images: Any, expected: dict[str, Any]) -> None:
     async def use(client: TritonClient, script: Scripted) -> Any:
-        assert len((await embed(client, "m", texts(*given), images)).tokens) == len(given)
-        return script.asked[0]
+        assert len((await embed(client, "m", texts(*inputs), images)).tokens) == len(inputs)
+        return script.requests[0]
 
     assert received(with_scripted(use)) == expected
 
 
-def test_ids_travel_alone_even_to_a_model_of_images() -> None:
+def test_ids_are_sent_without_images_to_an_image_model() -> None:
     async def use(client: TritonClient, script: Scripted) -> list[str]:
         await embed(client, "m", ids([1, 2]), [])
-        return [tensor.name for tensor in script.asked[0].inputs]
+        return [tensor.name for tensor in script.requests[0].inputs]
 
     assert with_scripted(use) == ["INPUT_IDS"]
 
 
-def test_texts_and_their_tokens(triton: Triton) -> None:
+def test_embed_texts_with_token_counts(triton: Triton) -> None:
     async def use(client: TritonClient) -> Embeddings:
         return await embed(client, "minilm", texts("hello world", "你好 😀", "word " * 400))
 
@@ -326,7 +326,7 @@ def test_texts_and_their_tokens(triton: Triton) -> None:
     assert (reply.tokens[2], reply.dropped.tolist()) == (256, [0, 0, 146])
 
 
-def test_ids_are_the_same_text(triton: Triton) -> None:
+def test_ids_and_their_text_have_the_same_vector(triton: Triton) -> None:
     async def use(client: TritonClient) -> tuple[Embeddings, Embeddings]:
         by_text = await embed(client, "minilm", texts("hello world", "hello"))
         return by_text, await embed(client, "minilm", ids([101, 7592, 2088, 102], [101, 7592, 102]))
@@ -338,20 +338,21 @@ def test_ids_are_the_same_text(triton: Triton) -> None:
 
 def test_parameters_reach_the_model(triton: Triton) -> None:
     async def use(client: TritonClient) -> None:
-        assert (await embed(client, "bge_tiny", texts("hello", form=Form(sizes=(20,))))).vectors.shape == (1, 20)
+        shortened = await embed(client, "bge_tiny", texts("hello", vector_format=VectorFormat(sizes=(20,))))
+        assert shortened.vectors.shape == (1, 20)
         plain = await embed(client, "bge_tiny", texts("hello"))
-        told = await embed(client, "bge_tiny", texts("hello", prompt=Prompt("the cat")))
-        assert not np.allclose(plain.vectors, told.vectors, atol=1e-2)
+        prompted = await embed(client, "bge_tiny", texts("hello", prompt=Prompt("the cat")))
+        assert not np.allclose(plain.vectors, prompted.vectors, atol=1e-2)
         with pytest.raises(ApiError, match="longer than the model's context length"):
             await embed(client, "bge_tiny", texts("cat " * 300, truncate="none"))
 
     with_client(triton.grpc, use)
 
 
-def test_faults_are_reported_row_by_row(triton: Triton) -> None:
+def test_errors_are_reported_per_input(triton: Triton) -> None:
     async def use(client: TritonClient) -> tuple[Embeddings, Embeddings]:
         alone = await embed(client, "bge_tiny", texts("hello"))
-        request = texts("cat " * 300, "hello", "", truncate="none", faults=Faults(report=True))
+        request = texts("cat " * 300, "hello", "", truncate="none", errors=InputErrors(report=True))
         return alone, await embed(client, "bge_tiny", request)
 
     alone, reported = with_client(triton.grpc, use)
@@ -362,30 +363,30 @@ def test_faults_are_reported_row_by_row(triton: Triton) -> None:
     assert reported.errors[1:] == ["", "Input at index 2 cannot be empty or whitespace only"]
 
 
-def test_where_vectors_came_from_is_asked_for_with_receipts_alone(triton: Triton) -> None:
+def test_reused_is_requested_only_with_receipts(triton: Triton) -> None:
     async def use(client: TritonClient) -> tuple[Embeddings, Embeddings]:
-        with_receipt = texts("hello", "world", "hello", form=Form(receipt=True))
+        with_receipt = texts("hello", "world", "hello", vector_format=VectorFormat(receipt=True))
         return await embed(client, "bge_tiny", texts("hello")), await embed(client, "bge_tiny", with_receipt)
 
-    plain, told = with_client(triton.grpc, use)
+    plain, receipts = with_client(triton.grpc, use)
     assert plain.reused is None
-    assert told.reused is not None
-    assert told.reused.tolist() == [0, 0, 1]
-    assert np.array_equal(told.vectors[0], told.vectors[2])
+    assert receipts.reused is not None
+    assert receipts.reused.tolist() == [0, 0, 1]
+    assert np.array_equal(receipts.vectors[0], receipts.vectors[2])
 
 
-def test_ids_of_texts(triton: Triton) -> None:
+def test_tokenize_returns_ids(triton: Triton) -> None:
     async def use(client: TritonClient) -> list[list[int]]:
         return await client.tokenize("minilm", texts("hello world", "hello"), takes_images=False)
 
     assert with_client(triton.grpc, use) == [[101, 7592, 2088, 102], [101, 7592, 102]]
 
 
-def test_what_triton_says_of_a_model(triton: Triton) -> None:
+def test_index_config_and_info_of_a_real_triton(triton: Triton) -> None:
     async def use(client: TritonClient) -> None:
         assert await client.live()
-        found = {entry.name: (entry.version, entry.state) for entry in await client.index()}
-        assert found == dict.fromkeys(("minilm", "bge", "bge_tiny"), ("1", "READY"))
+        index = {entry.name: (entry.version, entry.state) for entry in await client.index()}
+        assert index == dict.fromkeys(("minilm", "bge", "bge_tiny"), ("1", "READY"))
         assert (await client.config("bge_tiny"))["aliases"] == "tiny, BAAI/bge-tiny"
         assert ModelInfo.model_validate_json(await client.info("bge_tiny")).vocab_size > 90
         with pytest.raises(ApiError) as caught:

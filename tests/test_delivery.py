@@ -5,11 +5,11 @@ import threading
 
 import pytest
 
-from triton_embed.python_backend.delivery import Delivery
+from triton_embed.python_backend.delivery import Sender
 
 
 def test_everything_is_sent_in_order_on_one_other_thread() -> None:
-    delivery, sent = Delivery(), []
+    delivery, sent = Sender(), []
     for i in range(200):
         delivery.put(lambda i=i: sent.append((i, threading.current_thread())))  # type: ignore[misc]
     delivery.close()
@@ -20,7 +20,7 @@ def test_everything_is_sent_in_order_on_one_other_thread() -> None:
 
 
 def test_close_waits_for_what_was_put_before() -> None:
-    delivery, started, release, sent = Delivery(), threading.Event(), threading.Event(), []
+    delivery, started, release, sent = Sender(), threading.Event(), threading.Event(), []
 
     def slow() -> None:
         started.set()
@@ -48,7 +48,7 @@ def test_a_send_that_fails_is_logged_and_the_next_one_is_sent(
     def fail() -> None:
         raise error("the client went away")
 
-    delivery, sent = Delivery(), []
+    delivery, sent = Sender(), []
     with caplog.at_level(logging.ERROR):
         delivery.put(fail)
         delivery.put(lambda: sent.append("next"))
@@ -60,7 +60,7 @@ def test_a_send_that_fails_is_logged_and_the_next_one_is_sent(
 
 
 def test_put_does_not_wait_for_the_one_before() -> None:
-    delivery, release, done = Delivery(), threading.Event(), []
+    delivery, release, done = Sender(), threading.Event(), []
     delivery.put(lambda: done.append(release.wait(5)))
     delivery.put(lambda: done.append("second"))  # returns while the first is blocked
     assert done == []

@@ -1,6 +1,6 @@
-"""The calls of SGLang's embedding pages and of the Qwen3-Embedding walkthrough, unchanged but for the address.
+"""The requests of SGLang's embedding pages and of the Qwen3-Embedding walkthrough; only the address differs.
 
-Each is answered by the family it is about, with the vector transformers computes for that checkpoint.
+Each response must have the vector that transformers computes for a checkpoint of the same family.
 """
 
 import io
@@ -30,7 +30,7 @@ TEXT = "Once upon a time"
 GTE = "Alibaba-NLP/gte-Qwen2-1.5B-instruct"
 QWEN3 = "Qwen/Qwen3-Embedding-0.6B"
 END = "<|endoftext|>"
-# Triton model -> what the documents call it.
+# Triton model -> the names that the documents use.
 NAMES = {
     "qwen3_embedding": f"{QWEN3}, Qwen3-Embedding-0.6B, Qwen/Qwen3-Embedding-4B",
     "gte_qwen2": f"{GTE}, Alibaba-NLP/gte-Qwen2-7B-instruct",
@@ -55,22 +55,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
-def image_url(picture: Image.Image) -> Iterator[str]:
-    """A web server with one picture, on a host the operator allows."""
-    stored = io.BytesIO()
-    picture.save(stored, "PNG")
+def image_url(image: Image.Image) -> Iterator[str]:
+    """The URL of an image on a local web server, whose host the operator allows."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
-            self.send_header("Content-Length", str(len(stored.getvalue())))
+            self.send_header("Content-Length", str(len(file.getvalue())))
             self.end_headers()
-            self.wfile.write(stored.getvalue())
+            self.wfile.write(file.getvalue())
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -96,8 +96,8 @@ def stack(checkpoints: dict[str, Path], image_url: str, tmp_path_factory: pytest
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[openai.Client]:
-    with openai.Client(base_url=f"{stack.url}/v1", api_key="EMPTY") as made:
-        yield made
+    with openai.Client(base_url=f"{stack.url}/v1", api_key="EMPTY") as openai_client:
+        yield openai_client
 
 
 def gte(checkpoints: dict[str, Path], *texts: str) -> np.ndarray:
@@ -114,8 +114,8 @@ def gme(directory: Path, items: list[dict[str, Any]]) -> np.ndarray:
     return oracles.gme_vectors(directory, list(oracles.gme_inputs(directory, items, 256, 1280)), "mrope")
 
 
-def close(found: Any, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(np.array(found), expected, atol=2e-5)
+def assert_close(actual: Any, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(np.array(actual), expected, atol=2e-5)
 
 
 def curl(stack: Stack, body: dict[str, Any]) -> Any:
@@ -127,68 +127,69 @@ def test_gte_with_curl_requests_and_the_openai_client(
     stack: Stack, client: openai.Client, checkpoints: dict[str, Path]
 ) -> None:
     expected = gte(checkpoints, TEXT)[0]
-    close(curl(stack, {"model": GTE, "input": TEXT}), expected)
-    answer = requests.post(f"{stack.url}/v1/embeddings", json={"model": GTE, "input": TEXT}, timeout=30).json()
-    close(answer["data"][0]["embedding"], expected)
-    close(client.embeddings.create(model=GTE, input=TEXT).data[0].embedding, expected)
+    assert_close(curl(stack, {"model": GTE, "input": TEXT}), expected)
+    response = requests.post(f"{stack.url}/v1/embeddings", json={"model": GTE, "input": TEXT}, timeout=30).json()
+    assert_close(response["data"][0]["embedding"], expected)
+    assert_close(client.embeddings.create(model=GTE, input=TEXT).data[0].embedding, expected)
 
 
 def test_gte_with_input_ids(stack: Stack, checkpoints: dict[str, Path]) -> None:
-    """The page's tokenizer puts no end behind a text; ids are used as they are, so that the vector is another."""
+    """Use ids unchanged: the page's tokenizer appends no end token, so the vector differs from the text's."""
     ids = oracles.ids_of(checkpoints["gte_qwen2"], [TEXT])
-    found = curl(stack, {"model": GTE, "input": ids[0]})
-    close(found, oracles.decoder_vectors(checkpoints["gte_qwen2"], ids)[0])
-    assert np.array(found) @ gte(checkpoints, TEXT)[0] < 0.999
+    vector = curl(stack, {"model": GTE, "input": ids[0]})
+    assert_close(vector, oracles.decoder_vectors(checkpoints["gte_qwen2"], ids)[0])
+    assert np.array(vector) @ gte(checkpoints, TEXT)[0] < 0.999
 
 
 def test_qwen3_with_a_text_and_a_list(client: openai.Client, checkpoints: dict[str, Path]) -> None:
     text = "今天天气真好,适合出门散步"
-    answer = client.embeddings.create(model="Qwen3-Embedding-0.6B", input=text)
-    close(answer.data[0].embedding, qwen3(checkpoints, text)[0])
+    response = client.embeddings.create(model="Qwen3-Embedding-0.6B", input=text)
+    assert_close(response.data[0].embedding, qwen3(checkpoints, text)[0])
     texts = ["苹果是一种水果", "香蕉也是一种水果", "Python 是一种编程语言", "Java 也是一种编程语言"]
-    answer = client.embeddings.create(model="Qwen3-Embedding-0.6B", input=texts)
-    close([item.embedding for item in answer.data], qwen3(checkpoints, *texts))
+    response = client.embeddings.create(model="Qwen3-Embedding-0.6B", input=texts)
+    assert_close([item.embedding for item in response.data], qwen3(checkpoints, *texts))
 
 
 def test_qwen3_with_an_instruction_in_the_input(client: openai.Client, checkpoints: dict[str, Path]) -> None:
     question, task = "如何修复 Python 中的 ModuleNotFoundError?", "将该问题转为用于搜索引擎召回的向量"
     search_input: Any = {"input": question, "instruction": task}
-    answer = client.embeddings.create(model="Qwen3-Embedding-0.6B", input=search_input)
-    close(answer.data[0].embedding, qwen3(checkpoints, f"Instruct: {task}\nQuery:{question}")[0])
+    response = client.embeddings.create(model="Qwen3-Embedding-0.6B", input=search_input)
+    assert_close(response.data[0].embedding, qwen3(checkpoints, f"Instruct: {task}\nQuery:{question}")[0])
 
 
 def test_qwen3_with_fewer_dimensions(stack: Stack, checkpoints: dict[str, Path]) -> None:
     payload = {"model": QWEN3, "input": "Explain diffusion models simply.", "dimensions": 512}
-    answer = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=30).json()
-    kept = qwen3(checkpoints, "Explain diffusion models simply.")[0, :512]
-    close(answer["data"][0]["embedding"], kept / np.linalg.norm(kept))
+    response = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=30).json()
+    truncated = qwen3(checkpoints, "Explain diffusion models simply.")[0, :512]
+    assert_close(response["data"][0]["embedding"], truncated / np.linalg.norm(truncated))
 
 
 def test_gme_with_a_text_and_an_image_url(
-    stack: Stack, checkpoints: dict[str, Path], image_url: str, picture: Image.Image
+    stack: Stack, checkpoints: dict[str, Path], image_url: str, image: Image.Image
 ) -> None:
     text = "Represent this image in embedding space."
     payload = {"model": "gme-qwen2-vl", "input": [{"text": text}, {"image": image_url}]}
-    answer = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=60).json()
-    items = [{"text": text}, {"images": [picture]}]
-    close([x["embedding"] for x in answer["data"]], gme(checkpoints["gme_qwen2_vl"], items))
+    response = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=60).json()
+    items = [{"text": text}, {"images": [image]}]
+    assert_close([x["embedding"] for x in response["data"]], gme(checkpoints["gme_qwen2_vl"], items))
 
 
 def test_clip_with_a_text_and_an_image_url(
-    stack: Stack, checkpoints: dict[str, Path], image_url: str, picture: Image.Image
+    stack: Stack, checkpoints: dict[str, Path], image_url: str, image: Image.Image
 ) -> None:
     payload = {"model": "openai/clip-vit-large-patch14-336", "input": [{"image": image_url}, {"text": "a photo"}]}
-    answer = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=60).json()
+    response = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=60).json()
     directory = checkpoints["clip"]
-    close(answer["data"][0]["embedding"], oracles.clip_image_vectors(directory, [picture])[0])
-    close(
-        answer["data"][1]["embedding"], oracles.clip_text_vectors(directory, oracles.ids_of(directory, ["a photo"]))[0]
+    assert_close(response["data"][0]["embedding"], oracles.clip_image_vectors(directory, [image])[0])
+    assert_close(
+        response["data"][1]["embedding"],
+        oracles.clip_text_vectors(directory, oracles.ids_of(directory, ["a photo"]))[0],
     )
 
 
-def test_every_family_answers_the_health_probe(stack: Stack, checkpoints: dict[str, Path]) -> None:
-    answer = requests.get(f"{stack.url}/health_generate", timeout=60).json()
-    assert answer == {"status": "healthy", "models": dict.fromkeys(checkpoints, "ok")}
+def test_health_generate_embeds_with_every_family(stack: Stack, checkpoints: dict[str, Path]) -> None:
+    response = requests.get(f"{stack.url}/health_generate", timeout=60).json()
+    assert response == {"status": "healthy", "models": dict.fromkeys(checkpoints, "ok")}
 
 
 @pytest.mark.parametrize("protocol", [tritonclient.http, tritonclient.grpc], ids=["http", "grpc"])
@@ -198,14 +199,14 @@ def test_every_family_through_tritonclient(stack: Stack, checkpoints: dict[str, 
         for family, directory in checkpoints.items():
             tensor = protocol.InferInput("TEXT", [1, 1], "BYTES")
             tensor.set_data_from_numpy(np.array([[TEXT]], dtype=np.object_))
-            found = client.infer(family, [tensor]).as_numpy("EMBEDDING")[0]
-            close(found, expected_of(family, directory))
+            vector = client.infer(family, [tensor]).as_numpy("EMBEDDING")[0]
+            assert_close(vector, expected_vector(family, directory))
     finally:
         client.close()
 
 
-def expected_of(family: str, directory: Path) -> np.ndarray:
-    """transformers' vector of TEXT."""
+def expected_vector(family: str, directory: Path) -> np.ndarray:
+    """Return transformers' vector of TEXT."""
     end = {"gte_qwen2": END, "e5_mistral": "</s>"}.get(family, "")
     if family == "gme_qwen2_vl":
         return gme(directory, [{"text": TEXT}])[0]

@@ -1,4 +1,4 @@
-"""What a newcomer does, end to end: `triton-embed serve`, then the clients people already have."""
+"""End to end: `triton-embed serve`, then common clients."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from triton_embed.gateway.triton_process import SHARED_MEMORY
 
 TEXT = "Once upon a time"
 WORDS = ["the cat sat on the mat", "hello world", "你好，世界。", "a photo of a dog " * 9]
-ADD_MODEL = Path(sys.executable).with_name("triton-embed")
+TRITON_EMBED = Path(sys.executable).with_name("triton-embed")
 __all__ = ["hub"]  # a fixture
 
 
@@ -42,58 +42,58 @@ def expected() -> np.ndarray:
     return SentenceTransformer(str(MINILM), device="cpu").encode([TEXT])[0]
 
 
-def _same(vector: Any, expected: np.ndarray) -> bool:
+def _is_close(vector: Any, expected: np.ndarray) -> bool:
     return float(np.asarray(vector) @ expected) > 0.99999
 
 
-def test_the_ready_line_names_the_models_and_a_curl(stack: Stack) -> None:
+def test_ready_line_has_model_names_and_a_curl_command(stack: Stack) -> None:
     assert re.search(r"minilm", stack.output())
     command = next(line[line.index("curl") :] for line in stack.output().splitlines() if "curl" in line)
-    answer = json.loads(subprocess.check_output(["bash", "-c", command], stderr=subprocess.DEVNULL))
-    assert len(answer["data"][0]["embedding"]) == 384
+    response = json.loads(subprocess.check_output(["bash", "-c", command], stderr=subprocess.DEVNULL))
+    assert len(response["data"][0]["embedding"]) == 384
 
 
 def test_curl_without_a_content_type(stack: Stack, expected: np.ndarray) -> None:
     body = json.dumps({"model": "sentence-transformers/all-MiniLM-L6-v2", "input": TEXT})
     command = f"curl -s {stack.url}/v1/embeddings -d {shlex.quote(body)}"
-    answer = json.loads(subprocess.check_output(["bash", "-c", command]))
-    assert list(answer) == ["object", "data", "model", "usage"]
-    assert answer["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
-    assert _same(answer["data"][0]["embedding"], expected)
+    response = json.loads(subprocess.check_output(["bash", "-c", command]))
+    assert list(response) == ["object", "data", "model", "usage"]
+    assert response["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+    assert _is_close(response["data"][0]["embedding"], expected)
 
 
 def test_curl_with_token_ids(stack: Stack, expected: np.ndarray) -> None:
     ids = SentenceTransformer(str(MINILM), device="cpu").tokenizer.encode(TEXT)
     body = json.dumps({"model": "minilm", "input": ids})
     command = f"curl -s {stack.url}/v1/embeddings -d {shlex.quote(body)}"
-    answer = json.loads(subprocess.check_output(["bash", "-c", command]))
-    assert _same(answer["data"][0]["embedding"], expected)
+    response = json.loads(subprocess.check_output(["bash", "-c", command]))
+    assert _is_close(response["data"][0]["embedding"], expected)
 
 
 def test_requests_with_json(stack: Stack, expected: np.ndarray) -> None:
     payload = {"model": "all-MiniLM-L6-v2", "input": TEXT, "encoding_format": "float"}
-    answer = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=30).json()
-    assert _same(answer["data"][0]["embedding"], expected)
+    response = requests.post(f"{stack.url}/v1/embeddings", json=payload, timeout=30).json()
+    assert _is_close(response["data"][0]["embedding"], expected)
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x], lambda x: {"input": x}], ids=["text", "list", "dict"])
 def test_openai_client(stack: Stack, expected: np.ndarray, wrap: Any) -> None:
     with openai.Client(base_url=f"{stack.url}/v1", api_key="EMPTY") as client:
-        answer = client.embeddings.create(model="minilm", input=wrap(TEXT))
-    assert answer.model == "minilm"
-    assert _same(answer.data[0].embedding, expected)
+        response = client.embeddings.create(model="minilm", input=wrap(TEXT))
+    assert response.model == "minilm"
+    assert _is_close(response.data[0].embedding, expected)
 
 
-def test_openai_client_with_a_list_keeps_the_order(stack: Stack) -> None:
+def test_openai_client_keeps_the_order_of_a_list(stack: Stack) -> None:
     texts = ["苹果是一种水果", "香蕉也是一种水果", "Python 是一种编程语言", TEXT, "the quick brown fox " * 30]
     with openai.Client(base_url=f"{stack.url}/v1", api_key="EMPTY") as client:
-        answer = client.embeddings.create(model="minilm", input=texts)
+        response = client.embeddings.create(model="minilm", input=texts)
     vectors = SentenceTransformer(str(MINILM), device="cpu").encode(texts)
-    for item, vector in zip(answer.data, vectors, strict=True):
-        assert _same(item.embedding, vector)
+    for item, vector in zip(response.data, vectors, strict=True):
+        assert _is_close(item.embedding, vector)
 
 
-def test_the_readme_examples_answer(stack: Stack) -> None:
+def test_readme_examples_run(stack: Stack) -> None:
     readme = (ROOT / "README.md").read_text().replace("http://127.0.0.1:30000", stack.url)
     blocks = re.findall(r"```(\w+)\n(.*?)```", readme, re.DOTALL)
     curls = [body for kind, body in blocks if kind == "bash" and body.startswith("curl")]
@@ -101,14 +101,14 @@ def test_the_readme_examples_answer(stack: Stack) -> None:
     assert curls
     assert snippets
     for body in curls:
-        answer = json.loads(subprocess.check_output(["bash", "-c", body], stderr=subprocess.DEVNULL))
-        assert len(answer["data"][0]["embedding"]) == 384
+        response = json.loads(subprocess.check_output(["bash", "-c", body], stderr=subprocess.DEVNULL))
+        assert len(response["data"][0]["embedding"]) == 384
     for body in snippets:
         printed = subprocess.check_output([Path(requests.__file__).parents[4] / "bin" / "python", "-c", body])
         assert printed.strip() == b"384"
 
 
-def test_a_checkpoint_anywhere_is_served_under_the_name_asked_for(tmp_path: Path) -> None:
+def test_local_checkpoint_is_served_under_the_given_name(tmp_path: Path) -> None:
     checkpoint = write_bert(tmp_path / "my model")
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "model_repository").rglob("*.p*")}
     flags = [
@@ -118,7 +118,7 @@ def test_a_checkpoint_anywhere_is_served_under_the_name_asked_for(tmp_path: Path
         "--api-key=secret",
         "--dtype=float32",
         "--json-model-override-args",
-        '{"matryoshka_dimensions": [20, 40, 1024, 1536]}',  # those beyond its 60 are not for it
+        '{"matryoshka_dimensions": [20, 40, 1024, 1536]}',  # dimensions above its 60 are ignored
         "--is-embedding",
         "--trust-remote-code",
         "--chat-template=gme-qwen2-vl",
@@ -129,17 +129,17 @@ def test_a_checkpoint_anywhere_is_served_under_the_name_asked_for(tmp_path: Path
             assert len(client.embeddings.create(model="mine", input="a cat", dimensions=20).data[0].embedding) == 20
             with pytest.raises(openai.BadRequestError, match=r"only supports \[20, 40\] matryoshka"):
                 client.embeddings.create(model="mine", input="a cat", dimensions=30)
-            assert "mine" in [card.id for card in client.models.list().data]
+            assert "mine" in [model.id for model in client.models.list().data]
         refused = requests.post(f"{server.url}/v1/embeddings", json={"input": "a"}, timeout=30)
         assert refused.status_code == 401
-        assert "no remote code is ever run" in server.output()
+        assert "no remote code is run" in server.output()
     finally:
         server.stop()
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_models_that_were_added_are_served_beside_the_others(tmp_path: Path) -> None:
-    """By the commands it ends with; one of them under the id that its place in the hub's cache tells."""
+def test_added_models_are_served_with_the_others(tmp_path: Path) -> None:
+    """Serve with the flags that `add-model` prints. The path in the hub's cache gives one of the models its id."""
     models = tmp_path / "models"
     shutil.copytree(ROOT / "model_repository", models, ignore=shutil.ignore_patterns("__pyc*"))
     cached = tmp_path / "hub" / "models--intfloat--multilingual-e5-tiny" / "snapshots" / "0a1b2c"
@@ -147,43 +147,45 @@ def test_models_that_were_added_are_served_beside_the_others(tmp_path: Path) -> 
     qwen3 = write_decoder(tmp_path / "checkpoints" / "Qwen" / "Qwen3-Embedding-0.1B", "qwen3")
     flags = [f"--model-repository={models}", f"--checkpoints={tmp_path / 'checkpoints'}"]
     commands = [
-        [ADD_MODEL, "add-model", e5, *flags],
-        [ADD_MODEL, "add-model", qwen3, "--name=small.v1", *flags],
+        [TRITON_EMBED, "add-model", e5, *flags],
+        [TRITON_EMBED, "add-model", qwen3, "--name=small.v1", *flags],
     ]
-    told = [subprocess.run(command, check=True, capture_output=True, text=True).stderr for command in commands]
-    alone = [shlex.split(re.findall(r"serve it alone: (.+)", said)[0])[2:] for said in told]
-    server = Stack(tmp_path / "log", "--model=minilm", *alone[0], *alone[1])
+    logs = [subprocess.run(command, check=True, capture_output=True, text=True).stderr for command in commands]
+    printed_flags = [shlex.split(re.findall(r"serve it alone: (.+)", log)[0])[2:] for log in logs]
+    server = Stack(tmp_path / "log", "--model=minilm", *printed_flags[0], *printed_flags[1])
     try:
         names = ("intfloat/Multilingual-E5-tiny", "qwen3-embedding-0.1b")
         bodies = [{"model": name, "input": WORDS} for name in names]
-        answers = [requests.post(f"{server.url}/v1/embeddings", json=body, timeout=30).json() for body in bodies]
-        cards = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+        responses = [requests.post(f"{server.url}/v1/embeddings", json=body, timeout=30).json() for body in bodies]
+        models_served = requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]
     finally:
         server.stop()
     expected = (
         oracles.encoder_vectors(e5, oracles.ids_of(e5, WORDS), "mean"),
         oracles.decoder_vectors(qwen3, oracles.ids_of(qwen3, WORDS)),
     )
-    for answer, vectors in zip(answers, expected, strict=True):
-        np.testing.assert_allclose([item["embedding"] for item in answer["data"]], vectors, atol=2e-5)
-    assert {card["id"]: card["dimensions"] for card in cards if card["ready"]} == {
+    for response, vectors in zip(responses, expected, strict=True):
+        np.testing.assert_allclose([item["embedding"] for item in response["data"]], vectors, atol=2e-5)
+    assert {model["id"]: model["dimensions"] for model in models_served if model["ready"]} == {
         "minilm": 384,
         "multilingual-e5-tiny": 60,
         "small.v1": 52,
     }
 
 
-def test_an_id_is_downloaded_then_served_under_it(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_is_downloaded_and_served_under_it(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_bert(tmp_path / "source")
     files = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*") if path.is_file()}
     monkeypatch.setattr("test_checkpoint.FILES", {**files, "pytorch_model.bin": b"a pickle", "modeling.py": b"code"})
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     server = Stack(tmp_path / "log", "--model-path=org/tiny", f"--checkpoints={tmp_path / 'checkpoints'}")
     try:
-        answer = requests.post(f"{server.url}/v1/embeddings", json={"model": "org/tiny", "input": "a cat"}, timeout=30)
+        response = requests.post(
+            f"{server.url}/v1/embeddings", json={"model": "org/tiny", "input": "a cat"}, timeout=30
+        )
     finally:
         server.stop()
-    assert len(answer.json()["data"][0]["embedding"]) == 60
+    assert len(response.json()["data"][0]["embedding"]) == 60
     fetched = {
         str(path.relative_to(tmp_path / "checkpoints" / "org" / "tiny")) for path in tmp_path.rglob("tiny/**/*.*")
     }
@@ -191,8 +193,8 @@ def test_an_id_is_downloaded_then_served_under_it(hub: Hub, tmp_path: Path, monk
     assert not {"pytorch_model.bin", "modeling.py"} & fetched
 
 
-def test_a_full_queue_is_429_and_loses_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A queue of two calls at Triton, which one request of several fills by itself, and a short line before it."""
+def test_full_queue_is_429_and_other_requests_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use a Triton queue of two calls, which a single large request fills, and a small queue in the gateway."""
     monkeypatch.setenv("TRITON_EMBED_MAX_WAITING_TOKENS", "40000")
     models = tmp_path / "models"
     shutil.copytree(ROOT / "model_repository" / "minilm", models / "minilm", ignore=shutil.ignore_patterns("__pyc*"))
@@ -203,25 +205,25 @@ def test_a_full_queue_is_429_and_loses_nobody_else(tmp_path: Path, monkeypatch: 
     server = Stack(tmp_path / "log", f"--model-repository={models}")
     body = {"input": [f"{i} {'many words ' * 100}" for i in range(24)], "encoding_format": "base64"}
 
-    def ask(_: int) -> requests.Response:
+    def send(_: int) -> requests.Response:
         return requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
 
     try:
         with ThreadPoolExecutor(24) as pool:
-            answers = list(pool.map(ask, range(24)))
+            responses = list(pool.map(send, range(24)))
     finally:
         server.stop()
-    assert {answer.status_code for answer in answers} == {200, 429}
-    for answer in answers:
-        if answer.status_code == 429:
-            assert int(answer.headers["retry-after"]) >= 1
-            assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert {response.status_code for response in responses} == {200, 429}
+    for response in responses:
+        if response.status_code == 429:
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["type"] == "rate_limit_error"
         else:
-            assert len(answer.json()["data"]) == 24
+            assert len(response.json()["data"]) == 24
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
+def test_stop_leaves_no_processes_or_shared_memory(tmp_path: Path, number: int) -> None:
     server = Stack(tmp_path / "log", "--model=minilm")
     processes = server.processes()
     regions = {

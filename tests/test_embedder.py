@@ -152,12 +152,12 @@ class Pool:
         rows, vectors = ours.rows(*sent), expected(case, ours.directory, items).vectors
         # What a caller tokenised is the same row.
         typed = [i for i, row in enumerate(rows) if not row.pictures]
-        rows += [ours.reader.ids_row(rows[i].ids, "end", i) for i in typed]
+        rows += [ours.processor.row_from_ids(rows[i].ids, "end", i) for i in typed]
         vectors = np.concatenate([vectors, vectors[typed]])
         random = [row.ids for row in rows_of((1, 2, 9, 30, 66), ours.model.vocab_size - 20)]
         if case.family == "clip":
             random = [np.append(ids, ours.model.vocab_size - 1) for ids in random]  # the end of a text
-        rows += [ours.reader.ids_row(ids.astype(np.int32), "none", i) for i, ids in enumerate(random)]
+        rows += [ours.processor.row_from_ids(ids.astype(np.int32), "none", i) for i, ids in enumerate(random)]
         vectors = np.concatenate([vectors, vectors_of(case, ours.directory, [ids.tolist() for ids in random])])
         return cls(ours, rows, vectors)
 
@@ -324,7 +324,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("e5_mistral-mistral-window", adding("layers.1.self_attn.q_norm.weight"), "q_norm.weight' is not part of this"),
     ("clip-openai", adding("vision_model.head.weight"), "'vision_model.head.weight' is not part of this network"),
     ("gme_qwen2_vl-hub", adding("visual.patch_embed.proj.bias"), "'visual.patch_embed.proj.bias' is not part of this"),
-    ("bge-bert-cls", reshaping("encoder.layer.1.intermediate.dense.weight"), "has shape [91, 60], config.json asks"),
+    ("bge-bert-cls", reshaping("encoder.layer.1.intermediate.dense.weight"), "has shape [91, 60], config.json"),
     ("gte_qwen2-bidirectional", reshaping("layers.0.self_attn.v_proj.bias"), "v_proj.bias' has shape [19], config"),
     ("qwen3_embedding-bare", reshaping("embed_tokens.weight"), "tensor 'embed_tokens.weight' has shape"),
     ("clip-openai", reshaping("vision_model.embeddings.position_embedding.weight"), "has shape [36, 40], config.json"),
@@ -332,7 +332,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("clip-openai", shortening(WEIGHTS, -100), f"{WEIGHTS} cannot be read"),
     ("gme_qwen2_vl-hub", shortening(WEIGHTS, 1000), f"{WEIGHTS} cannot be read"),
     ("bge-bert-cls", shortening(WEIGHTS, 0), f"{WEIGHTS} cannot be read"),
-    ("bge-bert-cls", removing(WEIGHTS), "holds no *.safetensors file"),
+    ("bge-bert-cls", removing(WEIGHTS), "has no *.safetensors file"),
     ("bge-m3-sharded-bf16", lambda d: max(d.glob("*.safetensors")).unlink(), "index.json names "),
     ("bge-bert-cls", setting("config.json", num_hidden_layers=2), "'encoder.layer.2."),
     ("bge-bert-cls", setting("config.json", num_hidden_layers=4), "'encoder.layer.3.attention.self.query.weight' is"),
@@ -341,7 +341,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("e5_mistral-mistral-window", setting("config.json", head_dim=8), "q_proj.weight' has shape [96, 52]"),
     ("gte_qwen2-bidirectional", setting("config.json", hidden_size=72), "has shape"),
     ("clip-openai", setting("config.json", projection_dim=30), "projection.weight' has shape [28, "),
-    ("bge-bert-cls", setting("config.json", model_type="t5"), "model_type is 't5', bge/config.pbtxt serves bert"),
+    ("bge-bert-cls", setting("config.json", model_type="t5"), "model_type is 't5'; bge/config.pbtxt serves bert"),
     ("bge-bert-cls", removing("config.json"), "config.json is missing"),
     ("bge-bert-cls", shortening("config.json", -9), "config.json is not valid JSON"),
     ("bge-bert-cls", setting("1_Pooling/config.json", pooling_mode_cls_token=False, pooling_mode_mean_tokens=True),
@@ -355,13 +355,15 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("clip-openai", removing(IMAGES), f"{IMAGES} is missing"),
     ("gme_qwen2_vl-hub", removing(IMAGES), f"{IMAGES} is missing"),
     ("clip-openai", setting(IMAGES, crop_size=32), "crop_size is (32, 32), config.json says image_size 48"),
-    ("clip-openai", setting(IMAGES, image_mean=[0.5, 0.5]), f"{IMAGES}: image_mean is [0.5, 0.5], not three numbers"),
+    ("clip-openai", setting(IMAGES, image_mean=[0.5, 0.5]),
+     f"{IMAGES}: image_mean is [0.5, 0.5]; must be three finite numbers"),
     ("gme_qwen2_vl-hub", setting(IMAGES, patch_size=16), "patch_size is 16, config.json says 14"),
     ("gme_qwen2_vl-hub", setting(IMAGES, merge_size=1), "merge_size is 1, config.json says 2"),
     ("gme_qwen2_vl-hub", setting(IMAGES, temporal_patch_size=1), "temporal_patch_size is 1, config.json says 2"),
     ("gte_qwen2-bidirectional", setting("config.json", is_causal=None), "config.json: 'is_causal' is missing"),
-    ("qwen3_embedding-bare", setting("config.json", is_causal=False), "is_causal is False, the family says True"),
-    ("e5_mistral-mistral-window", setting("config.json", is_causal=False), "is_causal is False, the family says True"),
+    ("qwen3_embedding-bare", setting("config.json", is_causal=False), "is_causal is False; the family requires True"),
+    ("e5_mistral-mistral-window", setting("config.json", is_causal=False),
+     "is_causal is False; the family requires True"),
 ]  # fmt: skip
 
 
@@ -383,8 +385,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
     ("values", "words"),
     [
         ({"activation_function": "torch.nn.modules.activation.Hardswish"}, "activation_function is 'torch.nn"),
-        ({"in_features": 59}, "in_features is 59, the module before gives 60"),
-        ({"out_features": 23}, "tensor 'linear.weight' has shape [60, 60], config.json asks for [23, 60]"),
+        ({"in_features": 59}, "in_features is 59; the previous module outputs 60"),
+        ({"out_features": 23}, "tensor 'linear.weight' has shape [60, 60], config.json requires [23, 60]"),
         ({"bias": False}, "tensor 'linear.bias' is not part of this network"),
         ({"use_residual": True}, "use_residual is True"),
         ({"module_input_name": "token_embeddings"}, "module_input_name is 'token_embeddings'"),
@@ -502,7 +504,7 @@ def test_a_pass_can_leave_cores_to_others(bge_tiny: Path) -> None:
 
     def interrupt() -> None:
         seen.append(torch.get_num_threads())
-        ours.embed(few, [60] * 2, lambda: inner.append(torch.get_num_threads()), spare=True)
+        ours.embed(few, [60] * 2, lambda: inner.append(torch.get_num_threads()), spare_core=True)
 
     seen.clear()
     ours.embed(many, [60] * 5, interrupt)

@@ -73,7 +73,7 @@ def load(directory: Path, pooling: str) -> tuple[Encoder, ModelConfig]:
     config = ModelConfig.from_checkpoint(directory, serving(model_types=("bert", "xlm-roberta")), EncoderSpec())
     model = dataclasses.replace(config, pooling=pooling)
     with torch.device("meta"):
-        network = Encoder(model, model.shape, "cpu").eval()
+        network = Encoder(model, model.network_config, "cpu").eval()
     weights.load(network, Encoder.naming, directory, torch.float32, "cpu")
     return network, model
 
@@ -142,7 +142,7 @@ def test_every_layer_of_the_checkpoint_is_used(pair: Pair) -> None:
     linears = [module for module in ours.modules() if isinstance(module, Linear)]
     theirs_without_pooler = [module for module in theirs.encoder.modules() if isinstance(module, nn.Linear)]
     assert sum(module.weight.numel() for module in linears) == sum(m.weight.numel() for m in theirs_without_pooler)
-    assert len(ours.encoder["layer"]) == model.shape.layers == theirs.config.num_hidden_layers
+    assert len(ours.encoder["layer"]) == model.network_config.layers == theirs.config.num_hidden_layers
 
 
 def given_the_same(ours: nn.Module, theirs: nn.Module) -> None:

@@ -16,7 +16,7 @@ from triton_embed.gateway import examine as examine_module
 from triton_embed.gateway import repository, samples
 from triton_embed.gateway.cards import Input
 from triton_embed.gateway.client import TritonClient
-from triton_embed.gateway.examine import Answers, ExamineError, examine
+from triton_embed.gateway.examine import ProbeError, ProbeResult, probe
 from triton_embed.gateway.triton_process import TritonOptions
 
 NEAR = "https://pages.example/a%20folder/near%20by.png?width=800"
@@ -31,7 +31,7 @@ UNFETCHED = Input(text="a dog", image=FAR)
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    return Image.open(io.BytesIO(next(samples.pictures()))).resize((90, 60))
+    return Image.open(io.BytesIO(next(samples.images()))).resize((90, 60))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(models: Path, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, picture: Image.Image) -> Answers:
+def answers(
+    models: Path, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, picture: Image.Image
+) -> ProbeResult:
     images = tmp_path_factory.mktemp("images")
     picture.save(images / "near by.png")
     parameters = {
@@ -73,10 +75,10 @@ def answers(models: Path, tmp_path_factory: pytest.TempPathFactory, checkpoint: 
     }
     repository.write_model(REPOSITORY, "gme_qwen2_vl", models, "gme", parameters)
     inputs = [TEXT, INSTRUCTED, PICTURE, FUSED, UNFETCHED, TEXT]
-    return examine(TritonOptions(models, ("gme",)), "gme", inputs, images)
+    return probe(TritonOptions(models, ("gme",)), "gme", inputs, images)
 
 
-def test_the_inputs_of_a_card(answers: Answers, checkpoint: Path, picture: Image.Image) -> None:
+def test_the_inputs_of_a_card(answers: ProbeResult, checkpoint: Path, picture: Image.Image) -> None:
     items = [
         {"text": TEXT.text},
         {"text": TEXT.text, "instruction": FIND},
@@ -89,12 +91,12 @@ def test_the_inputs_of_a_card(answers: Answers, checkpoint: Path, picture: Image
         assert np.abs(answers.cards[one] - vector).max() < 2e-5, one
 
 
-def test_the_samples_in_order_together_and_alone(answers: Answers, checkpoint: Path) -> None:
-    files = list(samples.pictures())
+def test_the_samples_in_order_together_and_alone(answers: ProbeResult, checkpoint: Path) -> None:
+    files = list(samples.images())
     items = [{"text": text} for text in samples.TEXTS[:5]]
     items += [{"images": [Image.open(io.BytesIO(file))]} for file in files]
     wanted = oracles.gme_vectors(checkpoint, oracles.gme_inputs(checkpoint, items, 4, 16), "sequential")
-    assert answers.names == [*samples.TEXTS, "picture 0", "picture 1", "picture 2"]
+    assert answers.names == [*samples.TEXTS, "image 0", "image 1", "image 2"]
     for vectors in (answers.together.vectors, answers.alone):
         assert len(vectors) == len(answers.names)
         assert np.abs(np.concatenate([vectors[:5], vectors[-3:]]) - wanted).max() < 2e-5
@@ -102,7 +104,7 @@ def test_the_samples_in_order_together_and_alone(answers: Answers, checkpoint: P
     assert answers.info.modalities[0] == "text"
 
 
-def test_nothing_is_left_running(answers: Answers, models: Path) -> None:
+def test_nothing_is_left_running(answers: ProbeResult, models: Path) -> None:
     assert processes(models) == []
 
 
@@ -110,8 +112,8 @@ def test_a_model_that_does_not_load(tmp_path: Path) -> None:
     checkpoint = write_bert(tmp_path / "checkpoint")
     (checkpoint / "tokenizer.json").unlink()
     repository.write_model(REPOSITORY, "bge", tmp_path / "models", "bge", {"checkpoint": str(checkpoint)})
-    with pytest.raises(ExamineError, match=r"^model 'bge' did not load"):
-        examine(TritonOptions(tmp_path / "models", ("bge",)), "bge", [], None)
+    with pytest.raises(ProbeError, match=r"^model 'bge' did not load"):
+        probe(TritonOptions(tmp_path / "models", ("bge",)), "bge", [], None)
 
 
 def test_a_model_that_dies_while_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +121,7 @@ def test_a_model_that_dies_while_it_is_asked(tmp_path: Path, monkeypatch: pytest
     checkpoint = write_bert(tmp_path / "checkpoint")
     repository.write_model(REPOSITORY, "bge", tmp_path / "models", "bge", {"checkpoint": str(checkpoint)})
 
-    async def ask(client: TritonClient, *_: object) -> Answers:
+    async def ask(client: TritonClient, *_: object) -> ProbeResult:
         await examine_module._loaded(client, "bge")
         stubs = [child for child in processes(tmp_path) if "stub" in words(child)[0]]
         assert len(stubs) == 1
@@ -127,6 +129,6 @@ def test_a_model_that_dies_while_it_is_asked(tmp_path: Path, monkeypatch: pytest
         await asyncio.sleep(60)
         raise AssertionError("the examination went on")
 
-    monkeypatch.setattr(examine_module, "_ask", ask)
-    with pytest.raises(ExamineError, match=r"^the process of model bge died"):
-        examine(TritonOptions(tmp_path / "models", ("bge",)), "bge", [], None)
+    monkeypatch.setattr(examine_module, "_probe", ask)
+    with pytest.raises(ProbeError, match=r"^the process of model bge died"):
+        probe(TritonOptions(tmp_path / "models", ("bge",)), "bge", [], None)

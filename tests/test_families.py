@@ -38,7 +38,7 @@ def _text() -> tritonclient.http.InferInput:
 
 
 def test_the_repository_holds_the_six_families_and_the_default() -> None:
-    assert repository.families(REPOSITORY) == FAMILIES
+    assert repository.model_names(REPOSITORY) == FAMILIES
     assert sorted(path.name for path in REPOSITORY.iterdir()) == FAMILIES  # anything else stops tritonserver
 
 

@@ -1,4 +1,4 @@
-"""What strangers' URLs can reach and what they cannot: real servers on the loopback, and a name server that lies."""
+"""Fetching of URLs and its SSRF protection, with real servers on the loopback and a scripted name server."""
 
 import asyncio
 import gzip
@@ -20,11 +20,12 @@ from triton_embed.gateway import fetch as fetch_module
 from triton_embed.gateway.fetch import NOT_PUBLIC, Fetcher, FetchError, is_public
 
 T = TypeVar("T")
-Answer = bytes | Callable[[asyncio.StreamWriter], Awaitable[None]]
+Page = bytes | Callable[[asyncio.StreamWriter], Awaitable[None]]
 
-TRUSTS_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # quicker to make than one that trusts the system's
+# Faster to create than a context with the system's certificates.
+TRUSTS_NO_CERTIFICATE = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 PUBLIC = "93.184.215.14"
-# Of images.test, valid from 2020 to 2120, signed by itself.
+# A self-signed certificate of images.test, valid from 2020 to 2120.
 CERTIFICATE = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+IwdYycMguE5Zd38
@@ -54,13 +55,13 @@ def redirect(location: str, **headers: str) -> bytes:
 
 
 class Site:
-    """A web server: what it answers for each path, and what it was asked."""
+    """A web server with a response per path. It records requests."""
 
-    def __init__(self, pages: dict[str, Answer]) -> None:
+    def __init__(self, pages: dict[str, Page]) -> None:
         self.pages = pages
         self.connections = 0
-        self.open = self.most_open = 0
-        self.asked: list[str] = []
+        self.open = self.max_open = 0
+        self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.port = 0
         self.transports: list[asyncio.WriteTransport] = []
@@ -76,26 +77,26 @@ class Site:
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.open += 1
-        self.most_open = max(self.open, self.most_open)
+        self.max_open = max(self.open, self.max_open)
         self.transports.append(writer.transport)
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            self.asked.append(head[0].split()[1])
+            self.paths.append(head[0].split()[1])
             self.headers.append({line.partition(": ")[0].lower(): line.partition(": ")[2] for line in head[1:] if line})
-            page = self.pages[self.asked[-1]]
+            page = self.pages[self.paths[-1]]
             if isinstance(page, bytes):
                 writer.write(page)
                 await writer.drain()
             else:
                 await page(writer)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the other side has gone, or the test is over
+            pass  # the client has disconnected, or the test is over
         finally:
             self.open -= 1
             writer.close()
 
     async def hang_up(self) -> None:
-        """End what still runs, handshakes too, so that no socket outlives the loop."""
+        """Cancel every other task, including TLS handshakes, so that no socket outlives the loop."""
         current = asyncio.current_task()
         others = [task for task in asyncio.all_tasks() if task is not current]
         for task in others:
@@ -107,7 +108,7 @@ class Site:
 
 
 @asynccontextmanager
-async def serving(pages: dict[str, Answer], tls: ssl.SSLContext | None = None) -> AsyncIterator[Site]:
+async def serving(pages: dict[str, Page], tls: ssl.SSLContext | None = None) -> AsyncIterator[Site]:
     site = Site(pages)
     server = await asyncio.start_server(site.answer, "127.0.0.1", 0, ssl=tls)
     site.port = server.sockets[0].getsockname()[1]
@@ -119,14 +120,14 @@ async def serving(pages: dict[str, Answer], tls: ssl.SSLContext | None = None) -
 
 
 def run(use: Callable[[], Awaitable[T]]) -> T:
-    async def within() -> T:
+    async def main() -> T:
         return await use()
 
-    return asyncio.run(within())
+    return asyncio.run(main())
 
 
-async def fetched(url: str, *allowed: str, tls: ssl.SSLContext | None = TRUSTS_NOBODY) -> bytes | str:
-    """The body, or the reason why there is none. Nothing stays open either way."""
+async def fetched(url: str, *allowed: str, tls: ssl.SSLContext | None = TRUSTS_NO_CERTIFICATE) -> bytes | str:
+    """Return the body, or the message of the FetchError. Check that no connection stays open."""
     fetcher = Fetcher(allowed, tls)
     try:
         return await fetcher.get(url)
@@ -138,16 +139,16 @@ async def fetched(url: str, *allowed: str, tls: ssl.SSLContext | None = TRUSTS_N
 
 
 class Names:
-    """The name server: each look-up of a host takes the next of its answers, the last for ever."""
+    """A scripted name server. Each lookup of a host returns its next answer; the last one is repeated."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._system = socket.getaddrinfo
         self.answers: dict[str, list[list[str]]] = {}
-        self.asked: list[str] = []
+        self.hosts: list[str] = []
         monkeypatch.setattr(socket, "getaddrinfo", self.look_up)
 
     def look_up(self, host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
-        self.asked.append(host)
+        self.hosts.append(host)
         if host not in self.answers:
             return self._system(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         answers = self.answers[host]
@@ -167,17 +168,17 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
 
 
 class Wire:
-    """Stands in for the Internet: what is dialled at PUBLIC arrives at a server here; anything else is dialled."""
+    """A stand-in for the internet: connections to PUBLIC go to a local server, all others are real."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.port = 0
-        self.dialled: list[str] = []
+        self.connected: list[str] = []
         system = httpcore2.AnyIOBackend.connect_tcp
 
         async def connect(backend: Any, host: str, port: int, *args: Any, **kwargs: Any) -> Any:
-            self.dialled.append(host)
-            here = ("127.0.0.1", self.port) if host == PUBLIC else (host, port)
-            return await system(backend, *here, *args, **kwargs)
+            self.connected.append(host)
+            target = ("127.0.0.1", self.port) if host == PUBLIC else (host, port)
+            return await system(backend, *target, *args, **kwargs)
 
         monkeypatch.setattr(httpcore2.AnyIOBackend, "connect_tcp", connect)
 
@@ -192,11 +193,11 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     ["8.8.8.8", "1.1.1.1", PUBLIC, "100.63.255.255", "172.32.0.1", "192.0.1.1", "198.20.0.1", "223.255.255.254",
      "2606:4700:4700::1111", "2a00:1450:4001:81b::200e", "2001:200::1", "2003::1", "2400:cb00::1"],
 )  # fmt: skip
-def test_public_addresses(address: str) -> None:
+def test_is_public_accepts_public_addresses(address: str) -> None:
     assert is_public(ip_address(address))
 
 
-# An address out of every block of IANA's special-purpose registries, and out of both multicast spaces.
+# An address from every block of IANA's special-purpose registries, and from both multicast ranges.
 SPECIAL = """
 0.0.0.0 0.1.2.3 10.0.0.1 100.64.0.1 100.127.255.255 127.0.0.1 127.255.255.254 169.254.1.1 172.16.0.1 172.31.255.255
 192.0.0.1 192.0.0.8 192.0.0.170 192.0.2.1 192.88.99.1 192.168.1.1 198.18.0.1 198.19.255.255 198.51.100.1 203.0.113.1
@@ -205,12 +206,12 @@ SPECIAL = """
 2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:2::1 2001:10::1 2001:20::1 2001:db8::1 2002:7f00:1:: 2002:808:808::1
 3fff::1 5f00::1 fc00::1 fd12:3456::1 fe80::1 fe80::1%eth0 fec0::1 ff02::1 ff0e::1
 """
-# Where clouds tell a machine its own secrets: all, AWS, Alibaba, Oracle, Azure.
+# Metadata services of clouds, which reveal a machine's credentials: all, AWS, Alibaba, Oracle, Azure.
 METADATA = "169.254.169.254 fd00:ec2::254 100.100.100.200 192.0.0.192 168.63.129.16"
 
 
 @pytest.mark.parametrize("address", (SPECIAL + METADATA).split())
-def test_addresses_that_are_not_public(address: str) -> None:
+def test_is_public_rejects_special_addresses(address: str) -> None:
     assert not is_public(ip_address(address))
 
 
@@ -222,13 +223,14 @@ LOOPBACK = [
 
 
 @pytest.mark.parametrize("host", LOOPBACK)
-def test_no_spelling_of_this_machine_is_dialled(names: Names, host: str) -> None:
+def test_no_spelling_of_loopback_is_connected_to(names: Names, host: str) -> None:
     names.answers["localhost"] = [["::1", "127.0.0.1"]]
 
     async def use() -> None:
         async with serving({"/": reply(b"secret")}) as site:
             assert await fetched(f"http://{host}:{site.port}/") == NOT_PUBLIC
-            assert await fetched(f"http://{host}:{free_port()}/") == NOT_PUBLIC  # and nobody learns what listens
+            # The error does not reveal which ports are open.
+            assert await fetched(f"http://{host}:{free_port()}/") == NOT_PUBLIC
             assert site.connections == 0
 
     run(use)
@@ -237,22 +239,22 @@ def test_no_spelling_of_this_machine_is_dialled(names: Names, host: str) -> None
 @pytest.mark.parametrize(
     "host", ["0177.0.0.1", "[fe80::1%25eth0]", "127.0.0.1%2f", "%31%32%37.0.0.1", "a b", "a..b", "x" * 70]
 )
-def test_hosts_that_are_none(names: Names, host: str) -> None:
+def test_invalid_hosts(names: Names, host: str) -> None:
     assert run(lambda: fetched(f"http://{host}/")) in (NOT_PUBLIC, "its URL cannot be read")
 
 
-def test_a_host_that_is_unknown_looks_like_one_that_is_inside(names: Names) -> None:
+def test_unknown_and_internal_hosts_give_the_same_error(names: Names) -> None:
     names.answers = {"inside.test": [["10.1.2.3"]], "nowhere.test": [[]]}
     assert run(lambda: fetched("http://inside.test/")) == run(lambda: fetched("http://nowhere.test/")) == NOT_PUBLIC
 
 
-def test_one_inner_address_among_public_ones_is_enough(names: Names, wire: Wire) -> None:
+def test_one_internal_address_among_public_ones_is_rejected(names: Names, wire: Wire) -> None:
     names.answers["mixed.test"] = [[PUBLIC, "10.1.2.3"]]
     assert run(lambda: fetched("http://mixed.test/")) == NOT_PUBLIC
-    assert wire.dialled == []
+    assert wire.connected == []
 
 
-def test_the_checked_address_is_dialled_and_the_name_is_not_asked_again(names: Names, wire: Wire) -> None:
+def test_checked_address_is_used_without_a_second_lookup(names: Names, wire: Wire) -> None:
     names.answers["rebinding.test"] = [[PUBLIC], ["127.0.0.1"]]
 
     async def use() -> None:
@@ -262,11 +264,11 @@ def test_the_checked_address_is_dialled_and_the_name_is_not_asked_again(names: N
             assert site.headers[0]["host"] == "rebinding.test"
 
     run(use)
-    assert wire.dialled == [PUBLIC]
-    assert names.asked == ["rebinding.test"]
+    assert wire.connected == [PUBLIC]
+    assert names.hosts == ["rebinding.test"]
 
 
-def test_a_redirect_is_checked_like_a_first_url(names: Names, wire: Wire) -> None:
+def test_redirects_are_checked_like_the_first_url(names: Names, wire: Wire) -> None:
     names.answers = {"public.test": [[PUBLIC]], "inside.test": [["192.168.0.7"]]}
 
     async def use() -> None:
@@ -280,22 +282,22 @@ def test_a_redirect_is_checked_like_a_first_url(names: Names, wire: Wire) -> Non
             assert inner.connections == 0
 
     run(use)
-    assert wire.dialled == [PUBLIC] * 3
+    assert wire.connected == [PUBLIC] * 3
 
 
-def test_a_host_that_turns_inward_between_redirects(names: Names, wire: Wire) -> None:
+def test_host_that_becomes_internal_between_redirects_is_rejected(names: Names, wire: Wire) -> None:
     names.answers["turning.test"] = [[PUBLIC], ["127.0.0.1"]]
 
     async def use() -> None:
         async with serving({"/": redirect("/again"), "/again": reply(b"secret")}) as site:
             wire.port = site.port
             assert await fetched("http://turning.test/") == NOT_PUBLIC
-            assert site.asked == ["/"]
+            assert site.paths == ["/"]
 
     run(use)
 
 
-def test_redirects_are_followed_three_times() -> None:
+def test_at_most_three_redirects_are_followed() -> None:
     async def use() -> None:
         async with serving({f"/{i}": redirect(f"{i - 1}") for i in range(1, 5)}) as site:
             site.pages["/0"] = reply(b"image")
@@ -316,7 +318,7 @@ def test_redirects_are_followed_three_times() -> None:
         ("http://0177.0.0.1/", "it was redirected to a URL that cannot be read"),
     ],
 )
-def test_redirects_to_what_is_not_fetched(location: str, reason: str) -> None:
+def test_invalid_redirects(location: str, reason: str) -> None:
     async def use() -> None:
         async with serving({"/": redirect(location)}) as site:
             assert await fetched(f"{site.url}/", "127.0.0.1") == reason
@@ -339,11 +341,11 @@ def test_redirects_to_what_is_not_fetched(location: str, reason: str) -> None:
         ("https://./", "its URL cannot be read"),
     ],
 )
-def test_urls_that_are_not_fetched(url: str, reason: str) -> None:
+def test_invalid_urls(url: str, reason: str) -> None:
     assert run(lambda: fetched(url)) == reason
 
 
-def test_an_operator_may_allow_a_host_or_one_port_of_it(names: Names) -> None:
+def test_host_or_one_port_of_it_can_be_allowed(names: Names) -> None:
     names.answers["intranet.test"] = [["127.0.0.1"]]
 
     async def use() -> None:
@@ -357,12 +359,12 @@ def test_an_operator_may_allow_a_host_or_one_port_of_it(names: Names) -> None:
     run(use)
 
 
-def test_an_ipv6_host_is_allowed_in_brackets(names: Names, wire: Wire) -> None:
+def test_ipv6_host_is_allowed_in_brackets(names: Names, wire: Wire) -> None:
     assert run(lambda: fetched(f"http://[::1]:{free_port()}/", "[::1]")) == "its host did not answer"
-    assert wire.dialled == ["::1"]
+    assert wire.connected == ["::1"]
 
 
-def test_the_next_address_is_tried(names: Names) -> None:
+def test_next_address_is_tried(names: Names) -> None:
     async def use() -> None:
         async with serving({"/": reply(b"image")}) as site:
             for order in (["127.0.0.2", "127.0.0.1"], ["127.0.0.1", "127.0.0.2"]):
@@ -372,14 +374,14 @@ def test_the_next_address_is_tried(names: Names) -> None:
     run(use)
 
 
-def test_what_is_sent() -> None:
-    """No cookie comes back, no name or key is given away, and nothing of the environment is used."""
+def test_headers_sent() -> None:
+    """Check that requests send no cookies or credentials, and nothing from the environment."""
 
     async def use() -> None:
         async with serving({"/": redirect("/a%20b?c=d#e", Set_Cookie="id=7")}) as site:
             site.pages["/a%20b?c=d"] = reply(b"image", Content_Type="text/html")
             assert await fetched(f"{site.url}/", site.host) == b"image"
-            assert site.asked == ["/", "/a%20b?c=d"]
+            assert site.paths == ["/", "/a%20b?c=d"]
             for headers in site.headers:
                 assert headers.keys() == {"host", "user-agent", "accept", "accept-encoding"}
                 assert (headers["host"], headers["accept-encoding"]) == (site.host, "identity")
@@ -387,7 +389,7 @@ def test_what_is_sent() -> None:
     run(use)
 
 
-def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_proxies_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     async def use() -> None:
         async with serving({"/": reply(b"image")}) as site, serving({}) as proxy:
             for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
@@ -399,7 +401,7 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("status", ["404 Not Found", "500 Oops", "204 No Content", "206 Partial Content"])
-def test_a_status_that_is_not_200(status: str) -> None:
+def test_status_other_than_200_is_an_error(status: str) -> None:
     async def use() -> None:
         async with serving({"/": reply(b"x", status)}) as site:
             assert await fetched(f"{site.url}/", site.host) == f"its host answered with status {status[:3]}"
@@ -408,7 +410,7 @@ def test_a_status_that_is_not_200(status: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "page",
     [
         b"",
         b"SSH-2.0-OpenSSH_9.6\r\n",
@@ -417,32 +419,32 @@ def test_a_status_that_is_not_200(status: str) -> None:
     ],
     ids=["nothing", "another protocol", "half", "endless head"],
 )
-def test_servers_that_do_not_speak_http(answer: bytes) -> None:
+def test_responses_that_are_not_http(page: bytes) -> None:
     async def use() -> None:
-        async with serving({"/": answer}) as site:
+        async with serving({"/": page}) as site:
             assert await fetched(f"{site.url}/", site.host) == "its host did not answer"
 
     run(use)
 
 
-def test_a_port_where_nobody_listens() -> None:
+def test_closed_port_is_an_error() -> None:
     assert run(lambda: fetched(f"http://127.0.0.1:{free_port()}/", "127.0.0.1")) == "its host did not answer"
 
 
-def test_nothing_is_unpacked() -> None:
+def test_compressed_body_is_rejected() -> None:
     async def use() -> None:
         async with serving({"/": reply(gzip.compress(bytes(10**6)), Content_Encoding="gzip")}) as site:
-            assert await fetched(f"{site.url}/", site.host) == "its host sent it compressed, unasked"
+            assert await fetched(f"{site.url}/", site.host) == "its host sent it compressed without being asked to"
 
     run(use)
 
 
-def test_the_largest_body_and_one_byte_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_body_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "IMAGE_BYTES", 2**20)
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
     async def use() -> None:
-        pages: dict[str, Answer] = {"/fits": reply(bytes(2**20)), "/large": reply(bytes(2**20 + 1))}
+        pages: dict[str, Page] = {"/fits": reply(bytes(2**20)), "/large": reply(bytes(2**20 + 1))}
         pages["/chunks"] = chunked + b"4000\r\n" + bytes(2**14) + b"\r\n0\r\n\r\n"
         async with serving(pages) as site:
             assert await fetched(f"{site.url}/fits", site.host) == bytes(2**20)
@@ -452,7 +454,7 @@ def test_the_largest_body_and_one_byte_more(monkeypatch: pytest.MonkeyPatch) -> 
     run(use)
 
 
-def test_an_endless_body_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_body_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "IMAGE_BYTES", 2**20)
     sent = 0
 
@@ -469,10 +471,10 @@ def test_an_endless_body_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
             assert await fetched(f"{site.url}/", site.host) == "it is larger than 1 MiB"
 
     run(use)
-    assert 2**20 <= sent < 2**24  # beyond the limit lies what the sockets hold
+    assert 2**20 <= sent < 2**24  # more than the limit by what the socket buffers hold
 
 
-async def _head_drop_by_drop(writer: asyncio.StreamWriter) -> None:
+async def _send_head_slowly(writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\n")
     for i in range(10**6):
         writer.write(f"X-{i}: y\r\n".encode())
@@ -480,7 +482,7 @@ async def _head_drop_by_drop(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.02)
 
 
-async def _body_drop_by_drop(writer: asyncio.StreamWriter) -> None:
+async def _send_body_slowly(writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
     for _ in range(10**6):
         writer.write(b"x")
@@ -488,61 +490,62 @@ async def _body_drop_by_drop(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.02)
 
 
-async def _silence(writer: asyncio.StreamWriter) -> None:
+async def _send_nothing(writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(10)
 
 
-async def _informed_for_ever(writer: asyncio.StreamWriter) -> None:
+async def _send_informational_responses_forever(writer: asyncio.StreamWriter) -> None:
     for _ in range(10**6):
         writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
         await writer.drain()
         await asyncio.sleep(0.02)
 
 
-async def _redirected_slowly(writer: asyncio.StreamWriter) -> None:
+async def _redirect_slowly(writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(0.15)
     writer.write(redirect("/"))
 
 
 @pytest.mark.parametrize(
-    "answer", [_head_drop_by_drop, _body_drop_by_drop, _silence, _informed_for_ever, _redirected_slowly]
+    "page",
+    [_send_head_slowly, _send_body_slowly, _send_nothing, _send_informational_responses_forever, _redirect_slowly],
 )
-def test_a_slow_server_gets_no_more_than_its_time(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> None:
+def test_slow_server_times_out(monkeypatch: pytest.MonkeyPatch, page: Page) -> None:
     monkeypatch.setattr(fetch_module, "TOTAL_SECONDS", 0.4)
 
     async def use() -> None:
-        async with serving({"/": answer}) as site:
-            began = time.monotonic()
+        async with serving({"/": page}) as site:
+            start = time.monotonic()
             assert await fetched(f"{site.url}/", site.host) == "it took longer than 0.4 s"
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - start < 3
 
     run(use)
 
 
-def test_a_slow_name_server_gets_no_more_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_name_server_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "TOTAL_SECONDS", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(1.2))
 
     async def use() -> float:
-        began = time.monotonic()
+        start = time.monotonic()
         assert await fetched("http://slow.test/") == "it took longer than 0.2 s"
-        return time.monotonic() - began
+        return time.monotonic() - start
 
     assert run(use) < 1
 
 
-def test_only_so_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "AT_ONCE", 3)
+def test_concurrent_fetches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "MAX_FETCHES", 3)
 
-    async def answer(writer: asyncio.StreamWriter) -> None:
+    async def page(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.05)
         writer.write(reply(b"image"))
 
     async def use() -> None:
-        async with serving({"/": answer}) as site:
+        async with serving({"/": page}) as site:
             fetcher = Fetcher([site.host])
             assert await asyncio.gather(*(fetcher.get(f"{site.url}/") for _ in range(9))) == [b"image"] * 9
-            assert (site.most_open, site.connections) == (3, 9)
+            assert (site.max_open, site.connections) == (3, 9)
             await fetcher.close()
 
     run(use)
@@ -561,27 +564,24 @@ def tls_server(certificate: Path) -> ssl.SSLContext:
     return context
 
 
-def test_certificates_are_checked_against_the_name_and_not_the_address(names: Names, certificate: Path) -> None:
+def test_certificate_is_verified_for_the_host_name(names: Names, certificate: Path) -> None:
     names.answers = {"images.test": [["127.0.0.1"]], "other.test": [["127.0.0.1"]]}
-    trusting = ssl.create_default_context(cafile=certificate)
+    trusting_context = ssl.create_default_context(cafile=certificate)
 
     async def use() -> None:
         async with serving({"/": reply(b"image")}, tls_server(certificate)) as site:
-            right, wrong = f"https://images.test:{site.port}/", f"https://other.test:{site.port}/"
-            assert await fetched(right, "images.test", tls=trusting) == b"image"
-            assert await fetched(wrong, "other.test", tls=trusting) == "its host could not prove who it is"
-            assert (
-                await fetched(f"https://{site.host}/", site.host, tls=trusting) == "its host could not prove who it is"
-            )
-            assert (
-                await fetched(right, "images.test", tls=None) == "its host could not prove who it is"
-            )  # who signed it?
-            assert site.asked == ["/"]
+            valid_url, invalid_url = f"https://images.test:{site.port}/", f"https://other.test:{site.port}/"
+            assert await fetched(valid_url, "images.test", tls=trusting_context) == b"image"
+            error = "its host has no valid certificate"
+            assert await fetched(invalid_url, "other.test", tls=trusting_context) == error
+            assert await fetched(f"https://{site.host}/", site.host, tls=trusting_context) == error
+            assert await fetched(valid_url, "images.test", tls=None) == error  # self-signed
+            assert site.paths == ["/"]
 
     run(use)
 
 
-def test_a_broken_tls_record_is_no_answer(names: Names, certificate: Path) -> None:
+def test_broken_tls_record_is_an_error(names: Names, certificate: Path) -> None:
     names.answers["images.test"] = [["127.0.0.1"]]
 
     async def garble(writer: asyncio.StreamWriter) -> None:
@@ -592,25 +592,25 @@ def test_a_broken_tls_record_is_no_answer(names: Names, certificate: Path) -> No
 
     async def use() -> None:
         async with serving({"/": garble}, tls_server(certificate)) as site:
-            trusting = ssl.create_default_context(cafile=certificate)
+            trusting_context = ssl.create_default_context(cafile=certificate)
             url = f"https://images.test:{site.port}/"
-            assert await fetched(url, "images.test", tls=trusting) == "its host did not answer"
+            assert await fetched(url, "images.test", tls=trusting_context) == "its host did not answer"
 
     run(use)
 
 
-def test_https_never_becomes_http(names: Names, certificate: Path) -> None:
+def test_redirect_from_https_to_http_is_rejected(names: Names, certificate: Path) -> None:
     names.answers["images.test"] = [["127.0.0.1"]]
-    trusting = ssl.create_default_context(cafile=certificate)
+    trusting_context = ssl.create_default_context(cafile=certificate)
 
     async def use() -> None:
         async with serving({"/": reply(b"image")}) as plain, serving({}, tls_server(certificate)) as site:
             site.pages["/"] = redirect(f"http://images.test:{plain.port}/")
             url = f"https://images.test:{site.port}/"
-            assert await fetched(url, "images.test", tls=trusting) == "it was redirected from https to http"
+            assert await fetched(url, "images.test", tls=trusting_context) == "it was redirected from https to http"
             assert plain.connections == 0
             plain.pages["/"] = redirect(f"{url}image")
             site.pages["/image"] = reply(b"image")
-            assert await fetched(f"http://images.test:{plain.port}/", "images.test", tls=trusting) == b"image"
+            assert await fetched(f"http://images.test:{plain.port}/", "images.test", tls=trusting_context) == b"image"
 
     run(use)

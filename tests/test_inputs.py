@@ -15,33 +15,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_long_text import tokenizer_of
 from test_ops import one_thread  # noqa: F401 - applies to every test here
-from test_reader import BGE, E5, GME, LONG, NEW, QWEN3, limited, png
+from test_reader import BGE, CLIP_NEW, E5, GME, LONG, QWEN3, family_with, png
 
 from conftest import Family
 from triton_embed.python_backend import inputs as inputs_file
 from triton_embed.python_backend.errors import BadRequest
-from triton_embed.python_backend.inputs import IdInputs, Inputs, ItemInputs
+from triton_embed.python_backend.inputs import IdRows, ItemRows, RequestRows
 
 Tiny = Callable[[str], Family]
 REPORT = {"on_error": "report"}
 Sent = tuple[bytes, tuple[bytes, ...]]  # a row of TEXT and IMAGE
 
 
-def asked(family: Family, *rows: Sent, **parameters: Any) -> Inputs:
+def asked(family: Family, *rows: Sent, **parameters: Any) -> RequestRows:
     """A request as EmbeddingServer reads it, up to the ids of its texts."""
     width = max([1, *(len(images) for _, images in rows)])
     text = np.array([[text] for text, _ in rows], dtype=np.object_).reshape(len(rows), 1)
     image = np.array([[*images, *[b""] * (width - len(images))] for _, images in rows], dtype=np.object_)
-    found = ItemInputs(family.reader, parameters, text, image.reshape(len(rows), width))
-    found.take(iter(family.reader.tokenizer.encode(found.texts())))
+    found = ItemRows(family.processor, parameters, text, image.reshape(len(rows), width))
+    found.set_ids(iter(family.processor.tokenizer.encode(found.texts())))
     return found
 
 
-def answered(family: Family, inputs: Inputs, dims: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+def answered(family: Family, inputs: RequestRows, dims: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """EMBEDDING, TOKENS, DROPPED and ERROR; nothing is computed where there is nothing to compute."""
-    if isinstance(inputs, ItemInputs):
+    if isinstance(inputs, ItemRows):
         with ThreadPoolExecutor(1) as pool:
-            inputs.open_pictures(pool)
+            inputs.decode_images(pool)
     inputs.make_rows(100_000)
     rows = inputs.rows
     whole = family.model.dimensions if inputs.averaged else dims
@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[list[Sent], dict[Sent, str]]] = {
         {**{(text, ()): why for text, why in BAD_TEXTS.items()}, (b"a", (BROKEN,)): "takes no images"},
     ),
     QWEN3: ([(text, ()) for text in GOOD_TEXTS], {(text, ()): why for text, why in BAD_TEXTS.items()}),
-    NEW: (
+    CLIP_NEW: (
         [*((text, ()) for text in GOOD_TEXTS), *((b"", (picture,)) for picture in PICTURES)],
         {
             **{(text, ()): why for text, why in BAD_TEXTS.items()},
@@ -85,7 +85,7 @@ KINDS: dict[str, tuple[list[Sent], dict[Sent, str]]] = {
 @pytest.mark.parametrize("name", KINDS)
 def test_any_mix_of_good_and_bad_rows(name: str, long_text: str, dims: int, data: st.DataObject, tiny: Tiny) -> None:
     """The good ones' vectors are those of the same rows alone; every bad one has its message; nothing is lost."""
-    family = limited(tiny, name, max_tokens=60 if name == GME else 23, prefix_reuse="false")
+    family = family_with(tiny, name, max_tokens=60 if name == GME else 23, prefix_reuse="false")
     good, bad = KINDS[name]
     rows = data.draw(st.lists(st.sampled_from([*good, *bad]), min_size=1, max_size=7))
     parameters = {"long_text": long_text, **REPORT}
@@ -121,10 +121,10 @@ def test_each_bad_row_ends_its_request_where_nobody_asked_for_a_report(name: str
 
 
 def test_bad_ids_are_reported_too(tiny: Tiny) -> None:
-    family = limited(tiny, E5, max_tokens=5)
+    family = family_with(tiny, E5, max_tokens=5)
     sent = np.array([[5, 6, 7, 8, 9, 10], [-1] * 6, [5, -2, 7, 8, 9, 10], [5, 6, -1, -1, -1, -1]], dtype=np.int32)
     for long_text in ("truncate", "mean"):
-        inputs = IdInputs(family.reader, {**REPORT, "long_text": long_text}, sent)
+        inputs = IdRows(family.processor, {**REPORT, "long_text": long_text}, sent)
         vectors, tokens, dropped, errors = answered(family, inputs, 7)
         assert [bool(error) for error in errors] == [False, True, True, False]
         assert errors[1] == "Input at index 1 cannot be empty"
@@ -135,7 +135,7 @@ def test_bad_ids_are_reported_too(tiny: Tiny) -> None:
 
 
 def test_a_text_that_may_not_be_cut_is_reported(tiny: Tiny) -> None:
-    family = limited(tiny, BGE, max_tokens=23)
+    family = family_with(tiny, BGE, max_tokens=23)
     inputs = asked(family, (LONG.encode(), ()), (b"a", ()), truncate="none", **REPORT)
     _, tokens, _, errors = answered(family, inputs, 7)
     assert errors[0].startswith("The input (")
@@ -150,10 +150,10 @@ def test_too_many_tokens_in_all_are_no_rows_fault(tiny: Tiny) -> None:
             inputs_ready(inputs).make_rows(4)
 
 
-def inputs_ready(inputs: Inputs) -> Inputs:
-    assert isinstance(inputs, ItemInputs)
+def inputs_ready(inputs: RequestRows) -> RequestRows:
+    assert isinstance(inputs, ItemRows)
     with ThreadPoolExecutor(1) as pool:
-        inputs.open_pictures(pool)
+        inputs.decode_images(pool)
     return inputs
 
 
@@ -176,9 +176,9 @@ def test_each_row_is_written_with_its_own_prompt(name: str, tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("name", "prompts", "message"),
     [
-        (NEW, '[{}, {"instruction": "x"}]', "Model 'clip' takes no instruction: it was trained without one"),
+        (CLIP_NEW, '[{}, {"instruction": "x"}]', "Model 'clip' takes no instruction: it was trained without one"),
         (BGE, '[{}, {"prompt_name": "odd"}]', "Model 'bge' has no prompt_name 'odd'; it has: query, passage"),
-        (GME, '[{}, {"instruction": "<|im_start|>"}]', "instruction has <|im_start|> in it, which starts a turn"),
+        (GME, '[{}, {"instruction": "<|im_start|>"}]', "instruction must not contain <|im_start|>, which starts"),
     ],
 )
 def test_a_prompt_that_the_model_does_not_have_is_its_rows_fault(
@@ -199,7 +199,7 @@ def test_a_prompt_that_the_model_does_not_have_is_its_rows_fault(
 def test_token_ids_take_no_prompt(key: str, tiny: Tiny) -> None:
     for parameters in ({key: "[{}]"}, {key: "[{}]", **REPORT}):
         with pytest.raises(BadRequest, match="need TEXT: token ids are used as they are"):
-            IdInputs(tiny(BGE).reader, parameters, np.array([[5, 6]], dtype=np.int32))
+            IdRows(tiny(BGE).processor, parameters, np.array([[5, 6]], dtype=np.int32))
 
 
 def test_prompts_of_another_number_are_the_requests_fault(tiny: Tiny) -> None:
@@ -210,9 +210,9 @@ def test_prompts_of_another_number_are_the_requests_fault(tiny: Tiny) -> None:
 # IDS
 
 
-@pytest.mark.parametrize(("name", "end"), [(BGE, ""), (E5, "</s>"), (QWEN3, ""), (NEW, ""), (GME, "")])
+@pytest.mark.parametrize(("name", "end"), [(BGE, ""), (E5, "</s>"), (QWEN3, ""), (CLIP_NEW, ""), (GME, "")])
 def test_ids_are_transformers_own_uncut(name: str, end: str, tiny: Tiny) -> None:
-    family = limited(tiny, name, max_tokens=20)
+    family = family_with(tiny, name, max_tokens=20)
     texts = [text.decode() for text in GOOD_TEXTS]
     written = [oracles.gme_text({"text": text}) if name == GME else text for text in texts]
     wanted = oracles.ids_of(family.directory, written, end)
@@ -234,9 +234,9 @@ def test_ids_hold_the_prompt_of_each_row(tiny: Tiny) -> None:
 
 
 def test_a_row_without_ids_of_its_own(tiny: Tiny) -> None:
-    for name in (NEW, GME):
+    for name in (CLIP_NEW, GME):
         rows: list[Sent] = [(b"hello", ()), (b"", (BROKEN,)), (b"\xff", ())]
-        with pytest.raises(BadRequest, match="Input at index 1 has an image, which is no token ids"):
+        with pytest.raises(BadRequest, match="Input at index 1 has an image, which has no token ids"):
             asked(tiny(name), *rows[:2]).padded_ids()
         inputs = asked(tiny(name), *rows, **REPORT)
         found = inputs.padded_ids()
@@ -252,34 +252,34 @@ def test_a_row_without_ids_of_its_own(tiny: Tiny) -> None:
 
 def test_ids_of_the_caller_are_given_back(tiny: Tiny) -> None:
     sent = np.array([[5, 6, 7, -1], [5, 10**6, 3, 2], [5, -1, -1, -1]], dtype=np.int32)
-    inputs = IdInputs(tiny(E5).reader, REPORT, sent)
+    inputs = IdRows(tiny(E5).processor, REPORT, sent)
     assert inputs.padded_ids().tolist() == [[5, 6, 7], [-1] * 3, [5, -1, -1]]
     assert "has token id 1000000" in inputs.errors()[1, 0].decode()
 
 
 def test_padding_may_not_fill_the_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[Sent] = [(b"a", ()), (b"a", ()), (b"a b c", ())]
-    monkeypatch.setattr(inputs_file, "LARGEST_IDS", 15)
+    monkeypatch.setattr(inputs_file, "MAX_PADDED_IDS", 15)
     assert asked(tiny(BGE), *rows).padded_ids().shape == (3, 5)
-    monkeypatch.setattr(inputs_file, "LARGEST_IDS", 14)
-    with pytest.raises(BadRequest, match="3 rows padded to the 5 ids of the longest are more than 14 numbers"):
+    monkeypatch.setattr(inputs_file, "MAX_PADDED_IDS", 14)
+    with pytest.raises(BadRequest, match="3 rows padded to the 5 ids of the longest have more than 14 ids"):
         asked(tiny(BGE), *rows).padded_ids()
 
 
 def test_where_vectors_came_from_is_told_of_each_input(tiny: Tiny) -> None:
     """Of a text in several chunks: from the cache if all are, computed if any was; of a bad one nothing."""
-    family = limited(tiny, E5, max_tokens=5)
+    family = family_with(tiny, E5, max_tokens=5)
     sent = np.full((5, 10), -1, dtype=np.int32)
     for row, length in zip(sent, (10, 3, 0, 10, 10), strict=True):
         row[:length] = 5
-    inputs = IdInputs(family.reader, {**REPORT, "long_text": "mean"}, sent)
+    inputs = IdRows(family.processor, {**REPORT, "long_text": "mean"}, sent)
     inputs.make_rows(100)
     chunks = (len(inputs.rows) - 1) // 3
     assert chunks > 1
     sources = np.array([*[2] * (chunks - 1), 0, 1, *[2] * (chunks - 1), 1, *[2] * chunks], dtype=np.int32)
     found = inputs.reused(sources)
     assert (found.dtype, found.tolist()) == (np.int32, [[0], [1], [0], [1], [2]])
-    plain = IdInputs(family.reader, REPORT, sent)
+    plain = IdRows(family.processor, REPORT, sent)
     plain.make_rows(100)
     assert plain.reused(np.array([2, 0, 1, 2], dtype=np.int32)).tolist() == [[2], [0], [0], [1], [2]]
 

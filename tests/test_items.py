@@ -1,27 +1,27 @@
-"""Objects and content parts as inputs: what each form means, and what is refused with which words."""
+"""Objects and content parts as inputs: the meaning of each form, and the message of each error."""
 
 from typing import Any
 
 import pytest
 
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.items import Faults, Item, Prompt, read_items, read_prompt
+from triton_embed.gateway.items import InputErrors, Item, Prompt, read_items, read_prompt
 
 
-def refusal(*given: Any) -> str:
+def read_error(*values: Any) -> str:
     with pytest.raises(ApiError) as caught:
-        read_items(given, "input", Faults())
+        read_items(values, "input", InputErrors())
     assert (caught.value.status, caught.value.param) == (400, "input")
     return caught.value.message
 
 
-KNOWN = "known are text, image, image_url, instruction, prompt_name, input_type"
+ALLOWED_KEYS = "allowed keys are text, image, image_url, instruction, prompt_name, input_type"
 TEXT_PART = {"type": "text", "text": "a"}
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "x"}}
 
 
 @pytest.mark.parametrize(
-    ("given", "item"),
+    ("value", "item"),
     [
         ("a", Item("a")),
         ({"text": "a"}, Item("a")),
@@ -49,12 +49,12 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "x"}}
         ([{"type": "image_url", "image_url": "x"}, {"type": "text", "text": ""}], Item("", ("x",))),
     ],
 )
-def test_forms(given: Any, item: Item) -> None:
-    assert read_items(["before", given], "input", Faults()) == [Item("before"), item]
+def test_input_forms(value: Any, item: Item) -> None:
+    assert read_items(["before", value], "input", InputErrors()) == [Item("before"), item]
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("value", "message"),
     [
         (7, " must be a string, an object or a list of content parts, got an integer"),
         (None, " must be a string, an object or a list of content parts, got null"),
@@ -74,33 +74,36 @@ def test_forms(given: Any, item: Item) -> None:
         ({"image": [["x"]]}, ": image must be a data: URI, base64 or an http(s) URL, got a list"),
         ({"image_url": {}}, ": image_url must be a data: URI, base64 or an http(s) URL, got null"),
         ({"image_url": {"url": 7}}, ": image_url must be a data: URI, base64 or an http(s) URL, got an integer"),
-        ({"image_url": {"uri": "x"}}, ": image_url has an unknown key 'uri'; known are url, detail"),
+        ({"image_url": {"uri": "x"}}, ": image_url has an unknown key 'uri'; allowed keys are url, detail"),
         ({"image": ""}, ": image cannot be empty"),
         ({"text": "a", "image": " "}, ": image cannot be empty"),
         ({"text": "a", "instruction": 7}, ": instruction must be a string, got an integer"),
-        ({"text": "a", "video": "x"}, f" has an unknown key 'video'; {KNOWN}"),
-        ({"text": "a", "": 1}, f" has an unknown key ''; {KNOWN}"),
+        ({"text": "a", "video": "x"}, f" has an unknown key 'video'; {ALLOWED_KEYS}"),
+        ({"text": "a", "": 1}, f" has an unknown key ''; {ALLOWED_KEYS}"),
         ({"text": "a", "instruction": "i", "prompt_name": "q"}, ": Send either instruction or prompt_name"),
         ({"text": "a", "input_type": "both"}, ": input_type must be 'query' or 'document', got 'both'"),
-        (TEXT_PART, " is a content part: put the parts of one input in a list of their own"),
+        (TEXT_PART, " is a content part: put the parts of one input in a list"),
         ([TEXT_PART, "a"], ", content part 1 must be an object with a type"),
         ([TEXT_PART, {"text": "a"}], ", content part 1 must be an object with a type"),
         ([7], ", content part 0 must be an object with a type"),
-        ([{"type": "input_audio"}], ", content part 0 has no type that is known here: text, image_url, image"),
-        ([{"type": ["text"]}], ", content part 0 has no type that is known here: text, image_url, image"),
+        ([{"type": "input_audio"}], ", content part 0 must have one of the types text, image_url, image"),
+        ([{"type": ["text"]}], ", content part 0 must have one of the types text, image_url, image"),
         ([{"type": "text"}], ", content part 0 has no text"),
         ([{"type": "text", "text": 7}], ", content part 0: text must be a string, got an integer"),
-        ([{"type": "image_url", "text": "a"}], ", content part 0 has an unknown key 'text'; known are type, image_url"),
+        (
+            [{"type": "image_url", "text": "a"}],
+            ", content part 0 has an unknown key 'text'; allowed keys are type, image_url",
+        ),
         ([{"type": "image_url", "image_url": None}], ", content part 0 has no image_url"),
         ([{"type": "image_url", "image_url": ""}], ", content part 0: image_url cannot be empty"),
     ],
 )
-def test_refusals(given: Any, message: str) -> None:
-    assert refusal("before", given) == f"Input at index 1{message}"
+def test_invalid_inputs(value: Any, message: str) -> None:
+    assert read_error("before", value) == f"Input at index 1{message}"
 
 
-def test_a_refusal_does_not_echo_a_whole_key() -> None:
-    assert len(refusal({"x" * 10**6: 1})) < 300
+def test_error_truncates_a_long_key() -> None:
+    assert len(read_error({"x" * 10**6: 1})) < 300
 
 
 @pytest.mark.parametrize(
@@ -112,12 +115,12 @@ def test_a_refusal_does_not_echo_a_whole_key() -> None:
         ({"instruction": "i", "prompt_name": ""}, Prompt("i")),
         ({"instruction": "i", "input_type": "query"}, Prompt("i", None, "query")),
         ({"prompt_name": "q", "input_type": "document"}, Prompt(None, "q", "document")),
-        *(({"input_type": word}, Prompt(None, None, "query")) for word in ("query", "QUERY", "search_query")),
-        *(({"input_type": word}, Prompt(None, None, "document")) for word in ("document", "passage")),
+        *(({"input_type": value}, Prompt(None, None, "query")) for value in ("query", "QUERY", "search_query")),
+        *(({"input_type": value}, Prompt(None, None, "document")) for value in ("document", "passage")),
         ({"input_type": "search_document"}, Prompt(None, None, "document")),
     ],
 )
-def test_how_a_request_is_prompted(fields: dict[str, Any], prompt: Prompt) -> None:
+def test_read_prompt(fields: dict[str, Any], prompt: Prompt) -> None:
     assert read_prompt(fields) == prompt
 
 
@@ -135,23 +138,23 @@ def test_how_a_request_is_prompted(fields: dict[str, Any], prompt: Prompt) -> No
         ),
     ],
 )
-def test_contradictions(fields: dict[str, Any], message: str, param: str) -> None:
+def test_invalid_prompts(fields: dict[str, Any], message: str, param: str) -> None:
     with pytest.raises(ApiError) as caught:
         read_prompt(fields)
     assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, param)
 
 
-def test_a_report_names_every_fault_and_keeps_the_others_in_their_places() -> None:
-    faults = Faults(report=True)
-    assert read_items(["a", 7, {"text": "b"}, " "], "input", faults) == [Item("a"), Item(""), Item("b"), Item("")]
-    assert {i: error.message.split(" ", 4)[-1] for i, error in faults.found.items()} == {
+def test_report_records_every_error_and_keeps_the_other_inputs() -> None:
+    errors = InputErrors(report=True)
+    assert read_items(["a", 7, {"text": "b"}, " "], "input", errors) == [Item("a"), Item(""), Item("b"), Item("")]
+    assert {i: error.message.split(" ", 4)[-1] for i, error in errors.by_index.items()} == {
         1: "must be a string, an object or a list of content parts, got an integer",
         3: "cannot be empty or whitespace only",
     }
 
 
-def test_the_first_fault_of_an_input_counts() -> None:
-    faults = Faults(report=True)
+def test_first_error_of_an_input_is_kept() -> None:
+    errors = InputErrors(report=True)
     for message in ("first", "second"):
-        faults.add(0, ApiError(400, message))
-    assert faults.found[0].message == "first"
+        errors.add(0, ApiError(400, message))
+    assert errors.by_index[0].message == "first"

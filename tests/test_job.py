@@ -7,7 +7,7 @@ import pytest
 from test_scheduler import Broken, Caller, row
 
 from triton_embed.python_backend import job as job_file
-from triton_embed.python_backend.job import Flight, Job, identity
+from triton_embed.python_backend.job import Job, PendingRow, identity
 
 
 def made(caller: Caller, *lengths: int, deadline: float = float("inf")) -> Job:
@@ -17,43 +17,43 @@ def made(caller: Caller, *lengths: int, deadline: float = float("inf")) -> Job:
 def test_distinct_rows_stand_from_short_to_long_and_cost_once() -> None:
     rows = [row(1, 9), row(2, 4), row(1, 9), row(1, 2), row(2, 4)]
     job = Job(rows, 3, Caller())
-    assert list(job.places.values()) == [[3], [1, 4], [0, 2]]
+    assert list(job.indices.values()) == [[3], [1, 4], [0, 2]]
     assert job.cost == 2 + 4 + 9
-    assert job.left == 5
+    assert job.missing == 5
 
 
 def test_filled_rows_are_no_longer_missing() -> None:
     caller = Caller()
     job = made(caller, 1, 2, 3)
     job.fill([2, 0], np.array([7, 8, 9], dtype=np.float32))
-    assert job.left == 1
+    assert job.missing == 1
     job.fill([1], np.array([1, 2, 3], dtype=np.float32))
-    assert job.left == 0
+    assert job.missing == 0
     job.finish()
     assert np.array_equal(caller.outcome(), [[7, 8, 9], [1, 2, 3], [7, 8, 9]])
 
 
 def test_it_has_begun_when_a_pass_took_any_of_it() -> None:
     job = made(Caller(), 1, 2)
-    assert not job.begun
-    job.flights = [Flight(identity(one, 3), one, 3) for one in job.rows]
-    assert not job.begun
-    job.flights[1].taken = True
-    assert job.begun
+    assert not job.started
+    job.pending = [PendingRow(identity(one, 3), one, 3) for one in job.rows]
+    assert not job.started
+    job.pending[1].started = True
+    assert job.started
 
 
 def test_a_deadline_is_looked_at_before_anybody_is_asked() -> None:
     caller = Caller(cancelled=True)
-    assert made(caller, 1, deadline=time.monotonic() - 1).given_up() is not None
+    assert made(caller, 1, deadline=time.monotonic() - 1).drop_reason() is not None
     assert caller.asked == 0
 
 
 def test_who_has_waited_long_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     caller = Caller(cancelled=True)
     job = made(caller, 1, deadline=time.monotonic() + 60)
-    assert job.given_up() is None
+    assert job.drop_reason() is None
     monkeypatch.setattr(job_file, "CANCEL_SECONDS", 0)
-    assert job.given_up() == "The request was cancelled"
+    assert job.drop_reason() == "The request was cancelled"
     assert caller.asked == 1
 
 

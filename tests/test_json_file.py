@@ -1,4 +1,4 @@
-"""A checkpoint's JSON, key by key: every kind of value, and every fault named by file, key and value."""
+"""Tests of JsonFile: values of every type are read, and every error names file, key and value."""
 
 import json
 import re
@@ -52,37 +52,37 @@ def file(tmp_path: Path) -> JsonFile:
     ],
     ids=str,
 )
-def test_a_value_of_the_kind_asked_for(file: JsonFile, key: str, kind: Any) -> None:
-    for found in (file.get(key, kind, "default"), file.need(key, kind)):
-        assert (type(found), found) == (type(VALUES[key]), VALUES[key])
+def test_value_of_the_expected_type_is_returned(file: JsonFile, key: str, kind: Any) -> None:
+    for value in (file.get(key, kind, "default"), file.require(key, kind)):
+        assert (type(value), value) == (type(VALUES[key]), VALUES[key])
 
 
 @pytest.mark.parametrize("key", ["none", "absent"])
-def test_what_is_not_there_is_the_default_and_null_is_not_there(file: JsonFile, key: str) -> None:
+def test_missing_or_null_key_yields_the_default(file: JsonFile, key: str) -> None:
     assert not file.has(key)
     assert file.get(key, int, 5) == 5
     assert file.get(key, str, None) is None
-    assert file.size(key, 9) == 9
-    assert file.positive(key, 0.25) == 0.25
+    assert file.positive_int(key, 9) == 9
+    assert file.positive_float(key, 0.25) == 0.25
     assert file.nested(key).values == {}
     with pytest.raises(ConfigError, match=f"'{key}' is missing"):
-        file.need(key, int)
+        file.require(key, int)
 
 
 @pytest.mark.parametrize("key", [key for key in VALUES if key != "none"])
-def test_what_is_false_or_empty_is_there(file: JsonFile, key: str) -> None:
+def test_false_zero_and_empty_values_count_as_present(file: JsonFile, key: str) -> None:
     assert file.has(key)
 
 
-def test_a_whole_number_serves_as_a_float_and_nothing_else_as_another_kind(file: JsonFile) -> None:
-    found = file.get("count", float, 0.0)
-    assert (type(found), found) == (float, 7.0)
+def test_integer_is_accepted_as_float(file: JsonFile) -> None:
+    value = file.get("count", float, 0.0)
+    assert (type(value), value) == (float, 7.0)
 
 
 @pytest.mark.parametrize(
-    ("key", "kind", "kinds"),
+    ("key", "kind", "expected_types"),
     [
-        ("on", int, "int"),  # to Python a bool is an int
+        ("on", int, "int"),  # in Python, bool is a subclass of int
         ("off", float, "float"),
         ("count", bool, "bool"),
         ("zero", bool, "bool"),
@@ -96,66 +96,74 @@ def test_a_whole_number_serves_as_a_float_and_nothing_else_as_another_kind(file:
     ],
     ids=str,
 )
-def test_a_value_of_another_kind_is_named(file: JsonFile, key: str, kind: Any, kinds: str) -> None:
-    said = re.escape(f"{file.path}: {key} is {VALUES[key]!r}, not of type {kinds}")
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_type_error_names_file_key_and_value(file: JsonFile, key: str, kind: Any, expected_types: str) -> None:
+    message = re.escape(f"{file.path}: {key} is {VALUES[key]!r}; expected type {expected_types}")
+    with pytest.raises(ConfigError, match=message):
         file.get(key, kind, None)
-    with pytest.raises(ConfigError, match=said):
-        file.need(key, kind)
+    with pytest.raises(ConfigError, match=message):
+        file.require(key, kind)
 
 
 @pytest.mark.parametrize(
-    ("read", "said"),
+    ("read", "message"),
     [
-        (lambda file: file.need("absent", int), "'absent' is missing"),
-        (lambda file: file.need("none", str), "'none' is missing"),
-        (lambda file: file.size("absent"), "'absent' is missing"),
-        (lambda file: file.size("none"), "'none' is missing"),
-        (lambda file: file.positive("absent"), "'absent' is missing"),
-        (lambda file: file.size("zero"), "zero is 0, not above 0"),
-        (lambda file: file.size("zero", 5), "zero is 0, not above 0"),
-        (lambda file: file.size("minus"), "minus is -3, not above 0"),
-        (lambda file: file.size("share"), "share is 0.5, not of type int"),
-        (lambda file: file.size("on"), "on is True, not of type int"),
-        (lambda file: file.positive("zero"), "zero is 0, not above 0"),
-        (lambda file: file.positive("minus", 1.0), "minus is -3, not above 0"),
-        (lambda file: file.positive("name"), "name is 'Müller 你好', not of type float"),
-        (lambda file: file.nested("count"), "count is 7, not of type dict"),
-        (lambda file: file.nested("sizes"), "sizes is [1, 2], not of type dict"),
-        (lambda file: file.nested("inner").need("name", str), "inner: name is 4, not of type str"),
-        (lambda file: file.nested("inner").size("absent"), "inner: 'absent' is missing"),
+        (lambda file: file.require("absent", int), "'absent' is missing"),
+        (lambda file: file.require("none", str), "'none' is missing"),
+        (lambda file: file.positive_int("absent"), "'absent' is missing"),
+        (lambda file: file.positive_int("none"), "'none' is missing"),
+        (lambda file: file.positive_float("absent"), "'absent' is missing"),
+        (lambda file: file.positive_int("zero"), "zero is 0; must be above 0"),
+        (lambda file: file.positive_int("zero", 5), "zero is 0; must be above 0"),
+        (lambda file: file.positive_int("minus"), "minus is -3; must be above 0"),
+        (lambda file: file.positive_int("share"), "share is 0.5; expected type int"),
+        (lambda file: file.positive_int("on"), "on is True; expected type int"),
+        (lambda file: file.positive_float("zero"), "zero is 0; must be above 0"),
+        (lambda file: file.positive_float("minus", 1.0), "minus is -3; must be above 0"),
+        (lambda file: file.positive_float("name"), "name is 'Müller 你好'; expected type float"),
+        (lambda file: file.nested("count"), "count is 7; expected type dict"),
+        (lambda file: file.nested("sizes"), "sizes is [1, 2]; expected type dict"),
+        (lambda file: file.nested("inner").require("name", str), "inner: name is 4; expected type str"),
+        (lambda file: file.nested("inner").positive_int("absent"), "inner: 'absent' is missing"),
         (lambda file: file.nested("inner").nested("deeper").get("off", bool, True), "inner: deeper: off is 1"),
-        (lambda file: _raise(file.refuse("sizes", "which is odd")), "sizes is [1, 2], which is odd"),
-        (lambda file: _raise(file.refuse("absent", "which is odd")), "absent is None, which is odd"),
+        (lambda file: _raise(file.error("sizes", "must be even")), "sizes is [1, 2]; must be even"),
+        (lambda file: _raise(file.error("absent", "must be even")), "absent is None; must be even"),
     ],
 )
-def test_a_refusal_names_file_key_and_value(file: JsonFile, read: Callable[[JsonFile], object], said: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+def test_error_names_file_key_and_value(file: JsonFile, read: Callable[[JsonFile], object], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
         read(file)
-    assert str(refused.value).startswith(f"{file.path}: {said}")
+    assert str(error.value).startswith(f"{file.path}: {message}")
 
 
 def _raise(error: Exception) -> None:
     raise error
 
 
-def test_sizes_and_numbers_above_0(file: JsonFile) -> None:
-    assert (file.size("count"), file.size("count", 3), file.nested("inner").size("count")) == (7, 7, 3)
-    assert (file.positive("tiny"), file.positive("share", 2.0), file.positive("count")) == (1e-12, 0.5, 7.0)
-    assert type(file.positive("count")) is float
+def test_positive_numbers_are_returned(file: JsonFile) -> None:
+    assert (file.positive_int("count"), file.positive_int("count", 3), file.nested("inner").positive_int("count")) == (
+        7,
+        7,
+        3,
+    )
+    assert (file.positive_float("tiny"), file.positive_float("share", 2.0), file.positive_float("count")) == (
+        1e-12,
+        0.5,
+        7.0,
+    )
+    assert type(file.positive_float("count")) is float
 
 
-def test_a_file_that_need_not_be_there(tmp_path: Path) -> None:
-    found = JsonFile(tmp_path / "absent.json")
-    assert found.values == {}
+def test_missing_optional_file_is_empty(tmp_path: Path) -> None:
+    file = JsonFile(tmp_path / "absent.json")
+    assert file.values == {}
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'absent.json'}: 'key' is missing")):
-        found.need("key", int)
+        file.require("key", int)
 
 
-@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir], ids=["nothing", "a directory"])
-def test_a_file_that_must_be_there(tmp_path: Path, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("prepare", [lambda path: None, Path.mkdir], ids=["nothing", "a directory"])
+def test_missing_required_file_is_an_error(tmp_path: Path, prepare: Callable[[Path], None]) -> None:
     path = tmp_path / "config.json"
-    make(path)
+    prepare(path)
     with pytest.raises(ConfigError, match=re.escape(f"{path} is missing")):
         JsonFile(path, required=True)
 
@@ -164,7 +172,7 @@ def test_a_file_that_must_be_there(tmp_path: Path, make: Callable[[Path], None])
     "content", [b"", b"{", b"\x00", b"{'a': 1}", b"\xff\xfe{}", b'{"a": "\xe4"}', b"{}{}"], ids=str
 )
 @pytest.mark.parametrize("kind", [dict, list])
-def test_a_file_that_is_no_json(tmp_path: Path, kind: type, content: bytes) -> None:
+def test_invalid_json_is_an_error(tmp_path: Path, kind: type, content: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(f"{path} is not valid JSON: ")):
@@ -172,7 +180,7 @@ def test_a_file_that_is_no_json(tmp_path: Path, kind: type, content: bytes) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "says"),
+    ("content", "kind", "expected"),
     [
         ("[]", dict, "object"),
         ("7", dict, "object"),
@@ -181,15 +189,15 @@ def test_a_file_that_is_no_json(tmp_path: Path, kind: type, content: bytes) -> N
         ('""', list, "list"),
     ],
 )
-def test_a_file_that_holds_something_else(tmp_path: Path, content: str, kind: type, says: str) -> None:
+def test_wrong_top_level_type_is_an_error(tmp_path: Path, content: str, kind: type, expected: str) -> None:
     path = tmp_path / "modules.json"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=re.escape(f"{path} does not hold a JSON {says}")):
+    with pytest.raises(ConfigError, match=re.escape(f"{path} does not contain a JSON {expected}")):
         read_json(path, kind)
 
 
 @pytest.mark.parametrize("kind", [dict, list])
-def test_no_file_is_an_empty_one(tmp_path: Path, kind: type) -> None:
+def test_missing_file_reads_as_an_empty_value(tmp_path: Path, kind: type) -> None:
     assert read_json(tmp_path / "absent.json", kind) == kind()
 
 
@@ -202,9 +210,9 @@ JSON = st.recursive(
 
 @settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.text(), JSON, max_size=5))
-def test_any_object_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
+def test_any_json_object_is_read_as_written(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("any") / "config.json"
     path.write_text(json.dumps(values), encoding="utf-8")
-    found = JsonFile(path)
-    assert found.values == values
-    assert {key for key in values if found.has(key)} == {key for key, value in values.items() if value is not None}
+    file = JsonFile(path)
+    assert file.values == values
+    assert {key for key in values if file.has(key)} == {key for key, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Who may send when: nothing lost, nothing leaked, no more at Triton than there is room for, and nobody starved."""
+"""Admission control: no call is lost or starved, no token leaks, and the windows are never exceeded."""
 
 import asyncio
 import random
@@ -10,112 +10,126 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_embed.gateway import lanes as module
+from triton_embed.gateway import lanes as lanes_module
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.lanes import BUDGETS, PIECE, SMALL, SMALL_CALLS, TURNS, Lanes, pieces
+from triton_embed.gateway.lanes import (
+    INTERACTIVE_TURNS,
+    PIECE_JOBS,
+    SMALL_CALLS,
+    SMALL_FRACTION,
+    WINDOW_BUDGETS,
+    Admission,
+    split,
+)
 
 T = TypeVar("T")
 
-MOST_SMALL = 10  # tokens, of `lanes`
+MAX_SMALL_TOKENS = 10  # largest small call of `new_admission`
 
 
 def run(use: Callable[[], Awaitable[T]]) -> T:
-    async def whole() -> T:
+    async def with_timeout() -> T:
         return await asyncio.wait_for(use(), 20)
 
-    return asyncio.run(whole())
+    return asyncio.run(with_timeout())
 
 
-def lanes(budget: int = 100, small: int = SMALL * MOST_SMALL, most_waiting: int = 10**9, sharers: int = 1) -> Lanes:
-    return Lanes("m", budget, small, most_waiting=most_waiting, sharers=sharers)
+def new_admission(
+    budget: int = 100,
+    small_tokens: int = SMALL_FRACTION * MAX_SMALL_TOKENS,
+    max_pending_tokens: int = 10**9,
+    gateway_count: int = 1,
+) -> Admission:
+    return Admission("m", budget, small_tokens, max_pending_tokens=max_pending_tokens, gateway_count=gateway_count)
 
 
-async def settled() -> None:
+async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-def test_a_window_of_tokens_and_no_more() -> None:
+def test_large_window_bounds_tokens_in_flight() -> None:
     async def use() -> None:
-        door = lanes()
-        ends = [await door.turn(100, batch=False) for _ in range(BUDGETS)]
-        late = asyncio.create_task(door.turn(100, batch=False))
-        await settled()
+        admission = new_admission()
+        releases = [await admission.acquire(100, batch=False) for _ in range(WINDOW_BUDGETS)]
+        late = asyncio.create_task(admission.acquire(100, batch=False))
+        await settle()
         assert not late.done()
-        assert not door.free(MOST_SMALL + 1)
-        ends[0]()
-        await settled()
+        assert not admission.can_send_now(MAX_SMALL_TOKENS + 1)
+        releases[0]()
+        await settle()
         assert late.done()
 
     run(use)
 
 
-def test_a_call_larger_than_the_window_goes_alone() -> None:
+def test_call_larger_than_window_is_sent_alone() -> None:
     async def use() -> None:
-        door = lanes()
-        end = await door.turn(10**6, batch=False)
-        next_one = asyncio.create_task(door.turn(MOST_SMALL + 1, batch=False))
-        await settled()
-        assert not next_one.done()
-        end()
-        await settled()
-        assert next_one.done()
+        admission = new_admission()
+        release = await admission.acquire(10**6, batch=False)
+        next_call = asyncio.create_task(admission.acquire(MAX_SMALL_TOKENS + 1, batch=False))
+        await settle()
+        assert not next_call.done()
+        release()
+        await settle()
+        assert next_call.done()
 
     run(use)
 
 
-def test_a_small_call_does_not_wait_for_large_ones() -> None:
+def test_small_call_does_not_wait_for_large_calls() -> None:
     async def use() -> None:
-        door = lanes()
-        await door.turn(10**6, batch=False)
-        large = asyncio.create_task(door.turn(MOST_SMALL + 1, batch=False))
-        bulk = asyncio.create_task(door.turn(MOST_SMALL, batch=True))
-        await settled()
-        assert door.free(MOST_SMALL)
-        small = asyncio.create_task(door.turn(MOST_SMALL, batch=False))
-        await settled()
-        assert [task.done() for task in (large, bulk, small)] == [False, False, True]  # what can wait is never small
+        admission = new_admission()
+        await admission.acquire(10**6, batch=False)
+        large = asyncio.create_task(admission.acquire(MAX_SMALL_TOKENS + 1, batch=False))
+        bulk = asyncio.create_task(admission.acquire(MAX_SMALL_TOKENS, batch=True))
+        await settle()
+        assert admission.can_send_now(MAX_SMALL_TOKENS)
+        small = asyncio.create_task(admission.acquire(MAX_SMALL_TOKENS, batch=False))
+        await settle()
+        # A call of the batch lane is never small.
+        assert [task.done() for task in (large, bulk, small)] == [False, False, True]
         for task in (large, bulk):
             task.cancel()
 
     run(use)
 
 
-def test_small_calls_have_a_window_too_and_wait_for_each_other_in_order() -> None:
+def test_small_window_is_bounded_and_served_in_order() -> None:
     async def use() -> None:
-        door, order = lanes(), list[int]()
-        end_large = await door.turn(100, batch=False)
-        ends = [await door.turn(tokens, batch=False) for tokens in [10] * (SMALL_CALLS - 1) + [5]]
+        admission, order = new_admission(), list[int]()
+        release_large = await admission.acquire(100, batch=False)
+        releases = [await admission.acquire(tokens, batch=False) for tokens in [10] * (SMALL_CALLS - 1) + [5]]
 
         async def late(number: int) -> None:
-            await door.turn(10, batch=False)
+            await admission.acquire(10, batch=False)
             order.append(number)
 
         tasks = [asyncio.create_task(late(number)) for number in range(3)]
-        await settled()
-        assert not door.free(1)  # it would pass those who wait
-        end_large()
-        await settled()
-        assert order == []  # the room of large calls is not theirs
-        for end in ends[:2]:
-            end()
-        await settled()
+        await settle()
+        assert not admission.can_send_now(1)  # it would overtake the waiting calls
+        release_large()
+        await settle()
+        assert order == []  # small calls cannot use the large window
+        for release in releases[:2]:
+            release()
+        await settle()
         assert order == [0, 1]
         tasks[2].cancel()
 
     run(use)
 
 
-def test_small_calls_take_no_room_from_large_ones() -> None:
+def test_small_calls_do_not_use_the_large_window() -> None:
     async def use() -> None:
-        door = lanes()
+        admission = new_admission()
         for _ in range(SMALL_CALLS):
-            await door.turn(10, batch=False)
-        waiting = [asyncio.create_task(door.turn(10, batch=False)) for _ in range(5)]
-        await settled()
-        for _ in range(BUDGETS):
-            assert door.free(100)
-            await door.turn(100, batch=False)
+            await admission.acquire(10, batch=False)
+        waiting = [asyncio.create_task(admission.acquire(10, batch=False)) for _ in range(5)]
+        await settle()
+        for _ in range(WINDOW_BUDGETS):
+            assert admission.can_send_now(100)
+            await admission.acquire(100, batch=False)
         assert not any(task.done() for task in waiting)
         for task in waiting:
             task.cancel()
@@ -123,12 +137,12 @@ def test_small_calls_take_no_room_from_large_ones() -> None:
     run(use)
 
 
-@pytest.mark.parametrize(("sharers", "large", "small"), [(1, 4, 16), (2, 2, 8), (9, 2, 8)])
-def test_those_who_send_to_one_triton_share_the_windows(sharers: int, large: int, small: int) -> None:
+@pytest.mark.parametrize(("gateway_count", "large", "small"), [(1, 4, 16), (2, 2, 8), (9, 2, 8)])
+def test_gateways_of_one_triton_share_the_windows(gateway_count: int, large: int, small: int) -> None:
     async def use() -> None:
-        door = lanes(sharers=sharers)
-        calls = [asyncio.create_task(door.turn(tokens, batch=False)) for tokens in (100, 10) for _ in range(30)]
-        await settled()
+        admission = new_admission(gateway_count=gateway_count)
+        calls = [asyncio.create_task(admission.acquire(tokens, batch=False)) for tokens in (100, 10) for _ in range(30)]
+        await settle()
         assert [sum(task.done() for task in tasks) for tasks in (calls[:30], calls[30:])] == [large, small]
         for task in calls:
             task.cancel()
@@ -136,73 +150,73 @@ def test_those_who_send_to_one_triton_share_the_windows(sharers: int, large: int
     run(use)
 
 
-def test_a_small_call_whose_caller_left_takes_no_room() -> None:
+def test_cancelled_small_call_frees_its_window() -> None:
     async def use() -> None:
-        door = lanes()
-        ends = [await door.turn(10, batch=False) for _ in range(SMALL_CALLS)]
-        waiting = [asyncio.create_task(door.turn(10, batch=False)) for _ in range(3)]
-        await settled()
+        admission = new_admission()
+        releases = [await admission.acquire(10, batch=False) for _ in range(SMALL_CALLS)]
+        waiting = [asyncio.create_task(admission.acquire(10, batch=False)) for _ in range(3)]
+        await settle()
         waiting[0].cancel()
-        ends[0]()  # the turn of one who has left in this moment, or has not run yet
+        releases[0]()  # grants a call that is cancelled at this moment, or has not resumed yet
         waiting[1].cancel()
-        await settled()
+        await settle()
         assert waiting[2].done()
-        ends[1]()
-        assert door.free(10)
+        releases[1]()
+        assert admission.can_send_now(10)
 
     run(use)
 
 
 @pytest.mark.parametrize("size", [1, 10**5 + 1])
-def test_calls_are_bounded_by_number_too(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(module, "CALLS", 8)
+def test_number_of_calls_in_flight_is_bounded(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(lanes_module, "MAX_CALLS", 8)
 
     async def use() -> None:
-        door = lanes(budget=10**6, small=SMALL * 10**5)
+        admission = new_admission(budget=10**6, small_tokens=SMALL_FRACTION * 10**5)
         for _ in range(8):
-            assert door.free(size)
-            await door.turn(size, batch=False)
-        assert not door.free(size)
-        assert door.free(10**5 + 2 - size)  # of the other kind
+            assert admission.can_send_now(size)
+            await admission.acquire(size, batch=False)
+        assert not admission.can_send_now(size)
+        assert admission.can_send_now(10**5 + 2 - size)  # a call of the other window
 
     run(use)
 
 
-def test_the_first_lane_passes_the_second_and_does_not_starve_it() -> None:
+def test_interactive_lane_overtakes_but_does_not_starve_batch_lane() -> None:
     async def use() -> list[str]:
-        door, order = lanes(), []
-        end = await door.turn(10**6, batch=False)
+        admission, order = new_admission(), []
+        release = await admission.acquire(10**6, batch=False)
 
         async def call(name: str, batch: bool) -> None:
-            ended = await door.turn(300, batch=batch)
+            release = await admission.acquire(300, batch=batch)
             order.append(name)
             await asyncio.sleep(0)
-            ended()
+            release()
 
         calls = [asyncio.create_task(call("bulk", True)) for _ in range(2)]
-        await settled()
-        calls += [asyncio.create_task(call("query", False)) for _ in range(2 * TURNS + 3)]
-        await settled()
-        end()
+        await settle()
+        calls += [asyncio.create_task(call("query", False)) for _ in range(2 * INTERACTIVE_TURNS + 3)]
+        await settle()
+        release()
         await asyncio.gather(*calls)
         return order
 
     order = run(use)
-    assert order[:TURNS] == ["query"] * TURNS
-    assert order.index("bulk") == TURNS
+    assert order[:INTERACTIVE_TURNS] == ["query"] * INTERACTIVE_TURNS
+    assert order.index("bulk") == INTERACTIVE_TURNS
     assert order.count("bulk") == 2
-    assert order[TURNS + 1 :].index("bulk") == TURNS
+    assert order[INTERACTIVE_TURNS + 1 :].index("bulk") == INTERACTIVE_TURNS
 
 
-def test_the_second_lane_leaves_half_of_the_window() -> None:
+def test_batch_lane_uses_at_most_half_of_the_window() -> None:
     async def use() -> None:
-        door = lanes()
-        bulk = [asyncio.create_task(door.turn(100, batch=True)) for _ in range(BUDGETS)]
-        await settled()
-        assert sum(task.done() for task in bulk) == BUDGETS // 2
-        assert not door.free(100)  # those of the second lane wait, and yet
-        query = asyncio.create_task(door.turn(100, batch=False))
-        await settled()
+        admission = new_admission()
+        bulk = [asyncio.create_task(admission.acquire(100, batch=True)) for _ in range(WINDOW_BUDGETS)]
+        await settle()
+        assert sum(task.done() for task in bulk) == WINDOW_BUDGETS // 2
+        assert not admission.can_send_now(100)  # calls of the batch lane wait, but an interactive call is sent at once
+        query = asyncio.create_task(admission.acquire(100, batch=False))
+        await settle()
         assert query.done()
         for task in bulk:
             task.cancel()
@@ -210,133 +224,135 @@ def test_the_second_lane_leaves_half_of_the_window() -> None:
     run(use)
 
 
-def test_who_leaves_the_line_takes_no_room() -> None:
+def test_cancelled_waiting_call_is_skipped() -> None:
     async def use() -> None:
-        door = lanes()
-        end = await door.turn(10**6, batch=False)
-        waiting = [asyncio.create_task(door.turn(400, batch=False)) for _ in range(3)]
-        await settled()
+        admission = new_admission()
+        release = await admission.acquire(10**6, batch=False)
+        waiting = [asyncio.create_task(admission.acquire(400, batch=False)) for _ in range(3)]
+        await settle()
         waiting[0].cancel()
-        await settled()
-        end()
-        await settled()
+        await settle()
+        release()
+        await settle()
         assert waiting[1].done()
         assert not waiting[2].done()
         waiting[1].result()()
-        await settled()
+        await settle()
         assert waiting[2].done()
 
     run(use)
 
 
-def test_who_leaves_in_the_moment_of_his_turn_gives_it_back() -> None:
+def test_call_cancelled_when_granted_releases_its_tokens() -> None:
     async def use() -> None:
-        door = lanes()
-        end = await door.turn(10**6, batch=False)
-        caller = asyncio.create_task(door.turn(400, batch=False))
-        await settled()
-        end()  # his turn, before he has run again
+        admission = new_admission()
+        release = await admission.acquire(10**6, batch=False)
+        caller = asyncio.create_task(admission.acquire(400, batch=False))
+        await settle()
+        release()  # grants the call, whose task has not resumed yet
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
-        assert door.free(400)
+        assert admission.can_send_now(400)
 
     run(use)
 
 
-def test_whom_triton_refused_waits_for_an_end_and_for_none_where_there_is_none() -> None:
+def test_refused_call_waits_only_if_another_call_is_in_flight() -> None:
     async def use() -> None:
-        door = lanes()
-        assert not await door.another_has_ended()
-        ends = [await door.turn(10, batch=False) for _ in range(2)]
-        refused = [asyncio.create_task(door.another_has_ended()) for _ in range(3)]
-        await settled()
-        ends[0]()
-        await settled()
-        assert [task.done() for task in refused] == [True, False, False]  # one room, one more try
-        ends[1]()
-        await settled()
-        assert all(task.done() for task in refused)  # no other end is to come
+        admission = new_admission()
+        assert not await admission.wait_for_call_end()
+        releases = [await admission.acquire(10, batch=False) for _ in range(2)]
+        refused = [asyncio.create_task(admission.wait_for_call_end()) for _ in range(3)]
+        await settle()
+        releases[0]()
+        await settle()
+        assert [task.done() for task in refused] == [True, False, False]  # each end wakes one call
+        releases[1]()
+        await settle()
+        assert all(task.done() for task in refused)  # no call is left that could end
 
     run(use)
 
 
-def test_an_end_counts_once() -> None:
+def test_release_counts_once() -> None:
     async def use() -> None:
-        door = lanes()
-        first, second = await door.turn(200, batch=False), await door.turn(200, batch=False)
+        admission = new_admission()
+        first, second = await admission.acquire(200, batch=False), await admission.acquire(200, batch=False)
         first()
         first()
-        assert not door.free(300)
+        assert not admission.can_send_now(300)
         second()
-        assert door.free(300)
+        assert admission.can_send_now(300)
 
     run(use)
 
 
 @settings(deadline=None)
-@given(seed=st.integers(0, 10**6), leaving=st.floats(0, 0.6))
-def test_whatever_comes_and_goes_the_window_holds_and_all_are_served(seed: int, leaving: float) -> None:
-    """As the gateway does it: a caller may leave at any moment, and a call that was sent runs to its end."""
-    chance = random.Random(seed)
+@given(seed=st.integers(0, 10**6), cancelled_share=st.floats(0, 0.6))
+def test_random_load_respects_windows_and_serves_every_call(seed: int, cancelled_share: float) -> None:
+    """Simulate the gateway: a caller may disconnect at any moment, and a call that was sent runs to its end."""
+    rng = random.Random(seed)
 
     async def use() -> None:
-        door = lanes()
+        admission = new_admission()
         at_triton: dict[bool, list[int]] = {True: [], False: []}
         sent: set[asyncio.Task[None]] = set()
 
-        async def compute(tokens: int, batch: bool, ended: Callable[[], None]) -> None:
-            small = tokens <= MOST_SMALL and not batch
-            there, most = at_triton[small], SMALL_CALLS * MOST_SMALL if small else BUDGETS * 100
-            there.append(tokens)
-            within = sum(there) <= most or len(there) == 1
-            for _ in range(chance.randrange(4)):
+        async def compute(tokens: int, batch: bool, release: Callable[[], None]) -> None:
+            small = tokens <= MAX_SMALL_TOKENS and not batch
+            in_flight = at_triton[small]
+            max_tokens = SMALL_CALLS * MAX_SMALL_TOKENS if small else WINDOW_BUDGETS * 100
+            in_flight.append(tokens)
+            fits = sum(in_flight) <= max_tokens or len(in_flight) == 1
+            for _ in range(rng.randrange(4)):
                 await asyncio.sleep(0)
-            there.remove(tokens)
-            ended()
-            assert within
+            in_flight.remove(tokens)
+            release()
+            assert fits
 
         async def call(tokens: int, batch: bool) -> None:
-            ended = await door.turn(tokens, batch=batch)
-            sent.add(task := asyncio.create_task(compute(tokens, batch, ended)))
+            release = await admission.acquire(tokens, batch=batch)
+            sent.add(task := asyncio.create_task(compute(tokens, batch, release)))
             await asyncio.shield(task)
 
-        sizes = [(chance.choice([1, 12, 12, 50, 100, 399, 500]), chance.random() < 0.3) for _ in range(120)]
+        sizes = [(rng.choice([1, 12, 12, 50, 100, 399, 500]), rng.random() < 0.3) for _ in range(120)]
         calls = [asyncio.create_task(call(*size)) for size in sizes]
         for task in calls:
-            if chance.random() < leaving:
+            if rng.random() < cancelled_share:
                 await asyncio.sleep(0)
                 task.cancel()
-        found = await asyncio.gather(*calls, return_exceptions=True)
-        assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in found)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
         await asyncio.gather(*sent)
-        assert door.free(BUDGETS * 100)
-        ends = [await door.turn(10, batch=False) for _ in range(SMALL_CALLS) if door.free(10)]
-        assert len(ends) == SMALL_CALLS
+        assert admission.can_send_now(WINDOW_BUDGETS * 100)
+        releases = [await admission.acquire(10, batch=False) for _ in range(SMALL_CALLS) if admission.can_send_now(10)]
+        assert len(releases) == SMALL_CALLS
 
     run(use)
 
 
-def test_what_is_refused_knows_when_to_come_back() -> None:
+def test_retry_after_is_the_time_to_compute_the_excess() -> None:
     async def use() -> None:
-        door = lanes(most_waiting=1000)
-        end = await door.turn(400, batch=False)
+        admission = new_admission(max_pending_tokens=1000)
+        release = await admission.acquire(400, batch=False)
         await asyncio.sleep(0.2)
-        end()  # 400 tokens in 0.2 s
-        with door.admit(900), pytest.raises(ApiError) as caught, door.admit(4100):
+        release()  # 400 tokens in 0.2 s
+        with admission.admit(900), pytest.raises(ApiError) as caught, admission.admit(4100):
             pass
         assert caught.value.status == 429
         assert caught.value.headers is not None
-        assert int(caught.value.headers["Retry-After"]) in (2, 3)  # 4,000 tokens too many, at nearly 2,000 a second
-        with door.admit(10**6):  # one request may be as large as it likes where nobody waits
-            assert door.waiting == 10**6
-        assert door.waiting == 0
+        # 4,000 tokens too many, at nearly 2,000 tokens per second.
+        assert int(caught.value.headers["Retry-After"]) in (2, 3)
+        with admission.admit(10**6):  # a request of any size is admitted if nothing is pending
+            assert admission.pending_tokens == 10**6
+        assert admission.pending_tokens == 0
 
     run(use)
 
 
-def test_speed_is_that_of_the_busy_time() -> None:
-    speed = module._Speed()
+def test_speed_counts_busy_time_only() -> None:
+    speed = lanes_module._Speed()
     assert speed.tokens_per_second == 0
     speed.start()
     time.sleep(0.1)
@@ -350,20 +366,23 @@ def test_speed_is_that_of_the_busy_time() -> None:
 
 
 @given(
-    costs=st.lists(st.integers(1, 300), min_size=1, max_size=80), whole=st.integers(1, 4_000), small=st.integers(1, 400)
+    costs=st.lists(st.integers(1, 300), min_size=1, max_size=80),
+    batch_tokens=st.integers(1, 4_000),
+    small_tokens=st.integers(1, 400),
 )
-def test_pieces_hold_every_input_once_and_no_more_than_they_may(costs: list[int], whole: int, small: int) -> None:
-    found = pieces(costs, whole, small)
-    assert sorted(i for piece in found for i in piece) == list(range(len(costs)))
-    if sum(costs) <= whole:
-        assert found == [range(len(costs))]
+def test_split_covers_every_input_once_within_limits(costs: list[int], batch_tokens: int, small_tokens: int) -> None:
+    calls = split(costs, batch_tokens, small_tokens)
+    assert sorted(i for call in calls for i in call) == list(range(len(costs)))
+    if sum(costs) <= batch_tokens:
+        assert calls == [range(len(costs))]
         return
-    for piece in found:
-        assert len(piece) == 1 or sum(costs[i] for i in piece) <= min(whole, PIECE * small)
+    for call in calls:
+        assert len(call) == 1 or sum(costs[i] for i in call) <= min(batch_tokens, PIECE_JOBS * small_tokens)
 
 
-def test_a_long_row_among_short_ones_does_not_pad_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PADDED", 60)
-    found = pieces([3, 40, 1, 2, 50, 1], 10**6, 10**6)
-    assert sorted(i for piece in found for i in piece) == list(range(6))
-    assert all(len(piece) == 1 or len(piece) * max([3, 40, 1, 2, 50, 1][i] for i in piece) <= 60 for piece in found)
+def test_split_bounds_padded_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "MAX_PADDED_IDS", 60)
+    costs = [3, 40, 1, 2, 50, 1]
+    calls = split(costs, 10**6, 10**6)
+    assert sorted(i for call in calls for i in call) == list(range(6))
+    assert all(len(call) == 1 or len(call) * max(costs[i] for i in call) <= 60 for call in calls)

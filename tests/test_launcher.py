@@ -61,7 +61,7 @@ def execve(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise Replaced
 
     monkeypatch.setattr(launcher.os, "execve", replace)
-    monkeypatch.setattr(launcher, "clean_up_after_the_dead", lambda: became.append("cleaned"))
+    monkeypatch.setattr(launcher, "clean_up", lambda: became.append("cleaned"))
     monkeypatch.setattr(launcher, "OFFICIAL", Path("/nonexistent/tritonserver"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return became
@@ -136,7 +136,7 @@ ctypes.CDLL = missing
 os.execve = lambda *_: sys.exit("started all the same")
 from triton_embed.python_backend import launcher
 launcher.OFFICIAL = launcher.Path("/nonexistent")
-launcher.clean_up_after_the_dead = lambda: sys.exit("cleaned up first")
+launcher.clean_up = lambda: sys.exit("cleaned up first")
 launcher.main()
 """
 
@@ -296,7 +296,7 @@ def test_only_stubs_of_a_dead_server_are_killed(processes: Processes) -> None:
         processes.start("debugger", launcher.STUB, "r", 1, 1, ended()),
         processes.start(f"{launcher.STUB}_wrapper", "region", 1, 1, ended()),
     ]
-    launcher.clean_up_after_the_dead()
+    launcher.clean_up()
     assert [orphan.wait(10) for orphan in orphans] == [-signal.SIGKILL] * 3
     assert [process.poll() for process in alive] == [None] * len(alive)
 
@@ -307,7 +307,7 @@ def test_other_peoples_live_servers_are_left_alone(processes: Processes) -> None
     ours = processes.stub(processes.start("tritonserver").pid)
     servers = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "tritonserver"]
     stubs = {child.pid for server in servers for child in server.children()}
-    launcher.clean_up_after_the_dead()
+    launcher.clean_up()
     assert not stubs & set(processes.spared)
     assert not {server.pid for server in servers} & set(processes.spared)
     assert ours.poll() is None
@@ -320,7 +320,7 @@ def test_only_regions_that_nobody_has_mapped_are_removed(processes: Processes, s
     server = processes.start("tritonserver")
     processes.stub(server.pid, held_there.name, code=MAP.format(path=held_there, size=4096))
     with mapped(held_here):
-        launcher.clean_up_after_the_dead()
+        launcher.clean_up()
     assert not stale.exists()
     assert {path.name for path in shared_memory.iterdir()} == {held_here.name, held_there.name, foreign.name}
 
@@ -336,7 +336,7 @@ region.write(b"x" * {size})
 def test_a_region_dies_with_the_orphan_that_held_it(processes: Processes, shared_memory: Path) -> None:
     held = region(shared_memory, "orphan")
     processes.stub(ended(), held.name, code=MAP.format(path=held, size=4096))
-    launcher.clean_up_after_the_dead()
+    launcher.clean_up()
     assert not held.exists()
 
 
@@ -354,7 +354,7 @@ def test_the_region_of_a_server_that_starts_meanwhile_stays(
                 return super().glob(pattern)
 
         monkeypatch.setattr(launcher, "SHARED_MEMORY", Starting(shared_memory))
-        launcher.clean_up_after_the_dead()
+        launcher.clean_up()
         assert fresh
         assert all(path.exists() for path in fresh)
 
@@ -367,7 +367,7 @@ def test_a_user_without_a_name_can_clean_up(shared_memory: Path, monkeypatch: py
     """`docker run --user 12345`: there is no such line in /etc/passwd."""
     stale = region(shared_memory, "stale")
     monkeypatch.setattr("pwd.getpwuid", no_such_user)
-    launcher.clean_up_after_the_dead()
+    launcher.clean_up()
     assert not stale.exists()
 
 
@@ -376,7 +376,7 @@ def test_a_user_without_a_name_can_clean_up(shared_memory: Path, monkeypatch: py
 def test_regions_of_another_user_stay(user: int, shared_memory: Path) -> None:
     theirs = region(shared_memory, "theirs")
     os.chown(theirs, user, user)
-    launcher.clean_up_after_the_dead()
+    launcher.clean_up()
     assert theirs.exists()
 
 
@@ -391,7 +391,7 @@ def test_two_servers_may_clean_up_at_once(shared_memory: Path) -> None:
         except BaseException as error:  # noqa: BLE001 - shown by the assertion below
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(launcher.clean_up_after_the_dead,)) for _ in range(3)]
+    threads = [threading.Thread(target=run, args=(launcher.clean_up,)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -32,7 +32,7 @@ ORDER = {
     " inputs budget layers weights batch prefix rotary patches encoder decoder clip vision qwen2_vl graphs head"
     " precision threads embedder delivery engine_metrics job reuse scheduler serve launcher",
     # What `verify` is made of comes after all that serves.
-    "gateway": "settings errors logs tracing items foreign forms schemas model repository fetch media metrics lanes"
+    "gateway": "locations settings errors logs tracing items foreign forms schemas model repository fetch media metrics lanes"
     " front pages client dispatch registry service similarity openapi app protocol worker triton_process supervisor"
     " cards samples oracle examine report verify cli",
 }
@@ -47,6 +47,7 @@ TESTED_ELSEWHERE = {
     "python_backend/vision.py": "test_vectors.py",
     "python_backend/qwen2_vl.py": "test_vectors.py",
     "python_backend/head.py": "test_encoder.py",
+    "gateway/locations.py": "test_cli.py",
     "kernels/reference.py": "test_ops.py",
     "kernels/functions.py": "interpreted/test_activation.py",
     "kernels/accelerated.py": "interpreted/test_networks.py",

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import one_thread  # noqa: F401 - applies to every test here
-from test_reader import BGE, E5, GME, GTE, LONG, NEW, OLD, QWEN3, XLM, limited, png
+from test_reader import BGE, CLIP_NEW, CLIP_OLD, E5, GME, GTE, LONG, QWEN3, XLM, family_with, png
 from transformers import AutoTokenizer
 
 from conftest import Family
 from triton_embed.python_backend.errors import BadRequest
-from triton_embed.python_backend.inputs import IdInputs, Inputs, ItemInputs
+from triton_embed.python_backend.inputs import IdRows, ItemRows, RequestRows
 from triton_embed.python_backend.long_text import combine
 
 Tiny = Callable[[str], Family]
@@ -36,8 +36,8 @@ CASES: dict[str, tuple[int, str, str]] = {
     GTE: (40, "<|endoftext|>", "Instruct: {instruction}\nQuery: {text}"),
     QWEN3: (40, "", "Instruct: {instruction}\nQuery:{text}"),
     GME: (60, "", "{text}"),
-    OLD: (23, "", "{text}"),
-    NEW: (23, "", "{text}"),
+    CLIP_OLD: (23, "", "{text}"),
+    CLIP_NEW: (23, "", "{text}"),
 }
 TEXTS = {
     "words": LONG,
@@ -49,28 +49,28 @@ TEXTS = {
 }
 
 
-def inputs_of(family: Family, *texts: str, images: Sequence[Sequence[bytes]] = (), **parameters: Any) -> Inputs:
+def inputs_of(family: Family, *texts: str, images: Sequence[Sequence[bytes]] = (), **parameters: Any) -> RequestRows:
     """A request of these texts, read as EmbeddingServer reads it."""
     text = np.array([[one.encode()] for one in texts], dtype=np.object_)
     image = np.array([[*row] for row in images], dtype=np.object_) if images else None
-    found = ItemInputs(family.reader, parameters, text, image)
+    found = ItemRows(family.processor, parameters, text, image)
     with ThreadPoolExecutor(1) as pool:
-        found.open_pictures(pool)
-    found.take(iter(family.reader.tokenizer.encode(found.texts())))
+        found.decode_images(pool)
+    found.set_ids(iter(family.processor.tokenizer.encode(found.texts())))
     found.make_rows(MANY)
     return found
 
 
-def ids_of(family: Family, *rows: Sequence[int], limit: int = MANY, **parameters: Any) -> Inputs:
+def ids_of(family: Family, *rows: Sequence[int], limit: int = MANY, **parameters: Any) -> RequestRows:
     sent = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
     for row, ids in zip(sent, rows, strict=True):
         row[: len(ids)] = ids
-    found = IdInputs(family.reader, parameters, sent)
+    found = IdRows(family.processor, parameters, sent)
     found.make_rows(limit)
     return found
 
 
-def embed(family: Family, inputs: Inputs, dims: int | None = None) -> np.ndarray:
+def embed(family: Family, inputs: RequestRows, dims: int | None = None) -> np.ndarray:
     dims = dims or family.model.dimensions
     rows = inputs.rows
     vectors = family.embedder.embed(rows, [family.model.dimensions if inputs.averaged else dims] * len(rows))
@@ -81,7 +81,7 @@ def vectors_of(name: str, family: Family, rows: Sequence[Sequence[int]]) -> np.n
     """transformers' vectors of these ids."""
     if name in (BGE, XLM):
         return oracles.encoder_vectors(family.directory, rows, "cls")
-    if name in (OLD, NEW):
+    if name in (CLIP_OLD, CLIP_NEW):
         return oracles.clip_text_vectors(family.directory, rows)
     if name == GME:
         import torch
@@ -139,11 +139,11 @@ def find_pieces(
 @pytest.mark.parametrize("text", TEXTS.values(), ids=list(TEXTS))
 @pytest.mark.parametrize("name", CASES)
 def test_a_long_text_is_the_mean_of_its_pieces(name: str, text: str, instruction: str | None, tiny: Tiny) -> None:
-    if instruction and name in (OLD, NEW):
+    if instruction and name in (CLIP_OLD, CLIP_NEW):
         instruction = None
     limit, _, _ = CASES[name]
-    family = limited(tiny, name, max_tokens=limit)
-    if name in (BGE, XLM, OLD, NEW):  # which see no white space
+    family = family_with(tiny, name, max_tokens=limit)
+    if name in (BGE, XLM, CLIP_OLD, CLIP_NEW):  # which see no white space
         text = text.replace("\n", ", ")
     parameters = {} if instruction is None else {"instruction": instruction}
     inputs = inputs_of(family, text, **MEAN, **parameters)
@@ -163,14 +163,14 @@ def test_a_long_text_is_the_mean_of_its_pieces(name: str, text: str, instruction
 @pytest.mark.parametrize("name", [BGE, QWEN3])
 def test_chunks_are_as_long_as_the_model_takes(name: str, tiny: Tiny) -> None:
     """Words that stay what they are wherever a text is cut: all but the last chunk are full."""
-    family = limited(tiny, name, max_tokens=23)
+    family = family_with(tiny, name, max_tokens=23)
     rows = inputs_of(family, " ".join(["the cat sat on the mat"] * 20), **MEAN).rows
     assert {len(row.ids) for row in rows[:-1]} == {23}
 
 
 @pytest.mark.parametrize("dims", [1, 7, 20])
 def test_the_mean_is_cut_and_normalised_after_it_was_made(dims: int, tiny: Tiny) -> None:
-    family = limited(tiny, QWEN3, max_tokens=23)
+    family = family_with(tiny, QWEN3, max_tokens=23)
     inputs = inputs_of(family, LONG, "hello world", **MEAN)
     rows = [row.ids.tolist() for row in inputs.rows]
     tokenizer = tokenizer_of(family.directory)
@@ -185,7 +185,7 @@ def test_the_mean_is_cut_and_normalised_after_it_was_made(dims: int, tiny: Tiny)
 
 @pytest.mark.parametrize("truncate", ["end", "start", "none"])
 def test_a_text_that_fits_is_left_alone_and_nothing_is_ever_cut(truncate: str, tiny: Tiny) -> None:
-    family = limited(tiny, E5, max_tokens=23)
+    family = family_with(tiny, E5, max_tokens=23)
     plain, mean = (inputs_of(family, "hello world", **more) for more in ({}, {**MEAN, "truncate": truncate}))
     assert not mean.averaged
     assert [row.ids.tolist() for row in mean.rows] == [row.ids.tolist() for row in plain.rows]
@@ -195,9 +195,9 @@ def test_a_text_that_fits_is_left_alone_and_nothing_is_ever_cut(truncate: str, t
 @pytest.mark.parametrize("name", CASES)
 def test_long_ids_keep_what_is_pooled_in_each_chunk(name: str, tiny: Tiny) -> None:
     limit = 11
-    family = limited(tiny, name, max_tokens=limit)
+    family = family_with(tiny, name, max_tokens=limit)
     ids = list(range(20, 60))
-    if name in (OLD, NEW):
+    if name in (CLIP_OLD, CLIP_NEW):
         ids.append(tokenizer_of(family.directory).convert_tokens_to_ids("<|endoftext|>"))
     first, last = (ids[:1], []) if name in (BGE, XLM) else ([], ids[-1:])
     body = ids[len(first) : len(ids) - len(last)]
@@ -219,7 +219,7 @@ def test_ids_of_a_model_that_pools_all_are_split_and_nothing_else(tiny: Tiny) ->
 
 
 def test_a_picture_beside_a_text_that_is_too_long(tiny: Tiny) -> None:
-    family = limited(tiny, GME, max_tokens=60)
+    family = family_with(tiny, GME, max_tokens=60)
     with pytest.raises(BadRequest, match=r"is longer than the model's .* \(60 tokens\).*\(input at index 1"):
         inputs_of(family, "a", LONG, images=[[b""], [png(60, 40)]], **MEAN)
     (row,) = inputs_of(family, "", images=[[png(60, 40)]], **MEAN).rows
@@ -229,7 +229,7 @@ def test_a_picture_beside_a_text_that_is_too_long(tiny: Tiny) -> None:
 @pytest.mark.parametrize("words", [7, 9, 60])
 @pytest.mark.parametrize("name", [BGE, E5, GTE, QWEN3, GME])
 def test_an_instruction_that_leaves_no_room(name: str, words: int, tiny: Tiny) -> None:
-    family = limited(tiny, name, max_tokens=20)
+    family = family_with(tiny, name, max_tokens=20)
     with pytest.raises(BadRequest) as refused:
         inputs_of(family, "a", LONG, on_error="fail", instruction="the cat sat " * words, **MEAN)
     assert "at index" in str(refused.value)
@@ -239,7 +239,7 @@ def test_an_instruction_that_leaves_no_room(name: str, words: int, tiny: Tiny) -
 @pytest.mark.parametrize(("limit", "fits"), [(39, False), (45, False), (46, True)])
 def test_a_request_has_so_many_tokens_in_all_its_chunks(limit: int, fits: bool, tiny: Tiny) -> None:
     """40 ids in chunks of 6: 39 in all but the last and 7 times the last."""
-    family = limited(tiny, E5, max_tokens=7)
+    family = family_with(tiny, E5, max_tokens=7)
     ids = list(range(20, 60))
     if fits:
         assert ids_of(family, ids, limit=limit, **MEAN).tokens().tolist() == [[46]]
@@ -251,32 +251,32 @@ def test_a_request_has_so_many_tokens_in_all_its_chunks(limit: int, fits: bool, 
 def test_a_text_far_beyond_what_a_request_may_have_is_refused_before_it_is_split(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family = limited(tiny, BGE, max_tokens=23)
-    monkeypatch.setattr(family.reader.tokenizer, "pieces", lambda text: pytest.fail("split"))
-    inputs = ItemInputs(family.reader, MEAN, np.array([[LONG.encode()]], dtype=np.object_), None)
-    inputs.take(iter(family.reader.tokenizer.encode(inputs.texts())))
+    family = family_with(tiny, BGE, max_tokens=23)
+    monkeypatch.setattr(family.processor.tokenizer, "split_at_tokens", lambda text: pytest.fail("split"))
+    inputs = ItemRows(family.processor, MEAN, np.array([[LONG.encode()]], dtype=np.object_), None)
+    inputs.set_ids(iter(family.processor.tokenizer.encode(inputs.texts())))
     with pytest.raises(BadRequest, match="tokens, more than the 50 a request may have"):
         inputs.make_rows(50)
 
 
 def test_splitting_stops_once_the_request_has_too_many_tokens(tiny: Tiny) -> None:
     """An instruction multiplies: it is in every chunk."""
-    family, calls = limited(tiny, BGE, max_tokens=23), 0
-    inputs = ItemInputs(
-        family.reader,
+    family, calls = family_with(tiny, BGE, max_tokens=23), 0
+    inputs = ItemRows(
+        family.processor,
         {**MEAN, "instruction": "the cat the cat the cat the cat the cat "},
         np.array([[b"the cat " * 500]], dtype=np.object_),
         None,
     )
-    inputs.take(iter(family.reader.tokenizer.encode(inputs.texts())))
-    real = family.reader.row
+    inputs.set_ids(iter(family.processor.tokenizer.encode(inputs.texts())))
+    real = family.processor.build_row
 
     def row(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         return real(*arguments)
 
-    family.reader.row = row  # type: ignore[method-assign]
+    family.processor.build_row = row  # type: ignore[method-assign]
     with pytest.raises(BadRequest, match="tokens, more than the 1100 a request may have"):
         inputs.make_rows(1100)
     assert calls == 1100 // 23 + 1
@@ -291,9 +291,9 @@ ANYTHING = st.text(max_size=200) | st.lists(
 
 @settings(deadline=None, max_examples=40)
 @given(text=ANYTHING, limit=st.integers(12, 40))
-@pytest.mark.parametrize("name", [BGE, XLM, E5, GTE, QWEN3, OLD])
+@pytest.mark.parametrize("name", [BGE, XLM, E5, GTE, QWEN3, CLIP_OLD])
 def test_any_text_becomes_chunks_that_fit(name: str, text: str, limit: int, tiny: Tiny) -> None:
-    family = limited(tiny, name, max_tokens=limit)
+    family = family_with(tiny, name, max_tokens=limit)
     if not text.strip():
         return
     whole = tokenizer_of(family.directory)(text)["input_ids"]

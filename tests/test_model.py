@@ -1,4 +1,4 @@
-"""Whether a request fits a model is known before Triton is asked."""
+"""Checks of a request against a model, before anything is sent to Triton."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.forms import Form
-from triton_embed.gateway.items import Faults, Prompt
+from triton_embed.gateway.forms import VectorFormat
+from triton_embed.gateway.items import InputErrors, Prompt
 from triton_embed.gateway.model import ModelInfo, fit
 from triton_embed.gateway.schemas import EmbeddingRequest
 
@@ -33,8 +33,8 @@ INFO = ModelInfo(
 )
 
 
-def sizes(*given: int | None) -> Form:
-    return Form(sizes=tuple(size for size in given if size is not None))
+def sizes(*dimensions: int | None) -> VectorFormat:
+    return VectorFormat(sizes=tuple(size for size in dimensions if size is not None))
 
 
 TEXT = EmbeddingRequest(model="m", texts=["a"], ids=[], single=True, param="input")
@@ -52,8 +52,8 @@ NOT_LISTED = (
     ("matryoshka", "dimensions"),
     [(None, 60), (None, None), (False, 60), ([20, 40], 60), ([20, 40], 20), ([20, 40], 40), (True, 1), (True, 60)],
 )
-def test_dimensions_that_fit(matryoshka: Any, dimensions: int | None) -> None:
-    fit(replace(TEXT, form=sizes(dimensions)), INFO.model_copy(update={"matryoshka": matryoshka}))
+def test_valid_dimensions(matryoshka: Any, dimensions: int | None) -> None:
+    fit(replace(TEXT, vector_format=sizes(dimensions)), INFO.model_copy(update={"matryoshka": matryoshka}))
 
 
 @pytest.mark.parametrize(
@@ -68,20 +68,20 @@ def test_dimensions_that_fit(matryoshka: Any, dimensions: int | None) -> None:
         ([20, 40], -20, "Requested dimensions must be greater than 0"),
     ],
 )
-def test_dimensions_that_do_not(matryoshka: Any, dimensions: int, message: str) -> None:
+def test_invalid_dimensions(matryoshka: Any, dimensions: int, message: str) -> None:
     with pytest.raises(ApiError) as caught:
-        fit(replace(TEXT, form=sizes(dimensions)), INFO.model_copy(update={"matryoshka": matryoshka}))
+        fit(replace(TEXT, vector_format=sizes(dimensions)), INFO.model_copy(update={"matryoshka": matryoshka}))
     assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, "dimensions")
 
 
-def test_ids_within_the_vocabulary_and_of_the_right_length_fit() -> None:
+def test_valid_ids() -> None:
     fit(IDS, INFO)
     fit(replace(IDS, ids=[[1] * 8], truncate="none"), INFO)
     fit(replace(IDS, ids=[[1] * 9], truncate="end"), INFO)
 
 
 @pytest.mark.parametrize("foreign", [-1, 100, 2**40])
-def test_a_foreign_id_is_named_with_its_index(foreign: int) -> None:
+def test_id_outside_the_vocabulary_is_rejected_with_its_index(foreign: int) -> None:
     with pytest.raises(ApiError) as caught:
         fit(replace(IDS, ids=[[1], [2, foreign]]), INFO)
     assert (caught.value.status, caught.value.param) == (400, "input")
@@ -90,7 +90,7 @@ def test_a_foreign_id_is_named_with_its_index(foreign: int) -> None:
     assert "check_embedding_ctx_length=False" in caught.value.message
 
 
-def test_ids_too_long_when_nothing_may_be_cut() -> None:
+def test_long_ids_are_rejected_without_truncation() -> None:
     with pytest.raises(ApiError, match=r"The input \(9 tokens\) is longer than .* \(8 tokens\)\. \(input at index 1\)"):
         fit(replace(IDS, ids=[[1], [1] * 9], truncate="none"), INFO)
 
@@ -111,7 +111,9 @@ def test_ids_too_long_when_nothing_may_be_cut() -> None:
         ),
     ],
 )
-def test_instructions_that_do_not_fit(request_: EmbeddingRequest, instructions: bool, message: str, param: str) -> None:
+def test_invalid_instructions_and_prompt_names(
+    request_: EmbeddingRequest, instructions: bool, message: str, param: str
+) -> None:
     with pytest.raises(ApiError, match=message) as caught:
         fit(request_, INFO.model_copy(update={"instructions": instructions}))
     assert (caught.value.status, caught.value.param) == (400, param)
@@ -127,7 +129,7 @@ GME = ["text", "image", "text+image"]
 @pytest.mark.parametrize(
     ("request_", "modalities"), [(ITEMS, CLIP), (ITEMS, GME), (BOTH, GME), (SEVERAL, GME), (TEXT, CLIP), (IDS, GME)]
 )
-def test_images_that_fit(request_: EmbeddingRequest, modalities: list[str]) -> None:
+def test_valid_images(request_: EmbeddingRequest, modalities: list[str]) -> None:
     fit(request_, INFO.model_copy(update={"modalities": modalities}))
 
 
@@ -140,13 +142,13 @@ def test_images_that_fit(request_: EmbeddingRequest, modalities: list[str]) -> N
         (SEVERAL, CLIP, "Model 'm' embeds one image at a time (input at index 1)"),
     ],
 )
-def test_images_that_do_not_fit(request_: EmbeddingRequest, modalities: list[str], message: str) -> None:
+def test_images_the_model_cannot_embed(request_: EmbeddingRequest, modalities: list[str], message: str) -> None:
     with pytest.raises(ApiError) as caught:
         fit(replace(request_, param="image_data"), INFO.model_copy(update={"modalities": modalities}))
     assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, "image_data")
 
 
-def test_an_instruction_or_a_prompt_name_alone_fits() -> None:
+def test_instruction_or_prompt_name_alone_is_valid() -> None:
     assert fit(replace(TEXT, prompt=Prompt("x")), INFO).prompt == Prompt("x")
     assert fit(replace(TEXT, prompt=Prompt(None, "query")), INFO).prompt == Prompt(None, "query")
     assert fit(replace(IDS, prompt=Prompt(None, None, "document")), INFO).prompt == Prompt()
@@ -159,43 +161,43 @@ def test_an_instruction_or_a_prompt_name_alone_fits() -> None:
         ("document", ["query"], None, True, Prompt()),
         ("document", ["query", "document"], "query", True, Prompt(None, "document")),
         ("document", ["query", "passage"], None, False, Prompt(None, "passage")),
-        ("document", ["query"], "query", True, Prompt(None, "")),  # its default prompt is none for documents
-        ("query", [], None, False, Prompt()),  # trained without any
+        ("document", ["query"], "query", True, Prompt(None, "")),  # the default prompt does not apply to documents
+        ("query", [], None, False, Prompt()),  # trained without prompts
     ],
 )
-def test_a_side_of_a_search_becomes_the_models_own_prompt(
+def test_input_type_becomes_the_prompt_of_the_model(
     side: str, names: list[str], default: str | None, instructions: bool, prompt: Prompt
 ) -> None:
-    stated = {"prompt_names": names, "default_prompt_name": default, "instructions": instructions}
-    model = INFO.model_copy(update=stated)
+    fields = {"prompt_names": names, "default_prompt_name": default, "instructions": instructions}
+    model = INFO.model_copy(update=fields)
     assert fit(replace(TEXT, prompt=Prompt(None, None, side)), model).prompt == prompt
-    each = fit(
+    per_input = fit(
         replace(TEXT, texts=["a", "b"], prompts=[Prompt(None, None, side), Prompt("x")][: 1 + instructions]), model
     )
-    assert each.prompts[0] == prompt
+    assert per_input.prompts[0] == prompt
 
 
-def test_no_prompt_at_all() -> None:
-    none = replace(TEXT, prompt=Prompt(None, ""))
-    assert fit(none, INFO).prompt == Prompt()
-    assert fit(none, INFO.model_copy(update={"default_prompt_name": "query"})).prompt == Prompt(None, "")
+def test_empty_prompt_name_disables_the_default_prompt() -> None:
+    no_prompt = replace(TEXT, prompt=Prompt(None, ""))
+    assert fit(no_prompt, INFO).prompt == Prompt()
+    assert fit(no_prompt, INFO.model_copy(update={"default_prompt_name": "query"})).prompt == Prompt(None, "")
 
 
-def test_a_side_is_never_guessed() -> None:
+def test_query_without_a_query_prompt_is_rejected() -> None:
     model = INFO.model_copy(update={"prompt_names": []})
-    with pytest.raises(ApiError, match="has no prompt of its own for queries: send an instruction") as caught:
+    with pytest.raises(ApiError, match="has no query prompt: send an instruction") as caught:
         fit(replace(TEXT, prompt=Prompt(None, None, "query")), model)
     assert caught.value.param == "input_type"
 
 
-def test_faults_are_reported_and_nothing_of_them_goes_on() -> None:
-    ids = replace(IDS, ids=[[1], [100], [1] * 9], truncate="none", faults=Faults(report=True))
+def test_reported_errors_clear_their_inputs() -> None:
+    ids = replace(IDS, ids=[[1], [100], [1] * 9], truncate="none", errors=InputErrors(report=True))
     assert fit(ids, INFO).ids == [[1], [], []]
-    assert sorted(ids.faults.found) == [1, 2]
-    items = replace(BOTH, texts=["a", "b"], images=[(), ("x",)], faults=Faults(report=True))
+    assert sorted(ids.errors.by_index) == [1, 2]
+    items = replace(BOTH, texts=["a", "b"], images=[(), ("x",)], errors=InputErrors(report=True))
     fit(items, INFO)
-    assert (items.texts, items.images, list(items.faults.found)) == (["a", ""], [(), ()], [1])
+    assert (items.texts, items.images, list(items.errors.by_index)) == (["a", ""], [(), ()], [1])
 
 
-def test_ids_that_will_be_divided_are_not_too_long() -> None:
+def test_long_ids_are_valid_with_long_text_mean() -> None:
     fit(replace(IDS, ids=[[1] * 9], truncate="none", long_text="mean"), INFO)

@@ -16,7 +16,7 @@ from test_model import INFO
 
 from conftest import MINILM
 from triton_embed.gateway import oracle, samples
-from triton_embed.gateway.oracle import Facts, OracleError, opinion
+from triton_embed.gateway.oracle import CheckpointFacts, OracleError, compute
 
 TEXTS = [
     "a",
@@ -29,10 +29,10 @@ ENDS = {"e5_mistral": "</s>", "gte_qwen2": "<|endoftext|>"}
 TOKENS = (4, 16)
 
 
-def facts(directory: Path, pooling: str = "last", limit: int = 100, positions: str = "mrope") -> Facts:
+def facts(directory: Path, pooling: str = "last", limit: int = 100, positions: str = "mrope") -> CheckpointFacts:
     family = json.loads((directory / "config.json").read_text())["model_type"]
     info = INFO.model_copy(update={"family": family, "pooling": pooling, "max_model_len": limit})
-    return Facts(directory, info, positions, TOKENS)
+    return CheckpointFacts(directory, info, positions, TOKENS)
 
 
 def case(name: str) -> Case:
@@ -58,10 +58,10 @@ def test_decoders_by_their_last_token(tmp_path: Path, name: str) -> None:
     directory = chosen.write(tmp_path / "checkpoint")
     rows = oracles.ids_of(directory, TEXTS, ENDS.get(chosen.family, ""), chosen.limit)
     assert max(map(len, rows)) == chosen.limit  # one is cut, and keeps its end
-    found = opinion(facts(directory, limit=chosen.limit), TEXTS, [])
+    found = compute(facts(directory, limit=chosen.limit), TEXTS, [])
     assert found.library.startswith("transformers 5.")
     assert same(found.texts, oracles.decoder_vectors(directory, rows))
-    assert found.pictures.size == 0
+    assert found.images.size == 0
 
 
 @pytest.mark.parametrize("name", ["bge-e5-mean", "bge-m3", "bge-bert-mean"])
@@ -76,43 +76,43 @@ def test_encoders_by_sentence_transformers_or_by_their_pooling(tmp_path: Path, n
     pooling = chosen.parameters["pooling"]
     texts = [text for text in TEXTS if len(text) < 60]
     wanted = oracles.encoder_vectors(directory, oracles.ids_of(directory, texts), pooling)
-    found = opinion(facts(directory, pooling), texts, [])
+    found = compute(facts(directory, pooling), texts, [])
     assert found.library.startswith("sentence-transformers" if listed else "transformers")
     assert same(found.texts, wanted)
 
 
 def test_a_default_prompt_is_not_put_before_texts(tmp_path: Path) -> None:
     directory = case("bge-m3").write(tmp_path / "checkpoint")
-    plain = opinion(facts(directory, "cls"), ["a cat"], []).texts
+    plain = compute(facts(directory, "cls"), ["a cat"], []).texts
     file = directory / "config_sentence_transformers.json"
     stated = json.loads(file.read_text()) | {"prompts": {"query": "a dog: "}, "default_prompt_name": "query"}
     file.write_text(json.dumps(stated))
-    assert same(opinion(facts(directory, "cls"), ["a cat"], []).texts, plain)
+    assert same(compute(facts(directory, "cls"), ["a cat"], []).texts, plain)
 
 
 def test_clip_by_both_towers(tmp_path: Path) -> None:
     chosen = case("clip-short-fp16")
     directory = chosen.write(tmp_path / "checkpoint")
-    files = list(samples.pictures())
-    found = opinion(facts(directory, limit=chosen.limit), TEXTS, files)
+    files = list(samples.images())
+    found = compute(facts(directory, limit=chosen.limit), TEXTS, files)
     rows = oracles.ids_of(directory, TEXTS, limit=chosen.limit)
     assert same(found.texts, oracles.clip_text_vectors(directory, rows))
-    assert same(found.pictures, oracles.clip_image_vectors(directory, [Image.open(io.BytesIO(one)) for one in files]))
+    assert same(found.images, oracles.clip_image_vectors(directory, [Image.open(io.BytesIO(one)) for one in files]))
 
 
 @pytest.mark.parametrize("name", ["gme_qwen2_vl-hub", "gme_qwen2_vl-hub-sequential"])
 def test_gme_in_its_template(tmp_path: Path, name: str) -> None:
     chosen = case(name)
     directory = chosen.write(tmp_path / "checkpoint")
-    files = list(samples.pictures())
+    files = list(samples.images())
     positions = chosen.parameters["image_positions"]
-    found = opinion(facts(directory, limit=chosen.limit, positions=positions), TEXTS[:3], files)
+    found = compute(facts(directory, limit=chosen.limit, positions=positions), TEXTS[:3], files)
     items = [{"text": text} for text in TEXTS[:3]] + [{"images": [Image.open(io.BytesIO(one))]} for one in files]
     wanted = oracles.gme_vectors(directory, oracles.gme_inputs(directory, items, *TOKENS), positions)
     assert same(found.texts, wanted[:3])
-    assert same(found.pictures, wanted[3:])
+    assert same(found.images, wanted[3:])
     other = {"mrope": "sequential", "sequential": "mrope"}[positions]
-    assert not same(opinion(facts(directory, positions=other), TEXTS[:1], files).pictures, wanted[3:])
+    assert not same(compute(facts(directory, positions=other), TEXTS[:1], files).images, wanted[3:])
 
 
 def test_a_missing_tensor_is_not_made_up(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_missing_tensor_is_not_made_up(tmp_path: Path) -> None:
     del tensors["layers.1.mlp.up_proj.weight"]
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(OracleError, match=r"transformers finds no layers\.1\.mlp\.up_proj\.weight"):
-        opinion(facts(directory), TEXTS, [])
+        compute(facts(directory), TEXTS, [])
 
 
 def test_too_little_memory_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,32 +130,32 @@ def test_too_little_memory_is_noticed_before(tmp_path: Path, monkeypatch: pytest
     memory = namedtuple("memory", "available")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(size - 1))
     with pytest.raises(OracleError, match=r"in float32 it takes .* GB of memory"):
-        opinion(facts(directory), TEXTS, [])
+        compute(facts(directory), TEXTS, [])
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(size + 1))
-    assert len(opinion(facts(directory), TEXTS, []).texts) == len(TEXTS)
+    assert len(compute(facts(directory), TEXTS, []).texts) == len(TEXTS)
 
 
 @pytest.mark.parametrize("lacking", ["torch", "transformers"])
 def test_a_library_that_is_not_installed_is_named(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle, "find_spec", lambda name: None if name == lacking else object())
     with pytest.raises(OracleError, match=f"^{lacking} is not installed$"):
-        opinion(facts(MINILM, "mean"), TEXTS, [])
+        compute(facts(MINILM, "mean"), TEXTS, [])
 
 
 def test_without_sentence_transformers_dense_cannot_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = case("bge-m3").write(tmp_path / "checkpoint")
     monkeypatch.setattr(oracle, "find_spec", lambda name: None if name == "sentence_transformers" else object())
-    plain = opinion(facts(directory, "cls"), TEXTS[:3], [])
+    plain = compute(facts(directory, "cls"), TEXTS[:3], [])
     assert plain.library.startswith("transformers")
     modules = json.loads((directory / "modules.json").read_text())
     dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
     (directory / "modules.json").write_text(json.dumps([*modules, dense]))
     with pytest.raises(OracleError, match="Dense"):
-        opinion(facts(directory, "cls"), TEXTS, [])
+        compute(facts(directory, "cls"), TEXTS, [])
 
 
 def test_another_network_cannot_be_judged() -> None:
     strange = facts(MINILM)
     info = strange.info.model_copy(update={"family": "mamba"})
     with pytest.raises(OracleError, match="'mamba'"):
-        opinion(Facts(MINILM, info, "mrope", TOKENS), TEXTS, [])
+        compute(CheckpointFacts(MINILM, info, "mrope", TOKENS), TEXTS, [])

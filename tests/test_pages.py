@@ -1,7 +1,7 @@
-"""The page at `/` and Swagger UI at `/docs`, in a real browser before the whole stack.
+"""The page at `/` and Swagger UI at `/docs`, in a real browser with the whole stack.
 
-sentence-transformers says which numbers are right, numpy where the map's points lie, a shell whether the command
-works, and axe whether everyone can use it.
+The expected numbers come from sentence-transformers and the map's points from numpy. The shown command is run in a
+shell, and axe checks accessibility.
 """
 
 import base64
@@ -29,42 +29,42 @@ from triton_embed.gateway import repository
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
-HALF_A_DIGIT = 0.005 + 1e-5  # what rounding to two digits may take away, and float32
+HALF_A_DIGIT = 0.005 + 1e-5  # rounding error of two digits, plus float32
 AWKWARD = 'it\'s "quoted" $HOME `id` \\n <b id=bold>bold</b>\n你好 \u2028 ! 100 %'
 VIOLATIONS = "addEventListener('securitypolicyviolation', event => console.error('CSP', event.violatedDirective))"
 
 
 class Visit:
-    """A page that was opened, and everything about it that should not be."""
+    """An open page, and the errors and requests that it caused."""
 
     def __init__(self, page: Page, origin: str) -> None:
         self.page = page
         self.origin = origin
-        self.troubles: list[str] = []
-        self.refusals: list[int] = []  # statuses of 400 and above
+        self.errors: list[str] = []
+        self.error_statuses: list[int] = []
         self.sent: list[dict[str, Any]] = []
         page.add_init_script(VIOLATIONS)
-        page.on("console", self._heard)
-        page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        page.on("request", lambda request: self._asked(request.url, request.post_data))
-        page.on("response", self._answered)
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self._on_request(request.url, request.post_data))
+        page.on("response", self._on_response)
 
-    def _heard(self, message: ConsoleMessage) -> None:
+    def _on_console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and "the server responded with a status of" not in message.text:
-            self.troubles.append(message.text)
+            self.errors.append(message.text)
 
-    def _asked(self, url: str, body: str | None) -> None:
+    def _on_request(self, url: str, body: str | None) -> None:
         if not url.startswith((f"{self.origin}/", "data:")):
-            self.troubles.append(f"a request to {url}")
+            self.errors.append(f"a request to {url}")
         if body:
             self.sent.append(json.loads(body))
 
-    def _answered(self, response: Response) -> None:
+    def _on_response(self, response: Response) -> None:
         if response.status >= 400:
-            self.refusals.append(response.status)
+            self.error_statuses.append(response.status)
 
     def write(self, *texts: str) -> None:
-        """These texts, in rows of their own, instead of what is there."""
+        """Replace the rows by one row per text."""
         while self.page.locator("#rows li").count():
             self.page.locator("#rows .remove").first.click()
         for text in texts:
@@ -72,15 +72,15 @@ class Visit:
             self.page.locator("#rows textarea").last.fill(text)
 
     def run(self) -> dict[str, Any]:
-        """Press Run; the server's answer, once it is drawn."""
-        with self.page.expect_response("**/v1/embeddings") as caught:
+        """Press Run, and return the server's response once it is drawn."""
+        with self.page.expect_response("**/v1/embeddings") as response:
             self.page.click("#run")
         expect(self.page.locator("#run")).to_have_attribute("aria-disabled", "false")
-        answer: dict[str, Any] = caught.value.json()
-        return answer
+        body: dict[str, Any] = response.value.json()
+        return body
 
     def numbers(self) -> np.ndarray:
-        """What the heat map says, [n, n]."""
+        """Return the numbers of the heat map, [n, n]."""
         rows = self.page.locator(".heat tbody tr").all()
         cells = [[cell.replace("−", "-") for cell in row.locator("td").all_inner_texts()] for row in rows]
         assert all(re.fullmatch(r"-?\d\.\d\d", cell) for row in cells for cell in row)
@@ -89,15 +89,15 @@ class Visit:
     def texts(self) -> list[str]:
         return [box.input_value() for box in self.page.locator("#rows textarea").all()]
 
-    def sideways(self) -> int:
-        """Pixels by which it is wider than its window."""
-        found: int = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        return found
+    def overflow(self) -> int:
+        """Return the pixels by which the page is wider than its window."""
+        pixels: int = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        return pixels
 
 
 @pytest.fixture(scope="module")
 def stack(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """minilm, bge_tiny (20 and 40 dimensions as well), gme_tiny (any number, images), and bge, which is not ready."""
+    """A stack of minilm, bge_tiny (also 20 and 40 dimensions), gme_tiny (any dimensions, images), bge (not ready)."""
     root = tmp_path_factory.mktemp("pages")
     models = root / "models"
     shutil.copytree(model_directory, models)
@@ -111,36 +111,36 @@ def stack(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as started:
-        yield started
+    with sync_playwright() as instance:
+        yield instance
 
 
 @pytest.fixture(scope="module")
 def browser(playwright: Playwright) -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert found, f"The page is tested in a browser: install Chromium (apt-get install chromium), one of {BROWSERS}"
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert executable, f"No browser found: install Chromium (apt-get install chromium) as one of {BROWSERS}"
     flags = [f"--{flag}" for flag in (*FLAGS, "no-first-run")]
-    started = playwright.chromium.launch(executable_path=found, args=flags)
-    yield started
-    started.close()
+    launched = playwright.chromium.launch(executable_path=executable, args=flags)
+    yield launched
+    launched.close()
 
 
 @contextmanager
 def visiting(browser: Browser, origin: str, path: str = "/", **options: Any) -> Iterator[Visit]:
-    """Nothing may have gone wrong when it is left, and nothing may have been fetched from elsewhere."""
+    """Open a page. When it is closed, check for errors and for requests to other hosts."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **options})
     try:
         visit = Visit(context.new_page(), origin)
         visit.page.goto(f"{origin}{path}")
         yield visit
-        assert visit.troubles == []
+        assert visit.errors == []
     finally:
         context.close()
 
 
 @contextmanager
-def looking(browser: Browser, stack: Stack, model: str = "minilm", **options: Any) -> Iterator[Visit]:
-    """The page, its models there and this one chosen."""
+def model_page(browser: Browser, stack: Stack, model: str = "minilm", **options: Any) -> Iterator[Visit]:
+    """Open the page `/`, wait for its models, and select one."""
     with visiting(browser, stack.url, **options) as visit:
         expect(visit.page.locator(f"#model option[value={model}]")).to_be_enabled()
         visit.page.select_option("#model", model)
@@ -157,76 +157,78 @@ def vectors(network: SentenceTransformer) -> Callable[[list[str]], np.ndarray]:
     return lambda texts: network.encode(texts).astype(np.float64)
 
 
-def picture(seed: int) -> bytes:
+def png_image(seed: int) -> bytes:
     noise = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
     return file.getvalue()
 
 
-def test_one_click_draws_the_similarities_of_the_examples(browser: Browser, stack: Stack, vectors: Any) -> None:
-    with looking(browser, stack) as visit:
+def test_run_draws_the_similarities_of_the_examples(browser: Browser, stack: Stack, vectors: Any) -> None:
+    with model_page(browser, stack) as visit:
         texts = visit.texts()
         assert len(texts) >= 6
-        answer = visit.run()
+        response = visit.run()
         expected = vectors(texts)
         np.testing.assert_allclose(visit.numbers(), expected @ expected.T, atol=HALF_A_DIGIT)
         headers = visit.page.locator(".heat tbody th").all_inner_texts()
         assert [header.split(maxsplit=1) for header in headers] == [[str(i + 1), text] for i, text in enumerate(texts)]
         figures = visit.page.locator("#figures").inner_text()
         assert f"{len(texts)} × 384" in figures
-        assert str(answer["usage"]["total_tokens"]) in figures
+        assert str(response["usage"]["total_tokens"]) in figures
         assert re.search(r"Round trip\s+[\d.]+ ms", figures)
-        assert re.search(r"In the server\s+\w+ [\d.]+ ms", figures)  # what Server-Timing says
+        assert re.search(r"In the server\s+\w+ [\d.]+ ms", figures)  # from Server-Timing
         pairs = expected @ expected.T - 2 * np.eye(len(texts))
-        most = sorted(np.unravel_index(pairs.argmax(), pairs.shape))
-        assert f"Most alike: {most[0] + 1} and {most[1] + 1} (" in visit.page.locator("#matrix-about").inner_text()
+        closest = sorted(np.unravel_index(pairs.argmax(), pairs.shape))
+        assert (
+            f"Most alike: {closest[0] + 1} and {closest[1] + 1} (" in visit.page.locator("#matrix-about").inner_text()
+        )
         expect(visit.page.locator("#status")).to_contain_text(f"Done: {len(texts)} vectors")
-        assert visit.refusals == []
+        assert visit.error_statuses == []
 
 
 @pytest.mark.parametrize("texts", [None, ["a cat", "a dog"], ["same words", "same words", "same words"]])
-def test_the_map_is_a_pca(browser: Browser, stack: Stack, vectors: Any, texts: list[str] | None) -> None:
-    with looking(browser, stack) as visit:
+def test_map_is_a_pca(browser: Browser, stack: Stack, vectors: Any, texts: list[str] | None) -> None:
+    with model_page(browser, stack) as visit:
         if texts:
             visit.write(*texts)
         expected = vectors(visit.texts())
         visit.run()
         points = visit.page.locator("#map .point").all()
-        found = np.array([[float(point.get_attribute(f"data-{axis}") or "") for axis in "xy"] for point in points])
-        said = visit.page.locator("#map-about").inner_text()
+        actual = np.array([[float(point.get_attribute(f"data-{axis}") or "") for axis in "xy"] for point in points])
+        caption = visit.page.locator("#map-about").inner_text()
     axes, sizes, _ = np.linalg.svd(expected - expected.mean(0))
-    planned = axes[:, :2] * sizes[:2]
+    coordinates = axes[:, :2] * sizes[:2]
     for k in range(2):
-        sign = 1 if found[:, k] @ planned[:, k] >= 0 else -1
-        np.testing.assert_allclose(sign * found[:, k], planned[:, k], atol=2e-3 if texts else 1e-4)
+        sign = 1 if actual[:, k] @ coordinates[:, k] >= 0 else -1
+        np.testing.assert_allclose(sign * actual[:, k], coordinates[:, k], atol=2e-3 if texts else 1e-4)
     total = (sizes**2).sum()
     share = 100 * (sizes[:2] ** 2).sum() / total if total > 1e-6 else 0
-    assert abs(float(re.findall(r"([\d.]+) %", said)[0]) - share) <= 0.51
+    assert abs(float(re.findall(r"([\d.]+) %", caption)[0]) - share) <= 0.51
 
 
-def test_the_command_shown_gives_the_same_vectors_in_a_shell(browser: Browser, stack: Stack, vectors: Any) -> None:
-    with looking(browser, stack) as visit:
+def test_shown_command_returns_the_same_vectors_in_a_shell(browser: Browser, stack: Stack, vectors: Any) -> None:
+    with model_page(browser, stack) as visit:
         visit.write(AWKWARD, "a plain one")
-        answer = visit.run()
+        response = visit.run()
         command = visit.page.locator("#curl").text_content() or ""
-        assert visit.page.locator("#bold").count() == 0  # a text is text
-    again = json.loads(subprocess.check_output(["bash", "-c", command], stderr=subprocess.DEVNULL))
-    rows = [[item["embedding"] for item in one["data"]] for one in (answer, again)]
+        assert visit.page.locator("#bold").count() == 0  # the text is escaped
+    from_shell = json.loads(subprocess.check_output(["bash", "-c", command], stderr=subprocess.DEVNULL))
+    rows = [[item["embedding"] for item in body["data"]] for body in (response, from_shell)]
     np.testing.assert_allclose(rows[0], rows[1], atol=1e-6)
     np.testing.assert_allclose(rows[1], vectors([AWKWARD, "a plain one"]), atol=2e-5)
 
 
-def test_the_command_is_copied(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack, permissions=["clipboard-read", "clipboard-write"]) as visit:
+def test_command_is_copied(browser: Browser, stack: Stack) -> None:
+    with model_page(browser, stack, permissions=["clipboard-read", "clipboard-write"]) as visit:
         visit.run()
         visit.page.click("#copy")
         expect(visit.page.locator("#status")).to_have_text("The command is copied.")
         assert visit.page.evaluate("navigator.clipboard.readText()") == visit.page.locator("#curl").text_content()
 
 
-def test_an_empty_row_says_so_and_the_others_are_drawn(browser: Browser, stack: Stack, vectors: Any) -> None:
-    with looking(browser, stack) as visit:
+def test_empty_row_shows_an_error_and_the_others_are_drawn(browser: Browser, stack: Stack, vectors: Any) -> None:
+    with model_page(browser, stack) as visit:
         visit.write("a cat", " ", "a dog")
         visit.run()
         rows = visit.page.locator("#rows li")
@@ -243,33 +245,33 @@ def test_an_empty_row_says_so_and_the_others_are_drawn(browser: Browser, stack: 
         assert visit.numbers().shape == (3, 3)
 
 
-def test_tokens_and_what_was_cut_off(browser: Browser, stack: Stack, network: SentenceTransformer) -> None:
+def test_token_counts_and_truncation_are_shown(browser: Browser, stack: Stack, network: SentenceTransformer) -> None:
     texts = ["a cat", "many words and more of them " * 60]
     counts = [len(network.tokenizer(text)["input_ids"]) for text in texts]
     assert counts[1] > network.max_seq_length
-    with looking(browser, stack) as visit:
+    with model_page(browser, stack) as visit:
         visit.write(*texts)
         visit.run()
         cells = [row.locator("td").all_inner_texts() for row in visit.page.locator("#tokens tbody tr").all()]
-        most = network.max_seq_length
-        assert cells == [[str(counts[0]), "none"], [str(most), f"{counts[1] - most:,} cut off"]]
+        limit = network.max_seq_length
+        assert cells == [[str(counts[0]), "none"], [str(limit), f"{counts[1] - limit:,} cut off"]]
 
 
-def test_a_refused_request_is_an_alert(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack, "gme_tiny") as visit:
+def test_rejected_request_is_an_alert(browser: Browser, stack: Stack) -> None:
+    with model_page(browser, stack, "gme_tiny") as visit:
         visit.page.fill("#dimensions", "4096")
         visit.run()
         expect(visit.page.get_by_role("alert")).to_contain_text("dimensions are greater than")
         expect(visit.page.locator("#result")).to_be_hidden()
-        assert visit.refusals == [400]
+        assert visit.error_statuses == [400]
         visit.page.fill("#dimensions", "24")
         visit.run()
         expect(visit.page.get_by_role("alert")).to_be_empty()
         assert "× 24" in visit.page.locator("#figures").inner_text()
 
 
-def test_a_model_that_is_not_ready_says_why(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack) as visit:
+def test_model_that_is_not_ready_shows_its_reason(browser: Browser, stack: Stack) -> None:
+    with model_page(browser, stack) as visit:
         option = visit.page.locator("#model option[value=bge]")
         expect(option).to_be_disabled()
         reason = requests.get(f"{stack.url}/v1/models/bge", timeout=30).json()["reason"]
@@ -279,28 +281,28 @@ def test_a_model_that_is_not_ready_says_why(browser: Browser, stack: Stack) -> N
         expect(visit.page.locator("#waiting li")).to_have_text(f"bge: {reason}")
 
 
-def test_only_sizes_the_model_was_trained_for_are_offered(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack) as visit:
+def test_only_matryoshka_dimensions_are_offered(browser: Browser, stack: Stack) -> None:
+    with model_page(browser, stack) as visit:
         sizes = visit.page.locator("#dimensions option")
         expect(sizes).to_have_text(["384 (all)"])
         visit.page.select_option("#model", "bge_tiny")
         expect(sizes).to_have_text(["60 (all)", "40", "20"])
         visit.page.select_option("#dimensions", "20")
-        answer = visit.run()
-        assert {len(item["embedding"]) for item in answer["data"]} == {20}
-        rows = np.array([item["embedding"] for item in answer["data"]])
+        response = visit.run()
+        assert {len(item["embedding"]) for item in response["data"]} == {20}
+        rows = np.array([item["embedding"] for item in response["data"]])
         np.testing.assert_allclose(visit.numbers(), rows @ rows.T, atol=HALF_A_DIGIT)
 
 
-def test_images_are_shown_and_sent_as_they_are(browser: Browser, stack: Stack) -> None:
-    files = [picture(0), picture(1)]
-    with looking(browser, stack) as visit:
+def test_images_are_shown_and_sent_unchanged(browser: Browser, stack: Stack) -> None:
+    files = [png_image(0), png_image(1)]
+    with model_page(browser, stack) as visit:
         expect(visit.page.locator("#drop")).to_be_hidden()
         visit.page.select_option("#model", "gme_tiny")
         visit.write("a cat")
-        given = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": file} for i, file in enumerate(files)]
+        uploads = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": file} for i, file in enumerate(files)]
         notes = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"words"}
-        visit.page.set_input_files("#files", [*given, notes])  # type: ignore[list-item]
+        visit.page.set_input_files("#files", [*uploads, notes])  # type: ignore[list-item]
         expect(visit.page.get_by_role("alert")).to_contain_text("notes.txt")
         expect(visit.page.locator("#rows img")).to_have_count(2)
         visit.page.get_by_label("Text with image 3").fill("a dog")
@@ -322,14 +324,14 @@ def test_images_are_dropped(browser: Browser, stack: Stack) -> None:
       held.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type: "image/png" }));
       document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: held, bubbles: true }));
     }"""
-    with looking(browser, stack, "gme_tiny") as visit:
-        visit.page.evaluate(script, list(picture(2)))
+    with model_page(browser, stack, "gme_tiny") as visit:
+        visit.page.evaluate(script, list(png_image(2)))
         expect(visit.page.get_by_alt_text("dropped.png")).to_be_visible()
 
 
-def test_an_instruction_is_sent(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack) as visit:
-        expect(visit.page.locator("#prompt")).to_be_hidden()  # it takes none
+def test_instruction_is_sent(browser: Browser, stack: Stack) -> None:
+    with model_page(browser, stack) as visit:
+        expect(visit.page.locator("#prompt")).to_be_hidden()  # minilm takes none
         visit.page.select_option("#model", "gme_tiny")
         visit.page.select_option("#prompt", "own")
         visit.page.fill("#instruction", "Find a cat")
@@ -339,8 +341,8 @@ def test_an_instruction_is_sent(browser: Browser, stack: Stack) -> None:
         assert "Find a cat" in (visit.page.locator("#curl").text_content() or "")
 
 
-def test_a_prompt_is_chosen_by_name(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack, "bge_tiny") as visit:
+def test_prompt_is_selected_by_name(browser: Browser, stack: Stack) -> None:
+    with model_page(browser, stack, "bge_tiny") as visit:
         expect(visit.page.locator("#prompt option")).to_have_text(
             ["Default", "query", "document", "None", "Your own instruction"]
         )
@@ -353,7 +355,7 @@ def test_a_prompt_is_chosen_by_name(browser: Browser, stack: Stack) -> None:
 
 
 def test_pasted_lines_become_rows(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack, permissions=["clipboard-read", "clipboard-write"]) as visit:
+    with model_page(browser, stack, permissions=["clipboard-read", "clipboard-write"]) as visit:
         visit.write("first ", "last")
         visit.page.evaluate("navigator.clipboard.writeText('one\\r\\n\\n  two\\nthree')")
         visit.page.locator("#rows textarea").first.focus()
@@ -364,8 +366,8 @@ def test_pasted_lines_become_rows(browser: Browser, stack: Stack) -> None:
         expect(visit.page.locator("#status")).to_have_text("Pasted 3 lines: 4 inputs now.")
 
 
-def test_more_rows_than_can_be_looked_at_are_left_out_and_said(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack, permissions=["clipboard-read", "clipboard-write"]) as visit:
+def test_rows_beyond_100_are_dropped_with_an_alert(browser: Browser, stack: Stack) -> None:
+    with model_page(browser, stack, permissions=["clipboard-read", "clipboard-write"]) as visit:
         visit.page.evaluate(
             "navigator.clipboard.writeText(Array.from({length: 150}, (_, i) => `line ${i}`).join('\\n'))"
         )
@@ -375,19 +377,19 @@ def test_more_rows_than_can_be_looked_at_are_left_out_and_said(browser: Browser,
         expect(visit.page.get_by_role("alert")).to_contain_text("100 inputs at most")
         visit.run()
         assert visit.numbers().shape == (100, 100)
-        assert visit.sideways() <= 0
+        assert visit.overflow() <= 0
 
 
-def test_the_keyboard_is_enough(browser: Browser, stack: Stack) -> None:
-    """From the first field to the result; wherever the focus is, it is seen and has a name."""
-    seen = "e => getComputedStyle(e.closest('.drop') ?? e).outlineStyle !== 'none'"
-    with looking(browser, stack) as visit:
+def test_page_works_with_the_keyboard_alone(browser: Browser, stack: Stack) -> None:
+    """Tab from the first field to the result. The focus must be visible everywhere."""
+    is_focus_visible = "e => getComputedStyle(e.closest('.drop') ?? e).outlineStyle !== 'none'"
+    with model_page(browser, stack) as visit:
         page = visit.page
         page.locator("#model").focus()
         for _ in range(60):
             page.keyboard.press("Tab")
             focused = page.locator(":focus")
-            assert focused.evaluate(seen), focused.evaluate("e => e.outerHTML")
+            assert focused.evaluate(is_focus_visible), focused.evaluate("e => e.outerHTML")
             if focused.get_attribute("id") == "run":
                 break
         page.keyboard.press("Enter")
@@ -399,8 +401,8 @@ def test_the_keyboard_is_enough(browser: Browser, stack: Stack) -> None:
         assert reached == {"matrix", "copy", "curl"}
 
 
-def test_rows_are_written_by_keyboard(browser: Browser, stack: Stack) -> None:
-    with looking(browser, stack) as visit:
+def test_rows_are_edited_by_keyboard(browser: Browser, stack: Stack) -> None:
+    with model_page(browser, stack) as visit:
         page = visit.page
         visit.write("one")
         page.locator("#rows textarea").focus()
@@ -420,26 +422,26 @@ def test_rows_are_written_by_keyboard(browser: Browser, stack: Stack) -> None:
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_to_complain_about(browser: Browser, stack: Stack, scheme: str, width: int) -> None:
+def test_axe_finds_no_violations(browser: Browser, stack: Stack, scheme: str, width: int) -> None:
     size = {"width": width, "height": 844}
-    with looking(browser, stack, "gme_tiny", color_scheme=scheme, viewport=size) as visit:
+    with model_page(browser, stack, "gme_tiny", color_scheme=scheme, viewport=size) as visit:
         assert Axe().run(visit.page).violations_count == 0
-        assert visit.sideways() <= 0
+        assert visit.overflow() <= 0
         visit.page.locator("#rows textarea").first.fill("")
-        visit.page.set_input_files("#files", {"name": "a.png", "mimeType": "image/png", "buffer": picture(3)})
+        visit.page.set_input_files("#files", {"name": "a.png", "mimeType": "image/png", "buffer": png_image(3)})
         expect(visit.page.locator("#rows img")).to_be_visible()
         visit.run()
         expect(visit.page.locator(".heat")).to_be_visible()
         expect(visit.page.locator("#rows .error").first).to_be_visible()
         report = Axe().run(visit.page)
         assert report.violations_count == 0, report.generate_report()
-        assert visit.sideways() <= 0
+        assert visit.overflow() <= 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_digits_are_readable_on_every_colour_of_the_scale(browser: Browser, stack: Stack, scheme: str) -> None:
-    """Measured as WCAG does, over the whole scale and not only where the examples lie."""
-    with looking(browser, stack, color_scheme=scheme) as visit:
+def test_digits_are_readable_on_every_color_of_the_scale(browser: Browser, stack: Stack, scheme: str) -> None:
+    """Measure the contrast as in WCAG, over the whole scale and not only at the examples."""
+    with model_page(browser, stack, color_scheme=scheme) as visit:
         visit.run()
         visit.page.evaluate("""() => {
           const scale = Array.from({ length: 201 }, (_, i) => heatCell(i / 200, i / 200));
@@ -451,12 +453,12 @@ def test_digits_are_readable_on_every_colour_of_the_scale(browser: Browser, stac
           document.getElementById("matrix").style.maxHeight = "none";
         }""")
         options = {"runOnly": ["color-contrast"], "resultTypes": ["violations", "passes", "incomplete"]}
-        found = Axe().run(visit.page, context=".heat tbody", options=options).response
-    assert [node["html"] for rule in found["violations"] + found["incomplete"] for node in rule["nodes"]] == []
-    assert sum(len(rule["nodes"]) for rule in found["passes"]) == 201
+        report = Axe().run(visit.page, context=".heat tbody", options=options).response
+    assert [node["html"] for rule in report["violations"] + report["incomplete"] for node in rule["nodes"]] == []
+    assert sum(len(rule["nodes"]) for rule in report["passes"]) == 201
 
 
-def test_a_key_is_asked_for_used_and_not_shown(browser: Browser, tmp_path: Path) -> None:
+def test_api_key_is_requested_and_not_shown(browser: Browser, tmp_path: Path) -> None:
     server = Stack(tmp_path / "log", "--model=minilm", "--api-key=open sesame")
     try:
         with visiting(browser, server.url) as visit:
@@ -465,19 +467,19 @@ def test_a_key_is_asked_for_used_and_not_shown(browser: Browser, tmp_path: Path)
             visit.page.keyboard.type("open sesame")
             visit.page.keyboard.press("Enter")
             expect(visit.page.locator(".heat")).to_be_visible()
-            assert visit.refusals == [401]
+            assert visit.error_statuses == [401]
             command = visit.page.locator("#curl").text_content() or ""
             assert "sesame" not in command
             environment = {"TRITON_EMBED_API_KEY": "open sesame", "PATH": "/usr/bin:/bin"}
             printed = subprocess.check_output(["bash", "-c", command], stderr=subprocess.DEVNULL, env=environment)
             assert len(json.loads(printed)["data"]) == len(visit.texts())
-        with visiting(browser, server.url, "/docs") as visit:  # what it is made of needs no key
+        with visiting(browser, server.url, "/docs") as visit:  # its files need no key
             expect(visit.page.locator(".opblock").first).to_be_visible()
     finally:
         server.stop()
 
 
-def test_the_docs_show_every_operation_and_try_one(browser: Browser, stack: Stack) -> None:
+def test_docs_show_every_operation_and_run_one(browser: Browser, stack: Stack) -> None:
     paths = requests.get(f"{stack.url}/openapi.json", timeout=30).json()["paths"]
     with visiting(browser, stack.url, "/docs") as visit:
         page = visit.page
@@ -491,23 +493,23 @@ def test_the_docs_show_every_operation_and_try_one(browser: Browser, stack: Stac
         block.locator(".execute").click()
         expect(block.locator(".live-responses-table .response-col_status").last).to_contain_text("200")
         expect(block.locator(".live-responses-table .response-col_description").last).to_contain_text("minilm")
-        assert visit.refusals == []
+        assert visit.error_statuses == []
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css"])
-def test_what_a_browser_is_told_beside_the_page(stack: Stack, path: str) -> None:
-    answer = requests.get(stack.url + path, timeout=30)
-    assert answer.status_code == 200
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert answer.headers["referrer-policy"] == "no-referrer"
-    policy = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
+def test_pages_have_security_and_caching_headers(stack: Stack, path: str) -> None:
+    response = requests.get(stack.url + path, timeout=30)
+    assert response.status_code == 200
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    policy = dict(rule.split(" ", 1) for rule in response.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
     allowed = {source for sources in policy.values() for source in sources.split()}
     assert {source for source in allowed if not source.startswith("'sha256-")} <= {"'none'", "'self'", "data:"}
-    if "html" in answer.headers["content-type"]:
+    if "html" in response.headers["content-type"]:
         assert policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
-        assert "http://" not in re.sub(r"xmlns=\S+|\"http://www.w3.org/2000/svg\"", "", answer.text)
-        assert "https://" not in answer.text
-    again = requests.get(stack.url + path, headers={"If-None-Match": answer.headers["etag"]}, timeout=30)
-    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", answer.headers["etag"])
+        assert "http://" not in re.sub(r"xmlns=\S+|\"http://www.w3.org/2000/svg\"", "", response.text)
+        assert "https://" not in response.text
+    again = requests.get(stack.url + path, headers={"If-None-Match": response.headers["etag"]}, timeout=30)
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", response.headers["etag"])
     assert requests.get(stack.url + path, headers={"If-None-Match": '"other"'}, timeout=30).status_code == 200

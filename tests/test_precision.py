@@ -69,13 +69,13 @@ def test_auto_serves_right_vectors(name: str, tiny: Tiny) -> None:
 def test_what_bf16_is_compared_with_is_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' vectors of the same random rows, but for the rounding of the weights."""
     seen: list[np.ndarray] = []
-    compare = embedder._least_cosine
+    compare = embedder._min_cosine
 
     def spy(found: np.ndarray, wanted: np.ndarray) -> float:
         seen.extend((found, wanted))
         return compare(found, wanted)
 
-    monkeypatch.setattr(embedder, "_least_cosine", spy)
+    monkeypatch.setattr(embedder, "_min_cosine", spy)
     ours = Family("minilm", MINILM, dtype="auto").embedder
     samples, sizes = ours._samples()[0]
     theirs = oracles.encoder_vectors(MINILM, [row.ids.tolist() for row in samples], "mean")
@@ -106,12 +106,12 @@ def test_a_residual_in_fp32_is_nearer_to_the_truth(monkeypatch: pytest.MonkeyPat
 def test_bf16_that_loses_too_much_is_not_served(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    compare, lost = embedder._least_cosine, iter([0.5])
-    monkeypatch.setattr(embedder, "_least_cosine", lambda *vectors: min(compare(*vectors), next(lost, 1.0)))
+    compare, lost = embedder._min_cosine, iter([0.5])
+    monkeypatch.setattr(embedder, "_min_cosine", lambda *vectors: min(compare(*vectors), next(lost, 1.0)))
     with caplog.at_level(logging.WARNING):
         ours = in_dtype(tiny("bge-bert-cls"), "auto")
         assert ours.embedder.dtype == torch.float32
-    assert "fp32 is served instead" in caplog.text
+    assert "falling back to fp32" in caplog.text
     case = next(case for case in CASES if case.name == "bge-bert-cls")
     items = items_of("bge")[:8]
     rows = ours.rows(*(Item(item["text"]) for item in items))
@@ -122,7 +122,9 @@ def test_bf16_that_loses_too_much_is_not_served(
 @FAST
 def test_loops_that_this_cpu_gets_wrong_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looped.dense_attention, "attention", lambda q, k, v, *_: v.clone())
-    with pytest.raises(ConfigError, match="other vectors than plain torch; the parameter kernels: torch does without"):
+    with pytest.raises(
+        ConfigError, match="differ from those of plain torch; the parameter kernels: torch does without"
+    ):
         _ = Family("minilm", MINILM, dtype="auto").embedder
 
 

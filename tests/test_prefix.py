@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import Family
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend import prefix as prefix_file
-from triton_embed.python_backend.prefix import Prefix, PrefixReuse
+from triton_embed.python_backend.prefix import Prefix, PrefixCache
 from triton_embed.python_backend.request import Item
 from triton_embed.python_backend.row import Row
 
@@ -68,7 +68,7 @@ def test_vectors_behind_a_prefix_are_transformers_own(name: str, tiny: Tiny) -> 
         wanted = expected(case, family.directory, items, PROMPTS[case.family].replace("{instruction}", INSTRUCTION))
     rows = asked(family, count, instruction=INSTRUCTION)
     watched = Watched(family)
-    reuse = PrefixReuse(watched)
+    reuse = PrefixCache(watched)
     for _ in range(2):
         found = embed(family, reuse, rows)
         assert np.abs(found - wanted.vectors).max() < 1e-5
@@ -85,7 +85,7 @@ def test_rows_with_and_without_it_in_one_batch(name: str, tiny: Tiny) -> None:
     shared = asked(family, 6, instruction=INSTRUCTION)
     rows = [plain[0], *shared[:2], plain[1], *shared[2:], *plain[2:]]
     watched = Watched(family)
-    found = embed(family, PrefixReuse(watched), rows)
+    found = embed(family, PrefixCache(watched), rows)
     assert [count for count, _ in watched.passes] == [6, 4]
     assert np.abs(found - embed(family, family.embedder._network, rows)).max() < 1e-6
 
@@ -94,7 +94,7 @@ def test_a_single_row_waits_for_its_prefix_to_come_back(tiny: Tiny) -> None:
     family = tiny("qwen3_embedding-bare")
     (row,) = asked(family, 1, instruction=INSTRUCTION)
     watched = Watched(family)
-    reuse = PrefixReuse(watched)
+    reuse = PrefixCache(watched)
     vectors = [embed(family, reuse, [row]) for _ in range(3)]
     assert len(watched.prefixes) == 1
     assert [tokens for _, tokens in watched.passes] == [len(row.ids), *[len(row.ids) - row.shared] * 2]
@@ -106,7 +106,7 @@ def test_a_batch_is_not_split_for_little(tiny: Tiny) -> None:
     many = [row for row in asked(family, 32) if len(row.ids) > 20]
     few = asked(family, 2, instruction=INSTRUCTION)
     watched = Watched(family)
-    embed(family, PrefixReuse(watched), [*many, *few])
+    embed(family, PrefixCache(watched), [*many, *few])
     assert not watched.prefixes
     assert len(watched.passes) == 1
 
@@ -114,20 +114,20 @@ def test_a_batch_is_not_split_for_little(tiny: Tiny) -> None:
 def test_prefixes_are_forgotten_in_the_order_they_were_last_used(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     family = tiny("qwen3_embedding-bare")
     watched = Watched(family)
-    reuse = PrefixReuse(watched)
+    reuse = PrefixCache(watched)
     lengths = {row.shared for row in asked(family, 1, instruction="The instruction that is called number three: ")}
-    monkeypatch.setattr(prefix_file, "KEPT", 2 * max(lengths) + 4)  # two of them, which differ by a token or two
+    monkeypatch.setattr(prefix_file, "MAX_CACHED_TOKENS", 2 * max(lengths) + 4)  # two of them
     for word in ("one", "two", "one", "three", "one", "two"):
         embed(family, reuse, asked(family, 3, instruction=f"The instruction that is called number {word}: "))
     assert len(watched.prefixes) == 4  # one, two, three, and two again
 
 
 def test_no_more_than_the_beginning_of_a_long_instruction_is_kept(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_file, "LONGEST", 5)
+    monkeypatch.setattr(prefix_file, "MAX_PREFIX_TOKENS", 5)
     family = tiny("qwen3_embedding-bare")
     rows = [replace(row, ids=row.ids[:16], shared=12) for row in asked(family, 4, instruction=INSTRUCTION)]
     watched = Watched(family)
-    found = embed(family, PrefixReuse(watched), rows)
+    found = embed(family, PrefixCache(watched), rows)
     assert (watched.prefixes, watched.passes) == ([5], [(4, 4 * 11)])
     assert np.abs(found - embed(family, family.embedder._network, rows)).max() < 1e-6
 
@@ -137,14 +137,14 @@ def test_no_other_network_shares(name: str, tiny: Tiny) -> None:
     """Keys that look ahead, or whose angles depend on the length of the whole row, are every row's own."""
     family = tiny(name)
     assert not family.embedder._network.shareable
-    assert not isinstance(family.embedder._forward, PrefixReuse)
+    assert not isinstance(family.embedder._forward, PrefixCache)
 
 
 def test_the_operator_switches_it_off(tiny: Tiny) -> None:
     family = tiny("qwen3_embedding-bare")
-    assert isinstance(family.embedder._forward, PrefixReuse)
+    assert isinstance(family.embedder._forward, PrefixCache)
     off = Family("qwen3_embedding", family.directory, prefix_reuse="false")
-    assert not isinstance(off.embedder._forward, PrefixReuse)
+    assert not isinstance(off.embedder._forward, PrefixCache)
 
 
 def test_a_row_knows_how_much_of_it_is_the_instructions(tiny: Tiny) -> None:
@@ -152,7 +152,7 @@ def test_a_row_knows_how_much_of_it_is_the_instructions(tiny: Tiny) -> None:
     rows = asked(family, 8, instruction=INSTRUCTION)
     assert len({row.shared for row in rows}) == 1
     assert len({row.ids[: row.shared].tobytes() for row in rows}) == 1
-    head = family.reader.tokenizer.count(f"Instruct: {INSTRUCTION}\nQuery:")
+    head = family.processor.tokenizer.count_tokens(f"Instruct: {INSTRUCTION}\nQuery:")
     assert head - 2 <= rows[0].shared <= head
     assert {row.shared for row in asked(family, 8)} == {0}
     assert {row.shared for row in asked(family, 2, instruction="a" * 5_000)} == {0}

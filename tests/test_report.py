@@ -10,8 +10,8 @@ from test_model import INFO
 
 from triton_embed.gateway import report as report_module
 from triton_embed.gateway.cards import Input
-from triton_embed.gateway.examine import Answers
-from triton_embed.gateway.oracle import Facts, Opinion, OracleError
+from triton_embed.gateway.examine import ProbeResult
+from triton_embed.gateway.oracle import CheckpointFacts, OracleError, OracleResult
 from triton_embed.gateway.report import Limits, Report, conclude
 from triton_embed.gateway.schemas import Embeddings
 
@@ -23,14 +23,14 @@ def unit(rows: int, seed: int = 0) -> np.ndarray:
     return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
 
 
-def answers(ours: np.ndarray, alone: np.ndarray, *, pictures: int = 0, dropped: int = 0, **info: object) -> Answers:
-    """The last `pictures` of `ours` are of pictures; the first `dropped` texts had to be cut."""
+def answers(ours: np.ndarray, alone: np.ndarray, *, images: int = 0, dropped: int = 0, **info: object) -> ProbeResult:
+    """The last `images` of `ours` are of images; the first `dropped` texts had to be cut."""
     count = len(ours)
     cut = np.array([3] * dropped + [0] * (count - dropped), dtype=np.int32)
-    texts = [f"text {i}" for i in range(count - pictures)]
+    texts = [f"text {i}" for i in range(count - images)]
     vectors = dict(zip(PAIRS.inputs, [np.float32([1, 0]), np.float32([0, 1]), *map(np.float32, SCORED)], strict=True))
-    return Answers(
-        INFO.model_copy(update=info), vectors, texts, [b""] * pictures, Embeddings(ours, cut + 1, cut), alone
+    return ProbeResult(
+        INFO.model_copy(update=info), vectors, texts, [b""] * images, Embeddings(ours, cut + 1, cut), alone
     )
 
 
@@ -38,54 +38,57 @@ SCORED = ([0.6, 0.8], [1, 0], [0.6, 0.8])
 
 
 def concluded(
-    monkeypatch: pytest.MonkeyPatch, answers: Answers, theirs: Opinion | OracleError | ImportError, cards: int = 1
+    monkeypatch: pytest.MonkeyPatch,
+    answers: ProbeResult,
+    theirs: OracleResult | OracleError | ImportError,
+    cards: int = 1,
 ) -> tuple[int, list[str]]:
     """(exit code, the texts that another library was asked for)"""
     asked: list[str] = []
 
-    def opinion(facts: Facts, texts: list[str], pictures: list[bytes]) -> Opinion:
+    def compute(facts: CheckpointFacts, texts: list[str], images: list[bytes]) -> OracleResult:
         asked.extend(texts)
         if isinstance(theirs, Exception):
             raise theirs
         return theirs
 
-    monkeypatch.setattr(report_module, "opinion", opinion)
-    return conclude(answers, [PAIRS] * cards, Facts(Path(), answers.info, "mrope", (1, 2))), asked
+    monkeypatch.setattr(report_module, "compute", compute)
+    return conclude(answers, [PAIRS] * cards, CheckpointFacts(Path(), answers.info, "mrope", (1, 2))), asked
 
 
 def test_all_that_agrees_is_ok(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ours = unit(5)
-    theirs = Opinion("library 1.2", ours[:4].astype(float), ours[4:].astype(float))
-    code, asked = concluded(monkeypatch, answers(ours, ours, pictures=1), theirs)
+    theirs = OracleResult("library 1.2", ours[:4].astype(float), ours[4:].astype(float))
+    code, asked = concluded(monkeypatch, answers(ours, ours, images=1), theirs)
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert asked == ["text 0", "text 1", "text 2", "text 3"]
     assert re.search(r'0\.6000 +0\.6000 +\+0\.0000  ok +"a" x "c"\n', printed)
     assert re.search(r'0\.8000 +0\.8000 +\+0\.0000  ok +"b" x "e"\n', printed)
     assert "4 texts by library 1.2\n" in printed
-    assert "1 pictures by library 1.2\n" in printed
+    assert "1 images by library 1.2\n" in printed
     assert printed.endswith("\n9 agree, 0 differ, 0 could not be compared\n")
     assert "differs" not in printed
 
 
-@pytest.mark.parametrize("place", ["alone", "norm", "texts", "pictures", "card"])
+@pytest.mark.parametrize("place", ["alone", "norm", "texts", "images", "card"])
 def test_one_thing_that_differs_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     ours, other = unit(5), unit(1, 1)[0]
-    parts = {"alone": ours.copy(), "texts": ours[:4].astype(float), "pictures": ours[4:].astype(float)}
+    parts = {"alone": ours.copy(), "texts": ours[:4].astype(float), "images": ours[4:].astype(float)}
     if place in parts:
         parts[place][-1] = other
     elif place == "norm":
         ours[2] *= 1 + 5e-6
-    asked = answers(ours, parts["alone"], pictures=1)
+    asked = answers(ours, parts["alone"], images=1)
     if place == "card":
         asked.cards[Input(text="c")] = np.float32([0.611, 0.79])
-    code, _ = concluded(monkeypatch, asked, Opinion("library", parts["texts"], parts["pictures"]))
+    code, _ = concluded(monkeypatch, asked, OracleResult("library", parts["texts"], parts["images"]))
     printed = capsys.readouterr().out
     assert code == 1, printed
     assert ("'text 3'" in printed) == (place == "texts")  # the culprit is named
-    assert ("'picture 0'" in printed) == (place in ("alone", "pictures"))
+    assert ("'image 0'" in printed) == (place in ("alone", "images"))
     assert bool(re.search(r'0\.6000 +0\.6110 +\+0\.0110  differs +"a" x "c"\n', printed)) == (place == "card")
 
 
@@ -95,7 +98,7 @@ def test_what_could_not_be_asked_is_no_success(
     ours = unit(4)
     asked = answers(ours, ours)
     del asked.cards[Input(text="e")]
-    code, _ = concluded(monkeypatch, asked, Opinion("library", ours.astype(float), np.empty((0, 0))))
+    code, _ = concluded(monkeypatch, asked, OracleResult("library", ours.astype(float), np.empty((0, 0))))
     printed = capsys.readouterr().out
     assert code == 1
     assert re.search(r'0\.8000 +not compared +"b" x "e"\n', printed)
@@ -121,11 +124,11 @@ def test_a_chat_that_was_cut_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], family: str, count: int
 ) -> None:
     ours = unit(4)
-    theirs = Opinion("library", ours[4 - count :].astype(float), np.empty((0, 0)))
+    theirs = OracleResult("library", ours[4 - count :].astype(float), np.empty((0, 0)))
     code, asked = concluded(monkeypatch, answers(ours, ours, dropped=2, family=family), theirs)
     assert code == 0
     assert asked == [f"text {i}" for i in range(4 - count, 4)]
-    assert (", 2 left out that had to be cut" in capsys.readouterr().out) == (family == "qwen2_vl")
+    assert (", 2 truncated ones skipped" in capsys.readouterr().out) == (family == "qwen2_vl")
 
 
 @pytest.mark.parametrize(

@@ -63,22 +63,22 @@ def test_models_that_were_added_are_no_families(tmp_path: Path) -> None:
     models = _copy(tmp_path, "bge", "minilm")
     for name, pooling in (("m3", "cls"), ("e5", "mean"), ("a-bert", "mean")):
         repository.write_model(models, "bge", models, name, {"checkpoint": "org/x", "pooling": pooling})
-    assert repository.families(models) == ["a-bert", "bge", "e5", "m3", "minilm"]
-    assert repository.originals(models) == ["bge", "minilm"]
+    assert repository.model_names(models) == ["a-bert", "bge", "e5", "m3", "minilm"]
+    assert repository.family_names(models) == ["bge", "minilm"]
     found = _checkpoint(tmp_path / "new", "xlm-roberta", {"pooling_mode_mean_tokens": True})
     assert repository.family_of(found, models) == "bge"
     shutil.rmtree(models / "bge")
     shutil.rmtree(models / "minilm")
-    with pytest.raises(RepositoryError, match="holds no family"):
+    with pytest.raises(RepositoryError, match="contains no family"):
         repository.family_of(found, models)
 
 
 @pytest.mark.parametrize(
     ("model_type", "pooling", "says"),
     [
-        ("t5", None, "model_type 't5' belongs to no family; served are bert, clip, llama"),
-        ("bert", None, "states pooling 'nothing'; of model_type 'bert' are bge (cls) and minilm (mean)"),
-        ("bert", {"pooling_mode_max_tokens": False}, "states pooling 'nothing'"),
+        ("t5", None, "model_type 't5' belongs to no family; supported: bert, clip, llama"),
+        ("bert", None, "has pooling 'nothing'; families of model_type 'bert': bge (cls) and minilm (mean)"),
+        ("bert", {"pooling_mode_max_tokens": False}, "has pooling 'nothing'"),
     ],
 )
 def test_family_of_refuses_to_guess(tmp_path: Path, model_type: str, pooling: object, says: str) -> None:
@@ -102,7 +102,7 @@ def test_stated_pooling_is_what_sentence_transformers_wrote(mode: str, place: st
         kinds = {"": "Transformer", place: "Pooling"}
         modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
         (tmp_path / "modules.json").write_text(json.dumps(modules))
-    assert repository.stated_pooling(tmp_path) == mode.replace("lasttoken", "last")
+    assert repository.checkpoint_pooling(tmp_path) == mode.replace("lasttoken", "last")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_stated_pooling_is_what_sentence_transformers_wrote(mode: str, place: st
     ],
 )
 def test_stated_pooling(stated: dict[str, object] | None, expected: str, tmp_path: Path) -> None:
-    assert repository.stated_pooling(_checkpoint(tmp_path / "x", "bert", stated)) == expected
+    assert repository.checkpoint_pooling(_checkpoint(tmp_path / "x", "bert", stated)) == expected
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_model_name(title: str, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "../x", ".x", "", "模型", "x\n"])
 def test_a_name_that_triton_cannot_have_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(RepositoryError, match="is no name for a model"):
+    with pytest.raises(RepositoryError, match="Invalid model name"):
         repository.check_name(name, tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_the_sentence_before_queries(
     title: str, model_type: str, family: str, query: str | None, tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint(_checkpoint(tmp_path / title, model_type), f"org/{title}", f"org/{title}")
-    facts = repository.facts(checkpoint, family, REPOSITORY, title)
+    facts = repository.checkpoint_parameters(checkpoint, family, REPOSITORY, title)
     stated = _parameters(repository.write_model(REPOSITORY, family, tmp_path / "models", title, facts))
     assert stated.get("query_instruction") == query
 
@@ -182,7 +182,9 @@ def test_facts_are_the_checkpoints_where_it_states_them_and_else_the_familys(tmp
     written = [
         _parameters(repository.write_model(REPOSITORY, "qwen3_embedding", tmp_path / "models", path.name, facts))
         for path in (mean, silent)
-        for facts in [repository.facts(Checkpoint(path, str(path)), "qwen3_embedding", REPOSITORY, path.name)]
+        for facts in [
+            repository.checkpoint_parameters(Checkpoint(path, str(path)), "qwen3_embedding", REPOSITORY, path.name)
+        ]
     ]
     assert [stated["pooling"] for stated in written] == ["mean", "last"]
     assert [stated["is_matryoshka"] for stated in written] == ["true", "true"]
@@ -201,7 +203,7 @@ def test_facts_are_the_checkpoints_where_it_states_them_and_else_the_familys(tmp
     ],
 )
 def test_aliases(checkpoint: Checkpoint, aliases: str | None, tmp_path: Path) -> None:
-    facts = repository.facts(checkpoint, "clip", REPOSITORY, "taken")
+    facts = repository.checkpoint_parameters(checkpoint, "clip", REPOSITORY, "taken")
     stated = _parameters(repository.write_model(REPOSITORY, "clip", tmp_path, "taken", facts))
     assert stated.get("aliases") == aliases
 
@@ -211,7 +213,7 @@ def test_a_pickle_is_refused_with_the_command_that_makes_safetensors_of_it(tmp_p
     weights = load_file(directory / "model.safetensors")
     save(weights, directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
-    with pytest.raises(RepositoryError, match="no pickle") as caught:
+    with pytest.raises(RepositoryError, match="pickles") as caught:
         repository.check_weights(Checkpoint(directory, str(directory)))
     command = str(caught.value).partition("try again: ")[2]
     subprocess.run(shlex.split(command), check=True, capture_output=True)

@@ -27,7 +27,7 @@ from test_scheduler import (
     ask_at_once,  # noqa: F401 - applies to every test here
     computed,
     finish,
-    first_of,
+    first_chunks,
     hold,
     not_finite,
     picture,
@@ -41,7 +41,7 @@ from test_scheduler import (
 from triton_embed.python_backend.job import Job, Key, identity
 from triton_embed.python_backend.reuse import Cache
 from triton_embed.python_backend.row import Row
-from triton_embed.python_backend.scheduler import Between
+from triton_embed.python_backend.scheduler import PauseHook
 
 pytestmark = pytest.mark.timeout(60)
 PLENTY = 10**6
@@ -277,7 +277,7 @@ def test_rows_are_told_by_where_their_vectors_came_from(engine: Engine) -> None:
     running.close()
     assert watch.rows.tolist() == [3, 1, 3]
     assert watch.cache_bytes > 0
-    assert watch.threads == {"delivery"}
+    assert watch.threads == {"sender"}
     assert [len(waits) for waits, _, _ in watch.passes] == [1, 1]
 
 
@@ -445,7 +445,7 @@ class Digesting:
         self.failed: list[set[Key]] = []
         self.together: list[list[int]] = []
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool) -> Vectors:
+    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: PauseHook | None, spare: bool) -> Vectors:
         keys = [identity(one, size) for one, size in zip(rows, dims, strict=True)]
         self.now.update(keys)
         self.most = max(self.most, *self.now.values())
@@ -453,7 +453,7 @@ class Digesting:
         try:
             for _ in range(self.pauses if between else 0):
                 between and between()
-            if any(first_of(one) == POISON for one in rows):
+            if any(first_chunks(one) == POISON for one in rows):
                 self.failed.append(set(keys))
                 raise MemoryError
             self.rows += len(rows)
@@ -508,13 +508,13 @@ def test_any_interleaving(wanted: list[dict[str, Any]], threads: int, cache_byte
             assert one["cancelled"] or one["late"]
             assert ("deadline" in found) == one["late"]
         else:
-            assert any(not failed.isdisjoint(asked.places) for failed in compute.failed)
+            assert any(not failed.isdisjoint(asked.indices) for failed in compute.failed)
     assert shares[0] <= compute.rows
     assert cache_bytes or not shares[2]
     assert compute.most <= 1
     assert all(sum(costs) <= WIDE or len(costs) == 1 for costs in compute.together)
     assert running.admitted == 0
-    assert not running.scheduler._reuse._flights
+    assert not running.scheduler._dedup._pending
 
 
 def test_many_threads_ask_for_the_same_few_rows(engine: Engine) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shapes import stated
+from test_shapes import config_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2VLTextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
 from triton_embed.python_backend.rotary import Rotary, attention_factor, frequencies
-from triton_embed.python_backend.shapes import Rope
+from triton_embed.python_backend.shapes import RopeConfig
 
 HEAD_DIM, POSITIONS = 32, 64
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
@@ -35,7 +35,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn that shrinks": {**YARN, "factor": 0.5},
     "yarn of other turns": {**YARN, "beta_fast": 8.0, "beta_slow": 2},
     "yarn of one turn": {**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
-    "yarn of nothing stated": {**YARN, "beta_fast": None, "beta_slow": None, "mscale": None, "attention_factor": None},
+    "yarn without options": {**YARN, "beta_fast": None, "beta_slow": None, "mscale": None, "attention_factor": None},
     "yarn, not truncated": {**YARN, "truncate": False},
     "yarn, truncated": {**YARN, "truncate": True},
     "yarn with a factor for attention": {**YARN, "attention_factor": 1.375, "mscale": 2.0, "mscale_all_dim": 0.5},
@@ -61,12 +61,14 @@ def configured(
     )
 
 
-def read(config: PreTrainedConfig) -> Rope:
+def read(config: PreTrainedConfig) -> RopeConfig:
     """Ours, from the config.json that transformers writes."""
-    return Rope.read(stated(config.to_dict()), HEAD_DIM if config.model_type != "llama" else config.head_dim)
+    return RopeConfig.read(config_file(config.to_dict()), HEAD_DIM if config.model_type != "llama" else config.head_dim)
 
 
-def ours(scaling: Mapping[str, Any], theta: float = 1e4, head_dim: int = HEAD_DIM, positions: int = POSITIONS) -> Rope:
+def ours(
+    scaling: Mapping[str, Any], theta: float = 1e4, head_dim: int = HEAD_DIM, positions: int = POSITIONS
+) -> RopeConfig:
     return read(configured(scaling, theta, head_dim, positions))
 
 

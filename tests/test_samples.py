@@ -1,11 +1,11 @@
-"""What `verify` asks: texts of every length and script, and pictures that Pillow opens."""
+"""The samples of `verify`: texts of every length and script, and images that Pillow opens."""
 
 import io
 
 from PIL import Image
 
 from conftest import MINILM
-from triton_embed.gateway.samples import TEXTS, pictures
+from triton_embed.gateway.samples import TEXTS, images
 
 
 def test_texts_differ_and_survive_a_tokenizer_that_strips() -> None:
@@ -23,9 +23,9 @@ def test_texts_are_of_one_token_and_of_more_than_an_encoder_reads() -> None:
     assert 512 < max(lengths) < 1800  # longer than BERT reads, and yet a whole input of GME's
 
 
-def test_pictures_are_of_three_shapes_and_the_same_each_time() -> None:
-    first, second = list(pictures()), list(pictures())
+def test_images_have_three_shapes_and_are_the_same_each_time() -> None:
+    first, second = list(images()), list(images())
     assert first == second
-    opened = [Image.open(io.BytesIO(picture)) for picture in first]
+    opened = [Image.open(io.BytesIO(image)) for image in first]
     assert [image.size for image in opened] == [(336, 336), (480, 272), (150, 600)]
     assert all(len(image.resize((16, 16)).getcolors()) > 100 for image in opened)

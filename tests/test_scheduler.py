@@ -20,10 +20,10 @@ import pytest
 from triton_embed.python_backend import job as job_file
 from triton_embed.python_backend import scheduler as scheduler_file
 from triton_embed.python_backend.budget import Budget
-from triton_embed.python_backend.delivery import Delivery
+from triton_embed.python_backend.delivery import Sender
 from triton_embed.python_backend.job import Job
 from triton_embed.python_backend.row import NO_IDS, Row
-from triton_embed.python_backend.scheduler import ADMITTED, Between, Compute, Scheduler, Watch
+from triton_embed.python_backend.scheduler import ADMITTED_BUDGETS, Compute, MetricsSink, PauseHook, Scheduler
 
 BUDGET = 10
 POISON = 666
@@ -81,12 +81,12 @@ def job(caller: Caller, *lengths: int, first: int = 0, dims: int = 3, deadline: 
     return Job([row(first + i, length) for i, length in enumerate(lengths)], dims, caller, deadline)
 
 
-def first_of(one: Row) -> int:
+def first_chunks(one: Row) -> int:
     return int(one.ids[0] if len(one.ids) else one.pictures[0][0, 0, 0])
 
 
 def vectors_of(asked: Job) -> Vectors:
-    found = [[first_of(one), one.cost, one.ids.sum()] for one in asked.rows]
+    found = [[first_chunks(one), one.cost, one.ids.sum()] for one in asked.rows]
     return np.array(found, dtype=np.float32)[:, : asked.dims]
 
 
@@ -101,23 +101,25 @@ class Engine:
         self.entered = threading.Event()
         self.spoil: Callable[[Sequence[Row], Vectors], Vectors] = lambda _, vectors: vectors
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool) -> Vectors:
+    def compute(
+        self, rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool
+    ) -> Vectors:
         assert len(rows) == len(dims)
         self.batches.append(list(rows))
         self.entered.set()
         assert self.gate.wait(PATIENCE)
-        if between is not None:
+        if pause_hook is not None:
             for happens in self.pauses:
                 happens()
-                between()
+                pause_hook()
         found = np.zeros((len(rows), 8), dtype=np.float32)
         for vector, one in zip(found, rows, strict=True):
-            vector[:3] = first_of(one), one.cost, one.ids.sum()
+            vector[:3] = first_chunks(one), one.cost, one.ids.sum()
         return self.spoil(rows, found)
 
     def firsts(self) -> list[int]:
         """First ids of all rows computed, in order."""
-        return [first_of(one) for batch in self.batches for one in batch]
+        return [first_chunks(one) for batch in self.batches for one in batch]
 
 
 class DaemonExecutor(Executor):
@@ -140,9 +142,9 @@ class Running:
     """A scheduler and its delivery thread; `close` as `finalize` does it."""
 
     def __init__(
-        self, compute: Compute, watch: Watch | None = None, budget: int = BUDGET, cache_bytes: int = 0
+        self, compute: Compute, watch: MetricsSink | None = None, budget: int = BUDGET, cache_bytes: int = 0
     ) -> None:
-        self.delivery = Delivery()
+        self.delivery = Sender()
         self.scheduler = Scheduler(
             compute, Budget(budget, budget // 2, budget // 4), self.delivery, DaemonExecutor(), watch, cache_bytes
         )
@@ -151,8 +153,9 @@ class Running:
     @property
     def admitted(self) -> int:
         """Tokens that count in either lane; jobs that are waited for too, when nothing is left of them: none."""
-        assert not self.scheduler._reuse._flights or self.scheduler._small.admitted + self.scheduler._large.admitted
-        return self.scheduler._small.admitted + self.scheduler._large.admitted
+        admitted = self.scheduler._small.admitted_tokens + self.scheduler._large.admitted_tokens
+        assert not self.scheduler._dedup._pending or admitted
+        return admitted
 
     def close(self) -> None:
         closing = threading.Thread(target=self.scheduler.close, daemon=True)
@@ -231,7 +234,7 @@ def test_every_one_of_many_jobs_gets_its_own_rows_in_order(engine: Engine, runni
     running.close()
     assert all(len(caller.outcomes) == 1 for caller in callers)
     assert all(1 <= caller.asked <= 2 for caller in callers)  # again where its first row did not fit
-    assert sorted(engine.firsts()) == sorted(first_of(one) for asked in jobs for one in asked.rows)
+    assert sorted(engine.firsts()) == sorted(first_chunks(one) for asked in jobs for one in asked.rows)
 
 
 def test_a_batch_stays_within_the_budget_and_runs_from_short_to_long(engine: Engine, running: Running) -> None:
@@ -278,12 +281,12 @@ def test_a_picture_counts_by_what_it_costs_in_all_towers(engine: Engine, running
     found = caller.outcome()
     assert isinstance(found, np.ndarray)
     assert np.array_equal(found, vectors_of(asked))
-    assert [[first_of(one) for one in batch] for batch in engine.batches[1:]] == [[0, 3, 1], [2], [4]]
+    assert [[first_chunks(one) for one in batch] for batch in engine.batches[1:]] == [[0, 3, 1], [2], [4]]
 
 
 def test_submit_waits_for_pictures_too(engine: Engine, running: Running) -> None:
     hold(engine, running)
-    running.submit(Job([picture(1, ADMITTED * BUDGET)], 3, Caller()))
+    running.submit(Job([picture(1, ADMITTED_BUDGETS * BUDGET)], 3, Caller()))
     late = threading.Thread(target=running.submit, args=(job(Caller(), 3),), daemon=True)
     late.start()
     late.join(0.2)
@@ -302,7 +305,7 @@ def test_jobs_share_a_batch_and_are_served_first_come_first_served(engine: Engin
     for caller in callers:
         caller.outcome()
         assert caller.reused == [0]
-    assert [[first_of(one) for one in batch] for batch in engine.batches[1:]] == [[0, 1, 2, 3, 4], [5, 6]]
+    assert [[first_chunks(one) for one in batch] for batch in engine.batches[1:]] == [[0, 1, 2, 3, 4], [5, 6]]
 
 
 @pytest.mark.parametrize("size", [1, BUDGET])
@@ -313,7 +316,7 @@ def test_submit_waits_when_a_lane_is_full_and_goes_on_when_there_is_room(
     hold(engine, running)
     other = BUDGET if size == 1 else 1
     running.submit(job(Caller(), other, first=10_001))  # counts elsewhere
-    fits = ADMITTED * BUDGET // size - (size == 1)  # the one that holds the engine is a small one
+    fits = ADMITTED_BUDGETS * BUDGET // size - (size == 1)  # the one that holds the engine is a small one
     callers = [Caller() for _ in range(fits + 2)]
     admitted: list[int] = []
 
@@ -336,7 +339,7 @@ def test_submit_waits_when_a_lane_is_full_and_goes_on_when_there_is_room(
 
 
 def raising(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-    if any(first_of(one) == POISON for one in rows):
+    if any(first_chunks(one) == POISON for one in rows):
         raise MemoryError("the machine is full")
     return vectors
 
@@ -344,7 +347,7 @@ def raising(rows: Sequence[Row], vectors: Vectors) -> Vectors:
 def not_finite(value: float) -> Callable[[Sequence[Row], Vectors], Vectors]:
     def spoil(rows: Sequence[Row], vectors: Vectors) -> Vectors:
         for one, vector in zip(rows, vectors, strict=True):
-            if first_of(one) == POISON:
+            if first_chunks(one) == POISON:
                 vector[1] = value
         return vectors
 
@@ -352,11 +355,11 @@ def not_finite(value: float) -> Callable[[Sequence[Row], Vectors], Vectors]:
 
 
 def too_few(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-    return vectors[:-1] if any(first_of(one) == POISON for one in rows) else vectors
+    return vectors[:-1] if any(first_chunks(one) == POISON for one in rows) else vectors
 
 
 def too_short(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-    return vectors[:, :2] if any(first_of(one) == POISON for one in rows) else vectors
+    return vectors[:, :2] if any(first_chunks(one) == POISON for one in rows) else vectors
 
 
 WRONG = {
@@ -483,7 +486,7 @@ def test_a_job_whose_deadline_passes_before_it_begins_is_never_computed(engine: 
     while time.monotonic() < now + 0.02:
         time.sleep(0.01)
     engine.gate.set()
-    assert late.outcome() == "dropped: The request's deadline passed before its computation began"
+    assert late.outcome() == "dropped: The request's deadline passed before its computation started"
     assert isinstance(early.outcome(), np.ndarray)
     assert isinstance(good.outcome(), np.ndarray)
     assert engine.firsts() == [10_000, 1, 2]
@@ -503,7 +506,7 @@ def test_a_job_that_has_begun_is_finished_whatever_its_deadline(engine: Engine, 
 
 
 class Watching:
-    """A Watch that remembers."""
+    """A MetricsSink that remembers."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[list[float], float, int]] = []
@@ -533,7 +536,7 @@ def test_every_forward_pass_is_told_and_every_wait_once(engine: Engine) -> None:
     for caller in callers:
         caller.outcome()
     running.close()
-    assert watch.threads == {"delivery"}
+    assert watch.threads == {"sender"}
     told = watch.passes
     assert [(len(waits), tokens) for waits, _, tokens in told] == [(1, 1), (2, 8), (1, 3), (0, 8)]
     assert told[0][0][0] < 0.05 <= min(told[1][0])
@@ -619,7 +622,7 @@ def wide(engine: Engine) -> Iterator[Running]:
 
 def computed(engine: Engine) -> list[list[int]]:
     """First ids of each forward pass."""
-    return [[first_of(one) for one in batch] for batch in engine.batches]
+    return [[first_chunks(one) for one in batch] for batch in engine.batches]
 
 
 @pytest.mark.parametrize(("cost", "overtakes"), [(10, True), (11, False)])
@@ -739,9 +742,9 @@ def test_a_small_pass_and_a_pass_in_a_pause_are_not_interrupted(engine: Engine, 
     betweens: list[bool] = []
     compute = engine.compute
 
-    def watched(rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool) -> Vectors:
-        betweens.append(between is not None)
-        return compute(rows, dims, between, spare)
+    def watched(rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool) -> Vectors:
+        betweens.append(pause_hook is not None)
+        return compute(rows, dims, pause_hook, spare_core)
 
     running = Running(watched, budget=WIDE)
     engine.pauses = [lambda: running.submit(job(Caller(), 3, first=50))]
@@ -761,9 +764,11 @@ class Spared:
         self._compute = engine.compute
         self.passes: list[tuple[int, bool]] = []
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: Between | None, spare: bool) -> Vectors:
-        self.passes.append((sum(one.cost for one in rows), spare))
-        return self._compute(rows, dims, between, spare)
+    def compute(
+        self, rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool
+    ) -> Vectors:
+        self.passes.append((sum(one.cost for one in rows), spare_core))
+        return self._compute(rows, dims, pause_hook, spare_core)
 
 
 def spared(engine: Engine, budget: int, jobs: Sequence[Sequence[int]], first: int = 1) -> list[tuple[int, bool]]:
@@ -783,7 +788,7 @@ def spared(engine: Engine, budget: int, jobs: Sequence[Sequence[int]], first: in
 
 
 def test_several_jobs_of_few_tokens_leave_a_core_to_others(engine: Engine) -> None:
-    light = scheduler_file.LIGHT
+    light = scheduler_file.LIGHT_JOB_TOKENS
     assert spared(engine, 400, [[light - 1], [light]]) == [(1, False), (2 * light - 1, True)]
     assert spared(engine, 400, [[light], [light]]) == [(1, False), (2 * light, False)]
     assert spared(engine, 400, [[5]]) == [(1, False), (5, False)]
@@ -849,7 +854,7 @@ def test_the_seconds_of_a_pass_are_without_those_of_its_pauses(engine: Engine) -
     running = Running(engine.compute, watch, budget=WIDE)
 
     def slow(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-        time.sleep(0.1 if first_of(rows[0]) == 5 else 0.02)
+        time.sleep(0.1 if first_chunks(rows[0]) == 5 else 0.02)
         return vectors
 
     engine.spoil = slow

@@ -1,4 +1,4 @@
-"""What is a request and what is not: each form, each refusal with its words, and nothing else ever raised."""
+"""Parsing of requests and writing of responses: every form, the message of every error, and no other exception."""
 
 import base64
 import json
@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 
 from triton_embed.gateway import schemas
 from triton_embed.gateway.errors import ApiError, invalid
-from triton_embed.gateway.forms import Form
+from triton_embed.gateway.forms import VectorFormat
 from triton_embed.gateway.items import Prompt
 from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
 from triton_embed.gateway.settings import Settings
 
-SIZES = "dimensions must be an integer, or a list of 1 to 16 of them"
+SIZES = "dimensions must be an integer or a list of 1 to 16 integers"
 SETTINGS = Settings(max_inputs=4, max_request_tokens=10)
 
 
 def as_json(value: Any) -> bytes:
-    """As the standard library writes it: whole numbers of any size, NaN, lone surrogates."""
+    """Return JSON of the standard library, which allows integers of any size, NaN and lone surrogates."""
     return json.dumps(value).encode()
 
 
@@ -39,7 +39,7 @@ def outcome(parser: Any, body: bytes) -> EmbeddingRequest | ApiError:
     return request
 
 
-def refusal(body: Any, parser: Any = schemas.parse_embeddings) -> ApiError:
+def parse_error(body: Any, parser: Any = schemas.parse_embeddings) -> ApiError:
     with pytest.raises(ApiError) as caught:
         parser(body if isinstance(body, bytes) else as_json(body), SETTINGS)
     assert caught.value.status == 400
@@ -47,7 +47,7 @@ def refusal(body: Any, parser: Any = schemas.parse_embeddings) -> ApiError:
 
 
 @pytest.mark.parametrize(
-    ("given_input", "texts", "ids", "single"),
+    ("inputs", "texts", "ids", "single"),
     [
         ("a", ["a"], [], True),
         ("今天天气真好", ["今天天气真好"], [], True),
@@ -57,11 +57,11 @@ def refusal(body: Any, parser: Any = schemas.parse_embeddings) -> ApiError:
         ([[1, 2], [3]], [], [[1, 2], [3]], False),
         ({"input": "a"}, ["a"], [], True),
         ({"input": [[1], [2]]}, [], [[1], [2]], False),
-        ([-1], [], [[-1]], True),  # refused later, by the model's vocabulary
+        ([-1], [], [[-1]], True),  # rejected later, by `fit`
     ],
 )
-def test_input_forms(given_input: Any, texts: list[str], ids: list[list[int]], single: bool) -> None:
-    request = parse({"input": given_input})
+def test_input_forms(inputs: Any, texts: list[str], ids: list[list[int]], single: bool) -> None:
+    request = parse({"input": inputs})
     assert (request.texts, request.ids, request.single) == (texts, ids, single)
     assert request.parameters(range(request.count)) == {}
 
@@ -71,7 +71,7 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "x"}}
 
 
 @pytest.mark.parametrize(
-    ("given_input", "texts", "images", "single"),
+    ("inputs", "texts", "images", "single"),
     [
         ({"text": "a"}, ["a"], [], True),
         ([{"text": "a"}], ["a"], [], False),
@@ -88,15 +88,15 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "x"}}
         ({"input": [TEXT_PART]}, ["a"], [], True),
     ],
 )
-def test_item_forms(given_input: Any, texts: list[str], images: list[tuple[str, ...]], single: bool) -> None:
-    request = parse({"input": given_input})
+def test_item_forms(inputs: Any, texts: list[str], images: list[tuple[str, ...]], single: bool) -> None:
+    request = parse({"input": inputs})
     assert (request.texts, list(request.images), request.ids, request.single) == (texts, images, [], single)
 
 
 def test_prompts_of_items() -> None:
-    i, q, none = Prompt("i"), Prompt(None, "q"), Prompt()
+    i, q, no_prompt = Prompt("i"), Prompt(None, "q"), Prompt()
     for items, outer, expected in [
-        ([{"text": "a", "instruction": "i"}, {"image": "x"}], {}, [i, none]),
+        ([{"text": "a", "instruction": "i"}, {"image": "x"}], {}, [i, no_prompt]),
         ([{"text": "a", "instruction": "i"}, "b"], {"prompt_name": "q"}, [i, q]),
         ({"text": "a", "prompt_name": "q"}, {"instruction": "i"}, [q]),
         ({"input": [{"text": "a", "prompt_name": "q"}, "b"], "instruction": "i"}, {}, [q, i]),
@@ -107,40 +107,40 @@ def test_prompts_of_items() -> None:
         assert [request.prompt_of(n) for n in range(request.count)] == expected or not expected
 
 
-def test_a_request_may_be_as_large_as_its_limits() -> None:
+def test_requests_at_the_limits_are_valid() -> None:
     assert len(parse({"input": ["a"] * 4}).texts) == 4
     assert len(parse({"input": [{"image": "x"}] * 4}).images) == 4
     assert parse({"input": {"image": ["x"] * 4}}).images == [("x",) * 4]
     assert parse({"input": [[1] * 4, [1] * 6]}).ids == [[1] * 4, [1] * 6]
 
 
-def test_the_dict_form_is_input_plus_instruction() -> None:
+def test_wrapped_input_equals_top_level_fields() -> None:
     inner = parse({"model": "m", "input": {"input": "a", "instruction": "find"}})
     assert inner == parse({"model": "m", "input": "a", "instruction": "find"})
     assert inner.prompt == Prompt("find")
 
 
-def test_the_inner_instruction_is_the_nearer_one() -> None:
+def test_wrapped_prompt_overrides_top_level_prompt() -> None:
     body = {"input": {"input": "a", "instruction": "inner"}, "instruction": "outer", "prompt_name": "query"}
     assert parse(body).parameters([0]) == {"instruction": "inner"}
     assert parse({"input": {"input": "a"}, "prompt_name": "query"}).parameters([0]) == {"prompt_name": "query"}
 
 
-def test_fields_travel_only_when_given() -> None:
+def test_unset_fields_are_not_sent_to_the_model() -> None:
     expected = {"dimensions": 3, "instruction": "i", "truncate": "start", "long_text": "mean", "on_error": "report"}
     assert parse({"input": "a", **expected}).parameters([0]) == expected
     names = ["dimensions", "instruction", "prompt_name", "input_type", "truncate", "long_text", "on_error", "priority"]
-    more = ["output_dtype", "return_receipt", "token_encoding", "encoding_format", "model"]
-    absent = {**dict.fromkeys([*names, *more]), "instruction": "", "user": 7, "new": []}
+    other_names = ["output_dtype", "return_receipt", "token_encoding", "encoding_format", "model"]
+    absent = {**dict.fromkeys([*names, *other_names]), "instruction": "", "user": 7, "new": []}
     assert parse({"input": "a", **absent}).parameters([0]) == {}
     assert parse({"input": "a", "dimensions": [3, 5, 2]}).parameters([0]) == {"dimensions": 5}
 
 
-def test_how_an_answer_is_written() -> None:
-    assert parse({"input": "a"}).form == Form()
+def test_vector_format_and_priority_of_a_request() -> None:
+    assert parse({"input": "a"}).vector_format == VectorFormat()
     body = {"dimensions": [3, 5], "output_dtype": "int8", "return_receipt": True, "encoding_format": "base64"}
-    assert parse({"input": "a", **body}).form == Form(True, "int8", (3, 5), True, True)
-    assert parse({"input": "a", "dimensions": 3}).form == Form(sizes=(3,))
+    assert parse({"input": "a", **body}).vector_format == VectorFormat(True, "int8", (3, 5), True, True)
+    assert parse({"input": "a", "dimensions": 3}).vector_format == VectorFormat(sizes=(3,))
     assert [parse({"input": "a", "priority": lane}).batch for lane in ("batch", "interactive", None)] == [
         True,
         False,
@@ -149,11 +149,11 @@ def test_how_an_answer_is_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "wants"),
+    ("value", "base64_expected"),
     [("float", False), (None, False), (["float"], False), ("base64", True), (["base64"], True)],
 )
-def test_encoding_format(value: Any, wants: bool) -> None:
-    assert parse({"input": "a", "encoding_format": value}).form.base64 is wants
+def test_encoding_format(value: Any, base64_expected: bool) -> None:
+    assert parse({"input": "a", "encoding_format": value}).vector_format.base64 is base64_expected
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_truncate(value: Any, meaning: str | None) -> None:
     assert parse({"input": "a", "truncate": value}).truncate == meaning
 
 
-WRAPPED = "known are input, instruction, prompt_name, input_type"
-BAD_INPUTS = [
+WRAPPER_KEYS = "allowed keys are input, instruction, prompt_name, input_type"
+INVALID_INPUTS = [
     (None, "input is required"),
     ("", "Input cannot be empty"),
     ([], "Input cannot be empty"),
@@ -197,14 +197,14 @@ BAD_INPUTS = [
     (["a", {"image": 7}], "Input at index 1: image must be a data: URI, base64 or an http(s) URL, got an integer"),
     ([{"text": "a"}, [1]], "Input at index 1, content part 0 must be an object with a type"),
     ([TEXT_PART, {"text": "a"}], "Input at index 0, content part 1 must be an object with a type"),
-    (["a", TEXT_PART], "Input at index 1 is a content part: put the parts of one input in a list of their own"),
+    (["a", TEXT_PART], "Input at index 1 is a content part: put the parts of one input in a list"),
     (
         {"input": {"input": "a"}},
-        "Input at index 0 has an unknown key 'input'; known are text, image, image_url, instruction, prompt_name, "
-        "input_type",
+        "Input at index 0 has an unknown key 'input'; allowed keys are text, image, image_url, instruction, "
+        "prompt_name, input_type",
     ),
-    ({"input": "a", "image": "x"}, f"input has an unknown key 'image'; {WRAPPED}"),
-    ({"input": "a", "": "x"}, f"input has an unknown key ''; {WRAPPED}"),
+    ({"input": "a", "image": "x"}, f"input has an unknown key 'image'; {WRAPPER_KEYS}"),
+    ({"input": "a", "": "x"}, f"input has an unknown key ''; {WRAPPER_KEYS}"),
     (["a"] * 5, "At most 4 inputs fit in one request, got 5"),
     ([{"text": "a"}] * 5, "At most 4 inputs fit in one request, got 5"),
     ([{"image": ["x", "y", "z"]}] * 2, "At most 4 images fit in one request, got 6"),
@@ -213,14 +213,14 @@ BAD_INPUTS = [
 ]
 
 
-@pytest.mark.parametrize(("value", "message"), BAD_INPUTS)
-def test_bad_inputs(value: Any, message: str) -> None:
-    error = refusal(as_json({"input": value}))
+@pytest.mark.parametrize(("value", "message"), INVALID_INPUTS)
+def test_invalid_inputs(value: Any, message: str) -> None:
+    error = parse_error(as_json({"input": value}))
     assert (error.message, error.param) == (message, "input")
 
 
 def test_input_is_required() -> None:
-    assert refusal({"model": "m"}).message == "input is required"
+    assert parse_error({"model": "m"}).message == "input is required"
 
 
 @pytest.mark.parametrize(
@@ -231,9 +231,9 @@ def test_input_is_required() -> None:
         ("dimensions", "3", f"{SIZES}, got a string"),
         ("dimensions", 3.0, f"{SIZES}, got a number"),
         ("dimensions", True, f"{SIZES}, got a boolean"),
-        ("dimensions", [], f"{SIZES}, got another"),
-        ("dimensions", [1] * 17, f"{SIZES}, got another"),
-        ("dimensions", [1, 2.0], f"{SIZES}, got another"),
+        ("dimensions", [], f"{SIZES}, got an invalid list"),
+        ("dimensions", [1] * 17, f"{SIZES}, got an invalid list"),
+        ("dimensions", [1, 2.0], f"{SIZES}, got an invalid list"),
         ("output_dtype", "int4", "output_dtype must be one of float, int8, uint8, binary, ubinary, got 'int4'"),
         ("on_error", "ignore", "on_error must be one of fail, report, got 'ignore'"),
         ("on_error", ["fail"], "on_error must be one of fail, report, got '['fail']'"),
@@ -255,8 +255,8 @@ def test_input_is_required() -> None:
         ),
     ],
 )
-def test_bad_fields(field: str, value: Any, message: str) -> None:
-    error = refusal({"input": "a", field: value})
+def test_invalid_fields(field: str, value: Any, message: str) -> None:
+    error = parse_error({"input": "a", field: value})
     assert (error.message, error.param) == (message, field)
 
 
@@ -264,19 +264,19 @@ def test_bad_fields(field: str, value: Any, message: str) -> None:
     "body",
     [b"", b"{", b"input=a", b"\xff", b'{"input": NaN}', b"[" * 5000, b'{"input": "\\ud800"}', b'{"input": "\\udc00x"}'],
 )
-def test_what_is_not_json(body: bytes) -> None:
-    assert refusal(body).message.startswith("The request body is not valid JSON: ")
+def test_body_that_is_not_json(body: bytes) -> None:
+    assert parse_error(body).message.startswith("The request body is not valid JSON: ")
 
 
 @pytest.mark.parametrize(
-    ("body", "word"), [(b"[]", "a list"), (b'"a"', "a string"), (b"null", "null"), (b"1", "an integer")]
+    ("body", "kind"), [(b"[]", "a list"), (b'"a"', "a string"), (b"null", "null"), (b"1", "an integer")]
 )
-def test_json_that_is_no_object(body: bytes, word: str) -> None:
-    assert refusal(body).message == f"The request body must be a JSON object, got {word}"
+def test_body_that_is_not_an_object(body: bytes, kind: str) -> None:
+    assert parse_error(body).message == f"The request body must be a JSON object, got {kind}"
 
 
-def test_a_refusal_does_not_echo_a_whole_body() -> None:
-    assert len(refusal({"input": "a", "encoding_format": "x" * 10**6}).message) < 300
+def test_error_truncates_a_long_value() -> None:
+    assert len(parse_error({"input": "a", "encoding_format": "x" * 10**6}).message) < 300
 
 
 KEYS = st.sampled_from(["type", "text", "image", "image_url", "url", "input", "instruction"])
@@ -308,21 +308,21 @@ def test_any_json_is_a_request_or_a_400(parser: Any, body: Any) -> None:
     assert bool(request.texts) != bool(request.ids)
     assert len(request.images) in (0, len(request.texts))
     images = request.images or [()] * len(request.texts)
-    for i, (text, its) in enumerate(zip(request.texts, images, strict=True)):
+    for i, (text, references) in enumerate(zip(request.texts, images, strict=True)):
         assert type(text) is str
-        assert text.strip() or (its and not text) or i in request.faults.found
-        assert all(type(image) is str and image.strip() for image in its)
+        assert text.strip() or (references and not text) or i in request.errors.by_index
+        assert all(type(reference) is str and reference.strip() for reference in references)
     for i, row in enumerate(request.ids):
         assert all(type(id_) is int for id_ in row)
-        assert row or i in request.faults.found
+        assert row or i in request.errors.by_index
     assert len(request.texts) + len(request.ids) <= SETTINGS.max_inputs
     assert {type(value) for value in request.parameters(range(request.count)).values()} <= {int, str}
 
 
 @given(body=st.binary(max_size=60))
 def test_any_bytes_are_a_request_or_a_400(body: bytes) -> None:
-    found = outcome(schemas.parse_embeddings, body)
-    assert isinstance(found, EmbeddingRequest) or found.status == 400
+    result = outcome(schemas.parse_embeddings, body)
+    assert isinstance(result, EmbeddingRequest) or result.status == 400
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_encode_forms(body: Any, texts: list[str], ids: list[list[int]], single:
     ],
 )
 def test_encode_forms_with_images(body: Any, texts: list[str], images: list[tuple[str, ...]], single: bool) -> None:
-    """SGLang's rule: the text says whether it is one request or many, and each of many has its own images."""
+    """Check SGLang's rule: a list of texts is a batch, and each input of a batch has separate images."""
     request = schemas.parse_encode(orjson.dumps(body), SETTINGS)
     assert (request.texts, list(request.images), request.single) == (texts, images, single)
     assert request.param == "image_data"
@@ -391,8 +391,8 @@ def test_encode_forms_with_images(body: Any, texts: list[str], images: list[tupl
         ({"image_data": [["x"] * 3, ["x"] * 2]}, "At most 4 images fit in one request, got 5", "image_data"),
     ],
 )
-def test_encode_refusals(body: Any, message: str, param: str) -> None:
-    error = refusal(body, schemas.parse_encode)
+def test_invalid_encode_requests(body: Any, message: str, param: str) -> None:
+    error = parse_error(body, schemas.parse_encode)
     assert (error.message, error.param) == (message, param)
 
 
@@ -404,79 +404,79 @@ def embeddings(rows: int = 2, size: int = 5) -> Embeddings:
 TWO = parse({"input": ["a", "b"]})
 
 
-def test_the_float_body() -> None:
+def test_float_response() -> None:
     reply = embeddings()
     body = orjson.loads(schemas.embeddings_json(reply, TWO, "m"))
     assert list(body) == ["object", "data", "model", "usage"]
     assert [list(item) for item in body["data"]] == [["object", "embedding", "index"]] * 2
     assert [item["index"] for item in body["data"]] == [0, 1]
     assert (body["object"], body["model"], body["usage"]) == ("list", "m", {"prompt_tokens": 7, "total_tokens": 7})
-    got = np.array([item["embedding"] for item in body["data"]], dtype=np.float32)
-    assert np.array_equal(got, reply.vectors)  # every float32 survives its decimal form
+    vectors = np.array([item["embedding"] for item in body["data"]], dtype=np.float32)
+    assert np.array_equal(vectors, reply.vectors)  # decimal text preserves every float32 exactly
 
 
-def test_the_base64_body() -> None:
+def test_base64_response() -> None:
     reply = embeddings()
-    body = orjson.loads(schemas.embeddings_json(reply, replace(TWO, form=Form(base64=True)), "m"))
+    body = orjson.loads(schemas.embeddings_json(reply, replace(TWO, vector_format=VectorFormat(base64=True)), "m"))
     packed = b"".join(base64.b64decode(item["embedding"]) for item in body["data"])
     assert packed == reply.vectors.astype("<f4").tobytes()
 
 
-def test_the_encode_body() -> None:
+def test_encode_response() -> None:
     reply = embeddings()
-    many = orjson.loads(schemas.encode_json(reply, TWO))
-    assert [item["meta_info"] for item in many] == [
+    batch = orjson.loads(schemas.encode_json(reply, TWO))
+    assert [item["meta_info"] for item in batch] == [
         {"prompt_tokens": 3, "dropped_tokens": 0},
         {"prompt_tokens": 4, "dropped_tokens": 1},
     ]
-    assert np.allclose([item["embedding"] for item in many], reply.vectors, atol=0, rtol=1e-7)
-    one = embeddings(rows=1)
-    alone = orjson.loads(schemas.encode_json(one, replace(TWO, single=True)))
-    assert alone == orjson.loads(schemas.encode_json(one, TWO))[0]
+    assert np.allclose([item["embedding"] for item in batch], reply.vectors, atol=0, rtol=1e-7)
+    reply = embeddings(rows=1)
+    single = orjson.loads(schemas.encode_json(reply, replace(TWO, single=True)))
+    assert single == orjson.loads(schemas.encode_json(reply, TWO))[0]
 
 
-def test_how_many_were_cut() -> None:
+def test_truncated_counts_inputs_that_lost_tokens() -> None:
     assert embeddings(rows=4).truncated == 3
     assert embeddings(rows=1).truncated == 0
 
 
-def test_the_receipts_of_a_body() -> None:
-    asked = parse({"input": [{"text": "a", "instruction": "i"}, "b"], "return_receipt": True})
-    body = orjson.loads(schemas.embeddings_json(embeddings(), asked, "m"))
+def test_receipts_of_a_response() -> None:
+    request = parse({"input": [{"text": "a", "instruction": "i"}, "b"], "return_receipt": True})
+    body = orjson.loads(schemas.embeddings_json(embeddings(), request, "m"))
     assert [item["receipt"] for item in body["data"]] == [
         {"tokens": 3, "dropped_tokens": 0, "prompt": {"instruction": "i"}, "reused": None},
         {"tokens": 4, "dropped_tokens": 1, "prompt": None, "reused": None},
     ]
 
 
-def test_a_receipt_says_what_was_not_computed_for_its_input() -> None:
-    asked = parse({"input": ["a", "b", "c"], "return_receipt": True})
+def test_receipt_says_where_a_vector_came_from() -> None:
+    request = parse({"input": ["a", "b", "c"], "return_receipt": True})
     reply = replace(embeddings(rows=3), reused=np.array([2, 0, 1], dtype="<i4"))
-    body = orjson.loads(schemas.embeddings_json(reply, asked, "m"))
+    body = orjson.loads(schemas.embeddings_json(reply, request, "m"))
     assert [item["receipt"]["reused"] for item in body["data"]] == ["cache", None, "in_flight"]
 
 
-def test_a_fault_stands_in_its_place() -> None:
-    asked = parse({"input": ["a", " "], "on_error": "report", "return_receipt": True})
-    body = orjson.loads(schemas.embeddings_json(embeddings(), asked, "m"))
-    fault = invalid("Input at index 1 cannot be empty or whitespace only", "input").body()
-    assert body["data"][1] == {"object": "error", "index": 1, "error": fault}
+def test_reported_error_replaces_its_vector() -> None:
+    request = parse({"input": ["a", " "], "on_error": "report", "return_receipt": True})
+    body = orjson.loads(schemas.embeddings_json(embeddings(), request, "m"))
+    error = invalid("Input at index 1 cannot be empty or whitespace only", "input").body()
+    assert body["data"][1] == {"object": "error", "index": 1, "error": error}
     assert body["data"][0]["object"] == "embedding"
-    assert orjson.loads(schemas.encode_json(embeddings(), asked))[1] == {"error": fault}
+    assert orjson.loads(schemas.encode_json(embeddings(), request))[1] == {"error": error}
 
 
 @pytest.mark.parametrize(
-    "given", [["a", " ", {"text": 7}], [[1], [], ["a"]], [[1], 7, [True]], [{"text": "a"}, {}, {"image": [1]}]]
+    "inputs", [["a", " ", {"text": 7}], [[1], [], ["a"]], [[1], 7, [True]], [{"text": "a"}, {}, {"image": [1]}]]
 )
-def test_a_report_keeps_every_input_in_its_place(given: Any) -> None:
-    request = parse({"input": given, "on_error": "report"})
-    assert (request.count, sorted(request.faults.found)) == (3, [1, 2])
+def test_reported_errors_keep_the_number_of_inputs(inputs: Any) -> None:
+    request = parse({"input": inputs, "on_error": "report"})
+    assert (request.count, sorted(request.errors.by_index)) == (3, [1, 2])
     with pytest.raises(ApiError, match="Input at index 1"):
-        parse({"input": given})
+        parse({"input": inputs})
 
 
 @pytest.mark.parametrize("name", ["prompt", "input", "text"])
-def test_what_is_to_be_tokenised(name: str) -> None:
+def test_tokenize_forms(name: str) -> None:
     request = schemas.parse_tokenize(as_json({name: ["a", "b"], "instruction": "i"}), SETTINGS)
     assert (request.texts, request.prompt, request.single) == (["a", "b"], Prompt("i"), False)
 
@@ -492,5 +492,5 @@ def test_what_is_to_be_tokenised(name: str) -> None:
         ({"text": "a", "add_special_tokens": False}, "add_special_tokens"),
     ],
 )
-def test_what_is_not(body: Any, param: str) -> None:
-    assert refusal(body, schemas.parse_tokenize).param == param
+def test_invalid_tokenize_requests(body: Any, param: str) -> None:
+    assert parse_error(body, schemas.parse_tokenize).param == param

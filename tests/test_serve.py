@@ -216,7 +216,7 @@ def test_text_and_ids_together_are_refused(client: Client) -> None:
 
 def test_a_report_needs_its_output(client: Client) -> None:
     message = refused(client, "minilm", client.text("a"), outputs=("EMBEDDING",), on_error="report")
-    assert message == 'on_error "report" needs the output ERROR to be asked for'
+    assert message == 'on_error "report" needs the output ERROR to be requested'
 
 
 def test_bad_rows_are_reported_and_the_others_embedded(client: Client, expected: np.ndarray) -> None:
@@ -303,7 +303,7 @@ def test_a_request_whose_deadline_passed_is_dropped_before_it_is_computed(client
         client.infer("minilm", asked, timeout_ms=1)
     busy.join(60)
     other.client.close()
-    assert caught.value.message() == "The request's deadline passed before its computation began"
+    assert caught.value.message() == "The request's deadline passed before its computation started"
     assert caught.value.status() in ("400", "StatusCode.CANCELLED")  # HTTP has no word for it
 
 
@@ -574,7 +574,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 GOOD = png(60, 40)
-NO_FILE = "that cannot be read: it is no BMP, GIF, JPEG, PNG, TIFF or WEBP file"
+NO_FILE = "that cannot be read: it is not a BMP, GIF, JPEG, PNG, TIFF or WEBP file"
 BROKEN = "that cannot be read: the file is truncated or broken"
 BAD_IMAGES: dict[str, tuple[bytes, str]] = {
     "truncated": (GOOD[: len(GOOD) // 2], BROKEN),
@@ -662,7 +662,7 @@ BAD_ROWS: list[tuple[str, str, Callable[[Client], list[Any]], str]] = [
         "typed image token",
         "gme_qwen2_vl",
         lambda c: [c.text("a", "<|image_pad|>"), c.images([], [GOOD])],
-        "Input at index 1 has <|image_pad|> in its text, which stands for an image",
+        "Input at index 1 has <|image_pad|> in its text, which is reserved for images",
     ),
     ("image and ids", "clip", lambda c: [c.images([GOOD]), c.ids([1])], "Send either INPUT_IDS or TEXT and IMAGE"),
     ("invalid UTF-8", "clip", lambda c: [c.text(b"\xff"), c.images([GOOD])], "Input at index 0 is not valid UTF-8"),

@@ -1,4 +1,4 @@
-"""Settings come from the environment, and a bad one is named as the operator wrote it."""
+"""Settings from the environment and overrides; errors name a setting as the operator wrote it."""
 
 import json
 
@@ -14,7 +14,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"TRITON_EMBED_{name.upper()}", raising=False)
 
 
-def test_defaults_are_those_of_the_contract() -> None:
+def test_defaults() -> None:
     settings = read_settings()
     assert (settings.host, settings.port) == ("127.0.0.1", 30000)
     assert settings.triton_grpc == "127.0.0.1:8001"
@@ -30,7 +30,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert settings.body_timeout == 30.0
 
 
-def test_environment_then_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_EMBED_PORT", "8080")
     monkeypatch.setenv("TRITON_EMBED_HOST", "0.0.0.0")
     settings = read_settings(port=9090)
@@ -87,64 +87,64 @@ def test_environment_then_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MEDIA_ALLOWED_HOSTS", "*"),
     ],
 )
-def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_error_names_the_environment_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"TRITON_EMBED_{name}", value)
     with pytest.raises(SettingsError, match=f"^TRITON_EMBED_{name}: "):
         read_settings()
 
 
-def test_hosts_that_may_be_private(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_media_allowed_hosts_are_split_in_lower_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_EMBED_MEDIA_ALLOWED_HOSTS", "Images.Intranet, 10.1.2.3:8080,[::1]:80")
     assert read_settings().allowed_hosts == {"images.intranet", "10.1.2.3:8080", "[::1]:80"}
 
 
-def test_several_keys_and_origins() -> None:
+def test_keys_and_origins_are_split() -> None:
     settings = read_settings(api_key="one, two ,k€y", cors_origins="https://A.example, http://localhost:3000")
     assert settings.keys == ("one", "two", "k€y")
     assert settings.origins == ("https://a.example", "http://localhost:3000")
     assert read_settings(cors_origins="*").origins == ("*",)
 
 
-def test_a_refused_key_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_does_not_show_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_EMBED_API_KEY", "hunter2,")
-    with pytest.raises(SettingsError) as refused:
+    with pytest.raises(SettingsError) as raised:
         read_settings()
-    assert "hunter2" not in str(refused.value)
+    assert "hunter2" not in str(raised.value)
 
 
 @pytest.mark.parametrize("endpoint", ["http://localhost:4318", "https://c.example/", "http://c:1/v1/traces", ""])
-def test_collectors(endpoint: str) -> None:
+def test_valid_otlp_endpoints(endpoint: str) -> None:
     assert read_settings(otlp_endpoint=endpoint).otlp_endpoint == endpoint
 
 
-def test_settings_travel_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To a worker, whose environment may say otherwise."""
-    stated = read_settings(port=1, api_key="k€y,other", media_urls=False, drain_seconds=0.5, workers=3, max_inputs=7)
+def test_dumped_settings_are_restored_despite_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore settings in a worker, whose environment may differ."""
+    settings = read_settings(port=1, api_key="k€y,other", media_urls=False, drain_seconds=0.5, workers=3, max_inputs=7)
     monkeypatch.setenv("TRITON_EMBED_PORT", "2")
     monkeypatch.setenv("TRITON_EMBED_API_KEY", "another")
-    assert read_settings(**json.loads(dump_settings(stated))) == stated
+    assert read_settings(**json.loads(dump_settings(settings))) == settings
 
 
-def test_the_environment_of_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_of_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_EMBED_PORT", "2")
     assert environment(ADDED="x").items() >= {"TRITON_EMBED_PORT": "2", "ADDED": "x"}.items()
 
 
-def test_a_bad_override_names_itself() -> None:
+def test_error_names_the_override() -> None:
     with pytest.raises(SettingsError, match=r"^port: "):
         read_settings(port="many")
     with pytest.raises(SettingsError, match=r"^prot: "):
         read_settings(prot=30000)
 
 
-def test_every_fault_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_errors_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_EMBED_PORT", "many")
     monkeypatch.setenv("TRITON_EMBED_LOG_LEVEL", "loud")
     with pytest.raises(SettingsError, match=r"PORT.*; .*LOG_LEVEL"):
         read_settings()
 
 
-def test_settings_do_not_change_nor_show_the_key() -> None:
+def test_settings_are_frozen_and_hide_the_key() -> None:
     settings = read_settings(api_key="hunter2")
     with pytest.raises(ValidationError, match="frozen"):
         settings.port = 1  # type: ignore[misc]

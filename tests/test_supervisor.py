@@ -195,7 +195,7 @@ def test_a_worker_that_is_killed_comes_back_and_what_was_counted_stays(crew: Sta
     assert before[1] in after
     assert before[0] not in after
     assert inputs() == counted + 40
-    assert "ended with code -9, starting again" in crew.output()
+    assert "ended with code -9, restarting" in crew.output()
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from triton_embed.python_backend import threads as threads_file
-from triton_embed.python_backend.threads import FEW_TOKENS, Threads
+from triton_embed.python_backend.threads import SMALL_PASS_TOKENS, Threads
 
 MOST = 4
 
@@ -43,13 +43,13 @@ def beside_a_busy_process(core: int) -> Iterator[None]:
         hog.kill()
 
 
-def count(threads: Threads, tokens: int, spare: bool = False) -> int:
-    with threads.of(tokens, spare):
+def count(threads: Threads, tokens: int, spare_core: bool = False) -> int:
+    with threads.for_pass(tokens, spare_core):
         return torch.get_num_threads()
 
 
 def work(threads: Threads, tokens: int) -> None:
-    with threads.of(tokens, spare=False):
+    with threads.for_pass(tokens, spare_core=False):
         until = time.monotonic() + 0.2
         while time.monotonic() < until:
             pass
@@ -58,24 +58,25 @@ def work(threads: Threads, tokens: int) -> None:
 def test_all_of_them_unless_others_need_a_core() -> None:
     threads = Threads(MOST)
     assert torch.get_num_threads() == MOST
-    for tokens in (1, FEW_TOKENS - 1, FEW_TOKENS, 10_000):
+    for tokens in (1, SMALL_PASS_TOKENS - 1, SMALL_PASS_TOKENS, 10_000):
         assert count(threads, tokens) == MOST
-    assert [count(threads, tokens, spare=True) for tokens in (FEW_TOKENS - 1, FEW_TOKENS)] == [1, MOST - 1]
-    assert count(Threads(1), FEW_TOKENS, spare=True) == 1
+    sizes = (SMALL_PASS_TOKENS - 1, SMALL_PASS_TOKENS)
+    assert [count(threads, tokens, spare_core=True) for tokens in sizes] == [1, MOST - 1]
+    assert count(Threads(1), SMALL_PASS_TOKENS, spare_core=True) == 1
 
 
 def test_a_pass_within_another_leaves_it_its_threads() -> None:
     threads = Threads(MOST)
-    with threads.of(FEW_TOKENS, spare=True):
+    with threads.for_pass(SMALL_PASS_TOKENS, spare_core=True):
         assert count(threads, 5) == MOST
-        assert count(threads, 5, spare=True) == 1
+        assert count(threads, 5, spare_core=True) == 1
         assert torch.get_num_threads() == MOST - 1
     assert torch.get_num_threads() == MOST
 
 
 def test_threads_come_back_after_an_error() -> None:
     threads = Threads(MOST)
-    with pytest.raises(KeyError), threads.of(5, spare=True):
+    with pytest.raises(KeyError), threads.for_pass(5, spare_core=True):
         raise KeyError
     assert torch.get_num_threads() == MOST
 
@@ -84,8 +85,8 @@ def test_passes_of_few_tokens_keep_to_one_core_where_they_were_preempted(pinned:
     threads = Threads(MOST)
     with beside_a_busy_process(pinned):
         work(threads, 5)
-    assert count(threads, FEW_TOKENS - 1) == 1
-    assert count(threads, FEW_TOKENS) == MOST  # of many tokens a second core always computes its part
+    assert count(threads, SMALL_PASS_TOKENS - 1) == 1
+    assert count(threads, SMALL_PASS_TOKENS) == MOST  # of many tokens a second core always computes its part
     assert torch.get_num_threads() == MOST
 
 
@@ -108,12 +109,12 @@ def test_one_pass_that_was_disturbed_a_little_says_nothing(
 def test_what_many_tokens_met_says_nothing_of_few(pinned: int) -> None:
     threads = Threads(MOST)
     with beside_a_busy_process(pinned):
-        work(threads, FEW_TOKENS)
+        work(threads, SMALL_PASS_TOKENS)
     assert count(threads, 5) == MOST
 
 
 def test_they_try_again_after_a_while(pinned: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads_file, "REMEMBERED_SECONDS", 0.3)
+    monkeypatch.setattr(threads_file, "SHARED_SECONDS", 0.3)
     threads = Threads(MOST)
     with beside_a_busy_process(pinned):
         work(threads, 5)

@@ -1,4 +1,4 @@
-"""Trace contexts on their way from the caller to the real tritonserver, and the spans that collectors are sent."""
+"""Trace contexts from the caller to the real tritonserver, and the spans sent to collectors."""
 
 import asyncio
 import json
@@ -26,14 +26,14 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from conftest import Triton, free_port
 from triton_embed.gateway.app import create_app
 from triton_embed.gateway.settings import SettingsError, read_settings
-from triton_embed.gateway.tracing import accepted
+from triton_embed.gateway.tracing import incoming_context
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{TRACE}-{SPAN}-01"
 
 
 def accept(*headers: tuple[str, str]) -> dict[str, str]:
-    return dict(accepted(Headers(raw=[(name.encode(), value.encode("latin-1")) for name, value in headers])))
+    return dict(incoming_context(Headers(raw=[(name.encode(), value.encode("latin-1")) for name, value in headers])))
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def accept(*headers: tuple[str, str]) -> dict[str, str]:
         f"01-{TRACE}-{SPAN}-01-",
     ],
 )
-def test_a_valid_parent_goes_on_as_it_is(parent: str) -> None:
+def test_valid_traceparent_is_forwarded(parent: str) -> None:
     assert accept(("traceparent", parent)) == {"traceparent": parent}
 
 
-# Those of the W3C's own test suite: https://github.com/w3c/trace-context/blob/main/test/test.py
+# From the W3C's test suite: https://github.com/w3c/trace-context/blob/main/test/test.py
 MALFORMED = [
     "",
     f"ff-{TRACE}-{SPAN}-01",
@@ -78,17 +78,17 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("parent", MALFORMED)
-def test_a_malformed_parent_is_dropped_and_the_state_with_it(parent: str) -> None:
+def test_malformed_traceparent_is_dropped_with_tracestate(parent: str) -> None:
     assert accept(("traceparent", parent), ("tracestate", "a=1")) == {}
 
 
-def test_two_parents_are_none() -> None:
+def test_two_traceparents_are_dropped() -> None:
     assert accept(("traceparent", PARENT), ("traceparent", PARENT)) == {}
     assert accept(("tracestate", "a=1")) == {}
 
 
 @pytest.mark.parametrize(
-    ("given", "passed"),
+    ("headers", "forwarded"),
     [
         (["a=1"], "a=1"),
         (["foo=1,bar=2", "rojo=1,congo=2"], "foo=1,bar=2,rojo=1,congo=2"),
@@ -113,15 +113,15 @@ def test_two_parents_are_none() -> None:
         ([",".join(f"k{i}=1" for i in range(33))], None),
     ],
 )
-def test_a_state_goes_on_unless_it_is_malformed(given: list[str], passed: str | None) -> None:
-    found = accept(("traceparent", PARENT), *(("tracestate", line) for line in given))
-    assert found.pop("traceparent") == PARENT
-    assert found == ({} if passed is None else {"tracestate": passed})
+def test_valid_tracestate_is_forwarded(headers: list[str], forwarded: str | None) -> None:
+    context = accept(("traceparent", PARENT), *(("tracestate", line) for line in headers))
+    assert context.pop("traceparent") == PARENT
+    assert context == ({} if forwarded is None else {"tracestate": forwarded})
 
 
 @dataclass(frozen=True)
 class Span:
-    """What the tests ask of a span; ids in hexadecimal."""
+    """The fields of a span that the tests check. Ids are in hexadecimal."""
 
     service: str
     name: str
@@ -131,25 +131,25 @@ class Span:
     attributes: str
 
 
-def spans_of(body: bytes, kind: str) -> Iterator[Span]:
-    """Of an export request, in either encoding of OTLP: OpenTelemetry's Python speaks one, Triton the other.
+def spans_of(body: bytes, media_type: str) -> Iterator[Span]:
+    """Yield the spans of an OTLP export request, in JSON (Triton) or protobuf (OpenTelemetry's Python).
 
-    JSON has ids in hexadecimal, where protobuf's own JSON would have base64.
+    OTLP's JSON has ids in hexadecimal, but `MessageToDict` returns base64.
     """
-    if kind == "application/json":
+    if media_type == "application/json":
         request = json.loads(body)
     else:
         request = MessageToDict(ExportTraceServiceRequest.FromString(body))
-    read = str if kind == "application/json" else lambda text: b64decode(text).hex()
+    read_id = str if media_type == "application/json" else lambda text: b64decode(text).hex()
     for resource in request["resourceSpans"]:
-        named = {one["key"]: one["value"].get("stringValue", "") for one in resource["resource"]["attributes"]}
+        attributes = {item["key"]: item["value"].get("stringValue", "") for item in resource["resource"]["attributes"]}
         for span in (span for scope in resource["scopeSpans"] for span in scope["spans"]):
-            ids = (read(span.get(key, "")) for key in ("traceId", "spanId", "parentSpanId"))
-            yield Span(named.get("service.name", ""), span["name"], *ids, str(span.get("attributes")))
+            ids = (read_id(span.get(key, "")) for key in ("traceId", "spanId", "parentSpanId"))
+            yield Span(attributes.get("service.name", ""), span["name"], *ids, str(span.get("attributes")))
 
 
 class Collector:
-    """An OTLP/HTTP collector that keeps what it is sent."""
+    """An OTLP/HTTP collector that stores the spans it receives."""
 
     def __init__(self) -> None:
         spans: list[Span] = []
@@ -173,10 +173,11 @@ class Collector:
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
 
-    def wait(self, **wanted: str) -> Span:
+    def wait(self, **fields: str) -> Span:
+        """Wait for a span with these field values and return it."""
         for _ in range(200):
             for span in list(self.spans):
-                if all(getattr(span, key) == value for key, value in wanted.items()):
+                if all(getattr(span, key) == value for key, value in fields.items()):
                     return span
             time.sleep(0.1)
         raise AssertionError(self.spans)
@@ -189,14 +190,14 @@ class Collector:
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    one = Collector()
-    yield one
-    one.close()
+    server = Collector()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
 def traced(model_directory: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Triton]:
-    """The real tritonserver, sending its spans to `collector`."""
+    """The real tritonserver, which sends its spans to `collector`."""
     settings = ["mode=opentelemetry", f"opentelemetry,url={collector.url}/v1/traces", "rate=1", "level=TIMESTAMPS"]
     settings += ["opentelemetry,bsp_schedule_delay=100"]
     flags = [f"--trace-config={setting}" for setting in settings]
@@ -214,14 +215,14 @@ def embed(app: Any, path: str = "/v1/embeddings", **headers: str) -> httpx.Respo
     return asyncio.run(run())
 
 
-def test_tritons_own_span_is_in_the_callers_trace(traced: Triton, collector: Collector) -> None:
+def test_triton_span_joins_the_callers_trace(traced: Triton, collector: Collector) -> None:
     response = embed(create_app(read_settings(triton_grpc=traced.grpc)), traceparent=PARENT, tracestate="a=1")
     assert response.status_code == 200, response.text
     collector.wait(name="InferRequest", trace=TRACE, parent=SPAN)
     assert not any(span.service == "triton-embed" for span in collector.spans)
 
 
-def test_with_opentelemetry_our_span_stands_between(traced: Triton, collector: Collector) -> None:
+def test_opentelemetry_span_is_parent_of_tritons_span(traced: Triton, collector: Collector) -> None:
     trace = TRACE[::-1]
     settings = read_settings(triton_grpc=traced.grpc, otlp_endpoint=collector.url)
     response = embed(create_app(settings), "/v1/embeddings?secret=%ff", traceparent=f"00-{trace}-{SPAN}-01")
@@ -233,32 +234,32 @@ def test_with_opentelemetry_our_span_stands_between(traced: Triton, collector: C
     collector.wait(name="InferRequest", trace=trace, parent=ours.id)
 
 
-def test_with_opentelemetry_a_request_without_a_trace_begins_one(traced: Triton, collector: Collector) -> None:
+def test_opentelemetry_starts_a_trace_if_there_is_none(traced: Triton, collector: Collector) -> None:
     settings = read_settings(triton_grpc=traced.grpc, otlp_endpoint=f"{collector.url}/v1/traces")
     assert embed(create_app(settings), traceparent="nonsense").status_code == 200
     ours = collector.wait(service="triton-embed", parent="")
     collector.wait(name="InferRequest", trace=ours.trace, parent=ours.id)
 
 
-def test_a_collector_that_is_gone_costs_no_request_and_little_time() -> None:
+def test_unreachable_collector_fails_no_request_and_exits_soon() -> None:
     settings = read_settings(triton_grpc=f"127.0.0.1:{free_port()}", otlp_endpoint=f"http://127.0.0.1:{free_port()}")
-    began = time.monotonic()
-    assert embed(create_app(settings)).status_code == 503  # Triton is gone too
-    assert time.monotonic() - began < 8
+    start = time.monotonic()
+    assert embed(create_app(settings)).status_code == 503  # Triton is unreachable too
+    assert time.monotonic() - start < 8
 
 
-def test_where_it_is_not_installed_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_opentelemetry_is_a_settings_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    create_app(read_settings())  # nothing is asked of it
+    create_app(read_settings())  # not needed without otlp_endpoint
     monkeypatch.setattr("triton_embed.gateway.tracing.find_spec", missing)
     with pytest.raises(SettingsError, match=re.escape("pip install 'triton-embed[otel]'")):
         create_app(read_settings(otlp_endpoint="http://localhost:4318"))
 
 
-def test_triton_is_sent_what_a_grpc_server_can_take() -> None:
-    """The longest context that is accepted, through grpc.aio as the client speaks it."""
+def test_longest_trace_context_is_valid_grpc_metadata() -> None:
+    """Send the longest accepted context through grpc.aio, as the client does."""
     received: dict[str, str] = {}
 
     class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]

@@ -103,13 +103,13 @@ def test_a_model_of_the_repository_whose_directory_is_gone(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nonsense"], "nonsense is neither a directory that holds a config.json, nor an id"),
-        (["minilm", "--card=org/unknown"], "--card org/unknown: no scores are known of it; known are Alibaba-NLP/gme"),
+        (["nonsense"], "nonsense is neither a directory with a config.json, nor an id"),
+        (["minilm", "--card=org/unknown"], "--card org/unknown: there is no such card; there are Alibaba-NLP/gme"),
         (["minilm", "--parameter=dtype"], "--parameter dtype is not KEY=VALUE"),
         (["minilm", "--parameter=dtyp=x"], "minilm/config.pbtxt: unknown parameter 'dtyp'"),
-        (["minilm", "--parameter=dtype=int4"], "dtype is 'int4', not one of"),
-        (["minilm", "--model-repository=/nonexistent"], "/nonexistent holds no model directory"),
-        ([str(MINILM), "--model-repository=/nonexistent"], "/nonexistent holds no model directory"),
+        (["minilm", "--parameter=dtype=int4"], "dtype is 'int4'; must be one of"),
+        (["minilm", "--model-repository=/nonexistent"], "/nonexistent contains no model directory"),
+        ([str(MINILM), "--model-repository=/nonexistent"], "/nonexistent contains no model directory"),
     ],
 )
 def test_refusals_are_one_sentence(arguments: list[str], says: str) -> None:

@@ -133,7 +133,7 @@ def test_a_prefix_may_stand_for_another(tmp_path: Path) -> None:
 def test_a_network_that_ignores_nothing(tmp_path: Path) -> None:
     save_file({**tensors(), "pooler.bias": torch.ones(1)}, tmp_path / "model.safetensors")
     load(tmp_path)
-    with pytest.raises(ConfigError, match=r"'pooler\.bias' is not part of this network \(1 left over\)"):
+    with pytest.raises(ConfigError, match=r"'pooler\.bias' is not part of this network \(1 unexpected tensors\)"):
         load(tmp_path, naming=replace(NAMING, ignored=()))
 
 
@@ -141,7 +141,7 @@ def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
     """Whichever came last would win."""
     written = tensors()
     save_file({**written, "bert.block.norm.bias": torch.ones(6)}, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model\.safetensors: tensors '.*' and '.*' have one place") as refused:
+    with pytest.raises(ConfigError, match=r"model\.safetensors: tensors '.*' and '.*' both map to") as refused:
         load(tmp_path)
     for word in ("'block.norm.bias'", "'bert.block.norm.bias'"):
         assert word in str(refused.value)
@@ -153,7 +153,7 @@ def test_two_shards_with_one_tensor_are_refused(tmp_path: Path) -> None:
         save_file(written, tmp_path / shard_name)
     index = {"weight_map": {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(written)}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match=rf"{tmp_path}/model-2\.safetensors: tensors '.*' have one place"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/model-2\.safetensors: tensors '.*' both map to"):
         load(tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_a_tensor_the_network_has_no_place_for_is_named(name: str, tmp_path: Pat
 def test_what_is_left_over_is_counted_and_the_first_named(tmp_path: Path) -> None:
     extra = {name: torch.ones(1) for name in ("c.weight", "b.weight", "cls.weight", "d.weight")}
     save_file({**tensors(), **extra}, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"'b\.weight' is not part of this network \(3 left over\)"):
+    with pytest.raises(ConfigError, match=r"'b\.weight' is not part of this network \(3 unexpected tensors\)"):
         load(tmp_path)
 
 

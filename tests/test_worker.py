@@ -1,4 +1,4 @@
-"""The gateway's own server over real sockets: limits on what uvicorn leaves unlimited, and an end that answers all."""
+"""The gateway's server over real sockets: limits that uvicorn lacks, and a shutdown that answers every request."""
 
 import asyncio
 import json
@@ -30,8 +30,8 @@ LIMIT = 1000
 HEAD = b"POST /size HTTP/1.1\r\nHost: test\r\n"
 
 
-class Running:
-    """A worker in a thread, with routes of ours and no Triton behind."""
+class WorkerThread:
+    """A worker in a thread, with two test routes and without Triton."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = read_settings(triton_grpc=f"127.0.0.1:{free_port()}", **settings)
@@ -59,101 +59,110 @@ class Running:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self.gateway.serve(sockets))
 
-    def stop(self, after: float = 0) -> None:
-        """`after` seconds in which its loop does nothing else."""
-        self._loop.call_soon_threadsafe(lambda: (time.sleep(after), self.gateway.stop()))
+    def stop(self, blocked_seconds: float = 0) -> None:
+        """Stop the gateway after blocking its event loop for `blocked_seconds`."""
+        self._loop.call_soon_threadsafe(lambda: (time.sleep(blocked_seconds), self.gateway.stop()))
 
     @contextmanager
     def connection(self, *sent: bytes) -> Iterator[socket.socket]:
-        with socket.create_connection(self.address, timeout=10) as one:
+        with socket.create_connection(self.address, timeout=10) as connection:
             for part in sent:
-                one.sendall(part)
-            yield one
+                connection.sendall(part)
+            yield connection
 
 
 @pytest.fixture
-def running() -> Iterator[Callable[..., Running]]:
-    """Makes them, and stops them."""
-    made: list[Running] = []
+def start_worker() -> Iterator[Callable[..., WorkerThread]]:
+    """A factory of workers, which are stopped after the test."""
+    workers: list[WorkerThread] = []
 
-    def make(**settings: Any) -> Running:
-        made.append(Running(**settings))
-        return made[-1]
+    def make(**settings: Any) -> WorkerThread:
+        workers.append(WorkerThread(**settings))
+        return workers[-1]
 
     yield make
-    for one in made:
-        if one.thread.is_alive():
-            one.stop()
-            one.thread.join(20)
-        assert not one.thread.is_alive()
+    for running_worker in workers:
+        if running_worker.thread.is_alive():
+            running_worker.stop()
+            running_worker.thread.join(20)
+        assert not running_worker.thread.is_alive()
 
 
-def read(one: socket.socket) -> tuple[int, dict[str, str], Any]:
-    """Status, headers, JSON of the next answer. ConnectionError: it was reset or closed instead."""
+def read(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
+    """Read the next response.
+
+    Returns:
+        Its status, headers and JSON body.
+
+    Raises:
+        ConnectionError: if the connection is reset or closed before a response.
+    """
     data = b""
     while b"\r\n\r\n" not in data:
-        data += (got := one.recv(4096))
-        if not got:
+        data += (received := connection.recv(4096))
+        if not received:
             raise ConnectionError(data)
     head, _, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     while len(body) < int(headers["content-length"]):
-        body += one.recv(4096)
+        body += connection.recv(4096)
     return int(first.split()[1]), headers, json.loads(body)
 
 
-def closed(one: socket.socket) -> bool:
-    """Ended in order: with neither more data nor a reset."""
-    return one.recv(1) == b""
+def closed(connection: socket.socket) -> bool:
+    """Return whether the peer closes the connection, without more data; a reset raises."""
+    return connection.recv(1) == b""
 
 
-def test_chunks_are_counted_while_they_come(running: Callable[..., Running]) -> None:
+def test_chunked_body_is_limited_while_it_arrives(start_worker: Callable[..., WorkerThread]) -> None:
     chunk = b"64\r\n" + b"x" * 100 + b"\r\n"
-    with running().connection(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as one:
-        one.sendall(chunk * (LIMIT // 100) + b"0\r\n\r\n")
-        assert read(one)[2] == {"size": LIMIT}
-        one.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * (LIMIT // 100 + 1))
-        status, headers, body = read(one)  # with the body still open
+    with start_worker().connection(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") as connection:
+        connection.sendall(chunk * (LIMIT // 100) + b"0\r\n\r\n")
+        assert read(connection)[2] == {"size": LIMIT}
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * (LIMIT // 100 + 1))
+        status, headers, body = read(connection)  # before the body ends
         assert (status, body["error"]["code"], headers["connection"]) == (413, "body_too_large", "close")
-        one.sendall(chunk * 3 + b"0\r\n\r\n")  # and what was still under way is taken
-        assert closed(one)
+        connection.sendall(chunk * 3 + b"0\r\n\r\n")  # the rest of the body is accepted
+        assert closed(connection)
 
 
-def test_an_endless_body_is_not_read_for_ever(running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_body_is_discarded_for_a_limited_time(
+    start_worker: Callable[..., WorkerThread], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("triton_embed.gateway.front.LINGER_SECONDS", 0.5)
-    with running().connection(HEAD + b"Content-Length: 99999999999\r\n\r\n") as one:
-        assert read(one)[0] == 413
-        began = time.monotonic()
+    with start_worker().connection(HEAD + b"Content-Length: 99999999999\r\n\r\n") as connection:
+        assert read(connection)[0] == 413
+        start_time = time.monotonic()
         with suppress(ConnectionError):
-            while time.monotonic() - began < 5:
-                one.sendall(b"x" * 100)
+            while time.monotonic() - start_time < 5:
+                connection.sendall(b"x" * 100)
                 time.sleep(0.05)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - start_time < 2
 
 
 @pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
-def test_a_large_body_is_refused_so_that_the_sender_can_read_it(running: Callable[..., Running], more: bytes) -> None:
-    """Closing at once would reset the connection, and the answer would be lost on the way."""
+def test_client_can_read_the_rejection_of_a_large_body(start_worker: Callable[..., WorkerThread], more: bytes) -> None:
+    """Check the response arrives: closing at once would reset the connection and lose it."""
     size = 4_000_000
-    with running().connection(HEAD + more + f"Content-Length: {size}\r\n\r\n".encode(), b"x" * size) as one:
-        status, headers, _ = read(one)
+    with start_worker().connection(HEAD + more + f"Content-Length: {size}\r\n\r\n".encode(), b"x" * size) as connection:
+        status, headers, _ = read(connection)
         assert (status, headers["connection"]) == (413, "close")
-        assert closed(one)
+        assert closed(connection)
 
 
-def test_a_body_shorter_than_declared_is_given_up(running: Callable[..., Running]) -> None:
-    with running(body_timeout=0.3).connection(HEAD + b"Content-Length: 10\r\n\r\n12345") as one:
-        status, headers, body = read(one)
+def test_body_shorter_than_declared_gets_408(start_worker: Callable[..., WorkerThread]) -> None:
+    with start_worker(body_timeout=0.3).connection(HEAD + b"Content-Length: 10\r\n\r\n12345") as connection:
+        status, headers, body = read(connection)
         assert (status, body["error"]["code"], headers["connection"]) == (408, "timeout", "close")
         assert len(headers["x-request-id"]) == 32
 
 
-def test_a_body_longer_than_declared_is_no_part_of_the_request(running: Callable[..., Running]) -> None:
-    with running().connection(HEAD + b"Content-Length: 3\r\n\r\nabcGARBAGE\r\n\r\n") as one:
-        _, headers, body = read(one)
+def test_bytes_after_the_declared_body_are_ignored(start_worker: Callable[..., WorkerThread]) -> None:
+    with start_worker().connection(HEAD + b"Content-Length: 3\r\n\r\nabcGARBAGE\r\n\r\n") as connection:
+        _, headers, body = read(connection)
         assert (body, headers["connection"]) == ({"size": 3}, "close")
-        assert closed(one)
+        assert closed(connection)
 
 
 @pytest.mark.parametrize(
@@ -168,57 +177,57 @@ def test_a_body_longer_than_declared_is_no_part_of_the_request(running: Callable
         b"No colon\r\n\r\n",
     ],
 )
-def test_what_is_no_http_is_refused_in_our_form(running: Callable[..., Running], framing: bytes) -> None:
-    server = running()
-    with server.connection(HEAD + framing) as one:
-        status, _, body = read(one)
+def test_invalid_http_gets_400_with_json_error(start_worker: Callable[..., WorkerThread], framing: bytes) -> None:
+    server = start_worker()
+    with server.connection(HEAD + framing) as connection:
+        status, _, body = read(connection)
         assert status == 400
         assert list(body["error"]) == ["message", "type", "param", "code"]
-    assert requests.get(f"{server.url}/slow/0", timeout=10).json() == "done"  # it is alive
+    assert requests.get(f"{server.url}/slow/0", timeout=10).json() == "done"  # the server still works
 
 
-def test_a_client_that_asks_first_is_told_before_it_sends(running: Callable[..., Running]) -> None:
-    server = running(api_key="k")
-    asking = b"Expect: 100-continue\r\nContent-Length: %d\r\n%b\r\n"
+def test_expect_100_continue(start_worker: Callable[..., WorkerThread]) -> None:
+    server = start_worker(api_key="k")
+    expect = b"Expect: 100-continue\r\nContent-Length: %d\r\n%b\r\n"
     key = b"Authorization: Bearer k\r\n"
-    with server.connection(HEAD + asking % (5, key)) as one:
-        assert one.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        one.sendall(b"12345")
-        assert read(one)[2] == {"size": 5}
+    with server.connection(HEAD + expect % (5, key)) as connection:
+        assert connection.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"12345")
+        assert read(connection)[2] == {"size": 5}
     for length, header, status in ((LIMIT + 1, key, 413), (5, b"", 401)):
-        with server.connection(HEAD + asking % (length, header)) as one:
-            began = time.monotonic()
-            assert (read(one)[0], closed(one)) == (status, True)  # no 100, and no waiting for what will not come
-            assert time.monotonic() - began < 1
+        with server.connection(HEAD + expect % (length, header)) as connection:
+            start_time = time.monotonic()
+            assert (read(connection)[0], closed(connection)) == (status, True)  # no 100, and no wait for the body
+            assert time.monotonic() - start_time < 1
 
 
-def test_a_connection_is_kept_where_the_body_was_read(running: Callable[..., Running]) -> None:
-    with running().connection() as one:
+def test_connection_is_kept_alive_after_the_body_is_read(start_worker: Callable[..., WorkerThread]) -> None:
+    with start_worker().connection() as connection:
         for _ in range(3):
-            one.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc")
-            status, headers, _ = read(one)
+            connection.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc")
+            status, headers, _ = read(connection)
             assert (status, "connection" in headers) == (200, False)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: te"])
-def test_a_head_that_never_comes_is_not_waited_for(
-    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, sent: bytes
+def test_incomplete_head_closes_the_connection(
+    start_worker: Callable[..., WorkerThread], monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     monkeypatch.setattr(worker, "KEEP_ALIVE_SECONDS", 0.4)
-    server = running()
+    server = start_worker()
     with server.connection(HEAD + b"Content-Length: 0\r\n\r\n" if not sent else b"") as used:
-        with server.connection(sent) as one:
-            began = time.monotonic()
-            for byte in b"x" * 5 if sent else b"":  # slowly is not at all
-                one.sendall(bytes([byte]))
+        with server.connection(sent) as connection:
+            start_time = time.monotonic()
+            for byte in b"x" * 5 if sent else b"":  # a slow head does not extend the limit
+                connection.sendall(bytes([byte]))
                 time.sleep(0.05)
-            assert closed(one)
-            assert 0.3 < time.monotonic() - began < 2
+            assert closed(connection)
+            assert 0.3 < time.monotonic() - start_time < 2
         if not sent:
             assert read(used)[0] == 200
             assert closed(used)
-    with server.connection(b"GET /slow/1 HTTP/1.1\r\nHost: test\r\n\r\n") as one:
-        assert read(one)[2] == "done"  # its head did come: the answer may take longer
+    with server.connection(b"GET /slow/1 HTTP/1.1\r\nHost: test\r\n\r\n") as connection:
+        assert read(connection)[2] == "done"  # the head is complete, so the response may take longer
 
 
 @pytest.mark.parametrize(
@@ -232,104 +241,104 @@ def test_a_head_that_never_comes_is_not_waited_for(
     ],
     ids=["a header", "headers", "a target", "a chunk's extension", "trailers"],
 )
-def test_a_head_without_end_is_refused(running: Callable[..., Running], opening: bytes, endless: bytes) -> None:
-    server = running()
+def test_endless_head_is_rejected(start_worker: Callable[..., WorkerThread], opening: bytes, endless: bytes) -> None:
+    server = start_worker()
     sent = 0
-    with server.connection(opening) as one:
+    with server.connection(opening) as connection:
         try:
             for _ in range(2000):
-                sent += one.send(endless)
+                sent += connection.send(endless)
                 time.sleep(0.0001)
         except OSError:
             pass
-    assert sent < 1_500_000  # the kernel's own buffers take some
+    assert sent < 1_500_000  # part of it fills the kernel's buffers
     assert requests.get(f"{server.url}/slow/0", timeout=10).json() == "done"
 
 
-def test_a_head_of_a_common_size_is_fine(running: Callable[..., Running]) -> None:
+def test_head_of_40_kb_is_accepted(start_worker: Callable[..., WorkerThread]) -> None:
     headers = {f"x-{i}": "x" * 1000 for i in range(40)}
-    assert requests.get(f"{running().url}/slow/0", headers=headers, timeout=10).json() == "done"
+    assert requests.get(f"{start_worker().url}/slow/0", headers=headers, timeout=10).json() == "done"
 
 
-def test_all_that_was_asked_before_the_end_is_answered(running: Callable[..., Running]) -> None:
-    server = running(drain_seconds=5)
-    with server.connection() as idle, server.connection() as asking:
+def test_requests_sent_before_shutdown_are_answered(start_worker: Callable[..., WorkerThread]) -> None:
+    server = start_worker(drain_seconds=5)
+    with server.connection() as idle, server.connection() as busy:
         idle.sendall(b"GET /slow/0 HTTP/1.1\r\nHost: test\r\n\r\n")
         assert read(idle)[0] == 200
-        asking.sendall(b"GET /slow/1 HTTP/1.1\r\nHost: test\r\n\r\n")
+        busy.sendall(b"GET /slow/1 HTTP/1.1\r\nHost: test\r\n\r\n")
         time.sleep(0.1)
-        began = time.monotonic()
-        server.stop(after=0.3)
+        start_time = time.monotonic()
+        server.stop(blocked_seconds=0.3)
         time.sleep(0.1)
         late = [socket.create_connection(server.address, timeout=10) for _ in range(20)]
-        for one in late:
-            one.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc")
+        for connection in late:
+            connection.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc")
         time.sleep(0.2)
         idle.sendall(b"GET /ready HTTP/1.1\r\nHost: test\r\n\r\n")
         status, headers, body = read(idle)
         assert (status, body) == (503, {"status": "unavailable", "reason": "The server is stopping"})
         assert headers["connection"] == "close"
         assert closed(idle)
-        assert time.monotonic() - began < 0.6
-        for one in late:
-            with one:
-                assert read(one)[2] == {"size": 3}
+        assert time.monotonic() - start_time < 0.6
+        for connection in late:
+            with connection:
+                assert read(connection)[2] == {"size": 3}
         time.sleep(0.3)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(server.address, timeout=10)
-        assert read(asking)[2] == "done"
+        assert read(busy)[2] == "done"
         server.thread.join(10)
-        assert 0.8 < time.monotonic() - began < 2
+        assert 0.8 < time.monotonic() - start_time < 2
 
 
-def test_who_still_waits_when_time_is_up_is_told(running: Callable[..., Running]) -> None:
-    server = running(drain_seconds=0.7)
+def test_requests_get_503_when_drain_time_is_over(start_worker: Callable[..., WorkerThread]) -> None:
+    server = start_worker(drain_seconds=0.7)
     slow = b"GET /slow/60 HTTP/1.1\r\nHost: test\r\nx-request-id: mine\r\n\r\n"
     uploading = HEAD + b"Content-Length: 10\r\nx-request-id: mine\r\n\r\n12345"
-    with server.connection(slow) as one, server.connection(uploading) as other, server.connection() as silent:
+    with server.connection(slow) as waiting, server.connection(uploading) as sending, server.connection() as silent:
         time.sleep(0.1)
         server.stop()
-        began = time.monotonic()
-        for waiting in (one, other):
-            status, headers, body = read(waiting)
+        start_time = time.monotonic()
+        for connection in (waiting, sending):
+            status, headers, body = read(connection)
             assert (status, headers["x-request-id"]) == (503, "mine")
             assert body["error"]["message"] == "The server is stopping"
-            assert 0.5 < time.monotonic() - began < 1.5
-        assert closed(one)
+            assert 0.5 < time.monotonic() - start_time < 1.5
+        assert closed(waiting)
         assert closed(silent)
     server.thread.join(10)
     assert not server.thread.is_alive()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - start_time < 3
 
 
-def test_a_connection_nobody_uses_does_not_delay_the_end(running: Callable[..., Running]) -> None:
-    server = running(drain_seconds=10)
+def test_idle_connections_do_not_delay_shutdown(start_worker: Callable[..., WorkerThread]) -> None:
+    server = start_worker(drain_seconds=10)
     with server.connection(b"GET /slow/0 HTTP/1.1\r\nHost: test\r\n\r\n") as idle, server.connection() as silent:
         assert read(idle)[0] == 200
-        began = time.monotonic()
+        start_time = time.monotonic()
         server.stop()
         assert closed(idle)
         assert closed(silent)
         server.thread.join(10)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - start_time < 2
 
 
-def start(tmp_path: Path, **settings: Any) -> tuple[subprocess.Popen[bytes], str]:
-    """The worker as the supervisor starts it, and its URL."""
-    stated = read_settings(triton_grpc=f"127.0.0.1:{free_port()}", workers=2, **settings)
-    one = listen("127.0.0.1", 0, 1)[0][0]
-    with one, (tmp_path / "log").open("wb") as log:
+def start_process(tmp_path: Path, **settings: Any) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a worker as the supervisor does, and return its process and URL."""
+    worker_settings = read_settings(triton_grpc=f"127.0.0.1:{free_port()}", workers=2, **settings)
+    listener = listen("127.0.0.1", 0, 1)[0][0]
+    with listener, (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "triton_embed.gateway.worker", str(one.fileno())],
+            [sys.executable, "-m", "triton_embed.gateway.worker", str(listener.fileno())],
             stdin=subprocess.PIPE,
             stderr=log,
-            pass_fds=[one.fileno()],
+            pass_fds=[listener.fileno()],
             env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "TRITON_EMBED_API_KEY": "another"},
         )
-        url = f"http://127.0.0.1:{one.getsockname()[1]}"
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     assert process.stdin is not None
     with process.stdin as pipe:
-        pipe.write(dump_settings(stated))
+        pipe.write(dump_settings(worker_settings))
     for _ in range(300):
         try:
             requests.get(f"{url}/ready", timeout=5)
@@ -340,9 +349,9 @@ def start(tmp_path: Path, **settings: Any) -> tuple[subprocess.Popen[bytes], str
     raise AssertionError((tmp_path / "log").read_text())
 
 
-def test_a_worker_takes_its_settings_from_its_input_and_tells_them_to_nobody(tmp_path: Path) -> None:
-    process, url = start(tmp_path, api_key="hush", log_format="json")
-    told = Path(f"/proc/{process.pid}/cmdline").read_bytes() + Path(f"/proc/{process.pid}/environ").read_bytes()
+def test_worker_reads_settings_from_stdin_and_does_not_expose_them(tmp_path: Path) -> None:
+    process, url = start_process(tmp_path, api_key="hush", log_format="json")
+    visible = Path(f"/proc/{process.pid}/cmdline").read_bytes() + Path(f"/proc/{process.pid}/environ").read_bytes()
     headers = {"Authorization": "Bearer hush", "x-request-id": "mine"}
     page = requests.get(f"{url}/metrics", headers=headers, timeout=10)
     garbage = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10)
@@ -351,7 +360,7 @@ def test_a_worker_takes_its_settings_from_its_input_and_tells_them_to_nobody(tmp
         assert read(garbage)[0] == 400
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
-    assert b"hush" not in told
+    assert b"hush" not in visible
     assert page.status_code == 200
     assert "triton_embed_requests_in_flight 1.0" in page.text
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
@@ -359,10 +368,10 @@ def test_a_worker_takes_its_settings_from_its_input_and_tells_them_to_nobody(tmp
     assert "Invalid HTTP request received." in [line["message"] for line in lines]
 
 
-def test_a_worker_may_have_all_the_files_there_are(tmp_path: Path) -> None:
+def test_worker_raises_its_file_limit(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 500), hard))
-    process, _ = start(tmp_path)
+    process, _ = start_process(tmp_path)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     limits = Path(f"/proc/{process.pid}/limits").read_text()
     process.terminate()

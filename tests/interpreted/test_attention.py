@@ -1,6 +1,6 @@
-"""The attention kernels in the interpreter against kernels/reference.py in float64 (see tests/test_ops.py).
+"""Interpreted attention kernels against kernels/reference.py in float64 (see tests/test_ops.py).
 
-Blocks are small, so that lengths around their edges are cheap; q, k and v are views of one guarded projection.
+Blocks are small, so that lengths around their edges are cheap. q, k and v are views of one guarded projection.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,25 @@ from triton_embed.kernels.packed import Packed
 SMALL = Config(block_m=16, block_n=16)
 AROUND_BLOCKS = (15, 16, 17, 1, 34, 1, 2)
 MASKS = [(False, None), (True, None), (True, 1), (True, 5), (True, 20)]  # causal, window
-MASK_NAMES = [f"{'causal' if causal else 'both ways'} {window or ''}" for causal, window in MASKS]
+MASK_NAMES = [f"{'causal' if causal else 'bidirectional'} {window or ''}" for causal, window in MASKS]
 LAYOUTS = [(1, 1, 64), (6, 1, 80), (7, 1, 16), (2, 1, 128)]  # heads, key heads, head size
 Prefix = tuple[Tensor, Tensor] | None
 
 
 def projected(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k and v of one projection, guarded, as an engine has them: strided views."""
+    """Create q, k and v as the engine does: strided views of one projection, guarded."""
     qkv = guarded(random(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype))
     return list(qkv.split([heads, kv_heads, kv_heads], dim=1))
 
 
-def shared_by(count: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def random_prefix(
+    count: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     k, v = guarded(random(count, 2 * kv_heads, head_dim, dtype=dtype, seed=1)).split(kv_heads, dim=1)
     return k, v
 
 
-def double(prefix: Prefix) -> Prefix:
+def to_float64(prefix: Prefix) -> Prefix:
     return None if prefix is None else (prefix[0].double(), prefix[1].double())
 
 
@@ -47,12 +49,14 @@ def check_varlen(
     config: Config | None = SMALL,
     scale: float = 0.25,
 ) -> None:
-    """One batch, against float64 and, in half precision, against what torch makes of it."""
-    rest = Packed.from_lengths(lengths), causal, window, scale
-    found = attention.varlen_attention(*qkv, *rest, prefix, config)
-    own = reference.varlen_attention(*qkv, *rest, prefix) if found.dtype != torch.float32 else None
-    assert found.dtype == qkv[0].dtype
-    assert_close(found, reference.varlen_attention(*(x.double() for x in qkv), *rest, double(prefix)), own)
+    """Check one batch against float64 and, in half precision, against torch in the same dtype."""
+    arguments = Packed.from_lengths(lengths), causal, window, scale
+    result = attention.varlen_attention(*qkv, *arguments, prefix, config)
+    torch_result = reference.varlen_attention(*qkv, *arguments, prefix) if result.dtype != torch.float32 else None
+    assert result.dtype == qkv[0].dtype
+    assert_close(
+        result, reference.varlen_attention(*(x.double() for x in qkv), *arguments, to_float64(prefix)), torch_result
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,63 +94,63 @@ def test_windows_around_the_edges_of_blocks(window: int) -> None:
 
 @pytest.mark.parametrize("group", [3, 5, 6, 7, 16, 20])
 def test_groups_that_do_not_divide_a_block(group: int) -> None:
-    """A group of 20 has no room in 16 rows: the block grows."""
+    """Include a group of 20, which needs a block larger than 16 rows."""
     lengths = (5, 1, 9)
     check_varlen(projected(15, group * 2, 2, 16, torch.float32), lengths, True, None)
 
 
-@pytest.mark.parametrize("shared", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("prefix_tokens", [1, 15, 16, 17, 40])
 @pytest.mark.parametrize(("causal", "window"), [*MASKS, (True, 30)], ids=str)
-def test_a_prefix_before_every_sequence(causal: bool, window: int | None, shared: int) -> None:
+def test_prefix_before_every_sequence(causal: bool, window: int | None, prefix_tokens: int) -> None:
     lengths = (1, 33, 2, 3)
-    check_varlen(projected(39, 2, 1, 16, torch.float32), lengths, causal, window, shared_by(shared, 1, 16))
+    check_varlen(projected(39, 2, 1, 16, torch.float32), lengths, causal, window, random_prefix(prefix_tokens, 1, 16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 80), (6, 1, 64)], ids=str)
-def test_a_prefix_in_every_dtype(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    qkv, prefix = projected(25, heads, kv_heads, head_dim, dtype), shared_by(19, kv_heads, head_dim, dtype)
+def test_prefix_in_every_dtype(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    qkv, prefix = projected(25, heads, kv_heads, head_dim, dtype), random_prefix(19, kv_heads, head_dim, dtype)
     check_varlen(qkv, (18, 7), True, None, prefix, scale=head_dim**-0.5)
 
 
-def test_a_prefix_of_nothing_is_none() -> None:
+def test_empty_prefix_equals_no_prefix() -> None:
     qkv, packed = projected(20, 2, 1, 16, torch.float32), Packed.from_lengths((17, 3))
-    nothing = (torch.zeros(0, 1, 16), torch.zeros(0, 1, 16))
-    with_it = attention.varlen_attention(*qkv, packed, True, 5, 0.25, nothing, SMALL)
-    assert torch.equal(with_it, attention.varlen_attention(*qkv, packed, True, 5, 0.25, None, SMALL))
+    empty = (torch.zeros(0, 1, 16), torch.zeros(0, 1, 16))
+    with_prefix = attention.varlen_attention(*qkv, packed, True, 5, 0.25, empty, SMALL)
+    assert torch.equal(with_prefix, attention.varlen_attention(*qkv, packed, True, 5, 0.25, None, SMALL))
     rows = packed.cu_seqlens[1:] - 1
-    pooled = attention.pooled_attention(*qkv, packed, rows, None, 0.25, nothing, SMALL)
+    pooled = attention.pooled_attention(*qkv, packed, rows, None, 0.25, empty, SMALL)
     assert torch.equal(pooled, attention.pooled_attention(*qkv, packed, rows, None, 0.25, None, SMALL))
 
 
-def test_heads_may_lie_anywhere() -> None:
-    """Heads before tokens, k and v with strides of their own."""
+def test_heads_may_have_any_stride() -> None:
+    """Use tensors with heads before tokens, and different strides for k and v."""
     q, k = (guarded(random(heads, 35, 16, seed=heads)).transpose(0, 1) for heads in (4, 2))
     v = guarded(random(35, 2, 48))[..., 16:32]
     check_varlen([q, k, v], (33, 2), True, None)
 
 
-def test_blocks_of_the_table() -> None:
+def test_config_from_the_table() -> None:
     qkv, packed = projected(150, 4, 2, 64, torch.float16), Packed.from_lengths((129, 21))
-    found = attention.varlen_attention(*qkv, packed, True, None, 0.125)
-    assert_close(found, reference.varlen_attention(*(x.double() for x in qkv), packed, True, None, 0.125))
-    assert list(packed._tiles) == [attention.tile_tokens(4, 2, 64, torch.float16, found.device)]
+    result = attention.varlen_attention(*qkv, packed, True, None, 0.125)
+    assert_close(result, reference.varlen_attention(*(x.double() for x in qkv), packed, True, None, 0.125))
+    assert list(packed._tiles) == [attention.tile_tokens(4, 2, 64, torch.float16, result.device)]
 
 
 @pytest.mark.parametrize("level", [-3e4, 3e4])
 def test_scores_far_from_zero(level: float) -> None:
-    """Only differences of scores count: with all of them at -30000, exp2 of a score is 0."""
+    """Check that only differences of scores matter: at -30000, exp2 of a score is 0."""
     q, k, v = projected(40, 2, 1, 16, torch.float32)
     q[..., 0], k[..., 0] = level / 100, 100.0
-    found = attention.varlen_attention(q, k, v, Packed.from_lengths((40,)), True, None, 1.0, None, SMALL)
+    result = attention.varlen_attention(q, k, v, Packed.from_lengths((40,)), True, None, 1.0, None, SMALL)
     q[..., 0] = 0.0
     expected = reference.varlen_attention(*(x.double() for x in (q, k, v)), Packed.from_lengths((40,)), True, None, 1.0)
-    assert (found - expected).abs().max() < 0.02  # fp32 holds scores of 30000 to within 0.002
+    assert (result - expected).abs().max() < 0.02  # fp32 holds scores of 30000 to within 0.002
 
 
 @pytest.mark.parametrize("block_n", [16, 64], ids=["32 bits in a block", "64 bits in a block"])
 def test_offsets_beyond_32_bits(block_n: int) -> None:
-    """40 rows of 64 million values, of which memory holds the few that are used."""
+    """Use 40 rows with a stride of 64 million values, of which only the few used ones are touched."""
     tokens, row = 40, 64_000_000
     buffer = torch.empty(tokens * row, dtype=torch.float16)
     qkv = buffer.as_strided((tokens, 4, 16), (row, 16, 1))
@@ -156,28 +160,28 @@ def test_offsets_beyond_32_bits(block_n: int) -> None:
     check_pooled(views, lengths, config=Config(16, block_n))
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
 @pytest.mark.parametrize("head_dim", [16, 80])
-def test_a_spoiled_token_reaches_only_those_who_see_it(head_dim: int, part: int, value: float, causal: bool) -> None:
-    """In the middle of a tile that three sequences share, and in a sequence of several tiles."""
-    lengths, spoiled = (3, 5, 4, 40, 2), (5, 30)
-    clean = projected(54, 2, 1, head_dim, torch.float32)
+def test_nonfinite_token_affects_only_queries_that_see_it(head_dim: int, part: int, value: float, causal: bool) -> None:
+    """Place the value inside a tile that three sequences share, and in a sequence of several tiles."""
+    lengths, nonfinite_tokens = (3, 5, 4, 40, 2), (5, 30)
+    qkv = projected(54, 2, 1, head_dim, torch.float32)
     packed = Packed.from_lengths(lengths)
-    before = attention.varlen_attention(*clean, packed, causal, None, 0.25, None, SMALL)
-    clean[part][torch.tensor(spoiled), :, head_dim - 3] = value
-    after = attention.varlen_attention(*clean, packed, causal, None, 0.25, None, SMALL)
+    before = attention.varlen_attention(*qkv, packed, causal, None, 0.25, None, SMALL)
+    qkv[part][torch.tensor(nonfinite_tokens), :, head_dim - 3] = value
+    after = attention.varlen_attention(*qkv, packed, causal, None, 0.25, None, SMALL)
 
-    sees = torch.zeros(54, dtype=torch.bool)
+    affected = torch.zeros(54, dtype=torch.bool)
     for token, start, end in ((5, 3, 8), (30, 12, 52)):
-        sees[slice(token, token + 1) if part == 0 else slice(token if causal else start, end)] = True
-    assert torch.equal(after[~sees], before[~sees])
+        affected[slice(token, token + 1) if part == 0 else slice(token if causal else start, end)] = True
+    assert torch.equal(after[~affected], before[~affected])
     if value != value or part == 2:
-        assert not after[sees].isfinite().all(dim=-1).any()
+        assert not after[affected].isfinite().all(dim=-1).any()
 
     rows = packed.cu_seqlens[1:] - 1
-    pooled = attention.pooled_attention(*clean, packed, rows, None, 0.25, None, SMALL)
+    pooled = attention.pooled_attention(*qkv, packed, rows, None, 0.25, None, SMALL)
     others = torch.tensor([0, 2, 4])
     assert pooled[others].isfinite().all()
 
@@ -186,16 +190,16 @@ def with_tiles(packed: Packed, tiles: Tensor, size: int) -> Packed:
     return Packed(packed.cu_seqlens, packed.lengths, _tiles={size: tiles.to(torch.int32)})
 
 
-def test_empty_tiles_write_nothing_and_uncovered_tokens_stay_as_they_are() -> None:
+def test_empty_tiles_and_uncovered_tokens_are_not_written() -> None:
     qkv, packed = projected(40, 2, 1, 16, torch.float32), Packed.from_lengths((20, 4, 16))
     tiles = packed.tiles(8)
-    whole = attention.varlen_attention(*qkv, packed, True, None, 0.25, None, SMALL)
-    kept, left_out = tiles[:-1], slice(*tiles[-1, :2].tolist())
-    padded = torch.cat([kept, torch.tensor([[0, 0, 0, 0], [40, 40, 0, 40], [1 << 30, 1 << 30, 0, 0]])])
-    found = attention.varlen_attention(*qkv, with_tiles(packed, padded, 8), True, None, 0.25, None, SMALL)
-    assert (found[left_out].view(torch.uint8) == CANARY).all()
-    found[left_out] = whole[left_out]
-    assert torch.equal(found, whole)
+    full = attention.varlen_attention(*qkv, packed, True, None, 0.25, None, SMALL)
+    covered_tiles, uncovered = tiles[:-1], slice(*tiles[-1, :2].tolist())
+    padded = torch.cat([covered_tiles, torch.tensor([[0, 0, 0, 0], [40, 40, 0, 40], [1 << 30, 1 << 30, 0, 0]])])
+    result = attention.varlen_attention(*qkv, with_tiles(packed, padded, 8), True, None, 0.25, None, SMALL)
+    assert (result[uncovered].view(torch.uint8) == CANARY).all()
+    result[uncovered] = full[uncovered]
+    assert torch.equal(result, full)
 
 
 def check_pooled(
@@ -208,80 +212,84 @@ def check_pooled(
 ) -> None:
     packed = Packed.from_lengths(lengths)
     rows = packed.cu_seqlens[1:] - 1 if rows is None else rows
-    found = attention.pooled_attention(*qkv, packed, guarded(rows), window, 0.25, prefix, config)
-    own = reference.pooled_attention(*qkv, packed, rows, window, 0.25, prefix) if found.dtype != torch.float32 else None
-    expected = reference.pooled_attention(*(x.double() for x in qkv), packed, rows, window, 0.25, double(prefix))
-    assert_close(found, expected, own)
+    result = attention.pooled_attention(*qkv, packed, guarded(rows), window, 0.25, prefix, config)
+    torch_result = (
+        reference.pooled_attention(*qkv, packed, rows, window, 0.25, prefix) if result.dtype != torch.float32 else None
+    )
+    expected = reference.pooled_attention(*(x.double() for x in qkv), packed, rows, window, 0.25, to_float64(prefix))
+    assert_close(result, expected, torch_result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [*LAYOUTS, (20, 1, 16)], ids=str)
 @pytest.mark.parametrize("window", [None, 16, 20])
-def test_one_query_a_sequence(window: int | None, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_one_query_per_sequence(
+    window: int | None, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
     check_pooled(projected(sum(AROUND_BLOCKS), heads, kv_heads, head_dim, dtype), AROUND_BLOCKS, window)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_any_row_of_a_sequence_asks(dtype: torch.dtype) -> None:
+def test_query_may_be_any_row_of_a_sequence(dtype: torch.dtype) -> None:
     rows = torch.tensor([n // 2 for n in AROUND_BLOCKS]) + Packed.from_lengths(AROUND_BLOCKS).cu_seqlens[:-1]
     check_pooled(projected(86, 4, 2, 16, torch.float32), AROUND_BLOCKS, rows=rows.to(dtype))
 
 
-@pytest.mark.parametrize("shared", [1, 16, 19])
+@pytest.mark.parametrize("prefix_tokens", [1, 16, 19])
 @pytest.mark.parametrize("window", [None, 1, 5, 20, 30, 60])
-def test_one_query_after_a_prefix(window: int | None, shared: int) -> None:
-    prefix = shared_by(shared, 2, 16)
+def test_one_query_after_a_prefix(window: int | None, prefix_tokens: int) -> None:
+    prefix = random_prefix(prefix_tokens, 2, 16)
     check_pooled(projected(sum(AROUND_BLOCKS), 4, 2, 16, torch.float32), AROUND_BLOCKS, window, prefix)
 
 
-def test_blocks_of_the_table_for_one_query() -> None:
+def test_config_from_the_table_for_one_query() -> None:
     check_pooled(projected(150, 4, 2, 64, torch.bfloat16), (129, 21), config=None)
 
 
-def test_a_sequence_without_tokens_gives_zeros() -> None:
-    """How a batch is padded with sequences: offsets that stand still, rows that are never read."""
-    qkv, prefix = projected(20, 2, 1, 80, torch.float32), shared_by(5, 1, 80)
+def test_empty_sequence_gives_zeros() -> None:
+    """Pad a batch with empty sequences: repeated offsets, and rows that are never read."""
+    qkv, random_kv = projected(20, 2, 1, 80, torch.float32), random_prefix(5, 1, 80)
     packed = Packed.from_lengths((17, 3))
     padded = replace(packed, cu_seqlens=guarded(torch.tensor([0, 17, 20, 20, 20], dtype=torch.int32)))
     rows = torch.tensor([16, 19, 1 << 30, -1])
-    for given in (None, prefix):
-        found = attention.pooled_attention(*qkv, padded, rows, None, 0.25, given, SMALL)
-        assert torch.equal(found[:2], attention.pooled_attention(*qkv, packed, rows[:2], None, 0.25, given, SMALL))
-        assert not found[2:].any()
+    for prefix in (None, random_kv):
+        result = attention.pooled_attention(*qkv, padded, rows, None, 0.25, prefix, SMALL)
+        assert torch.equal(result[:2], attention.pooled_attention(*qkv, packed, rows[:2], None, 0.25, prefix, SMALL))
+        assert not result[2:].any()
 
 
 @pytest.mark.parametrize("head_dim", [8, 10, 72, 100, 272, 512])
-def test_a_head_size_that_no_kernel_has_is_refused(head_dim: int) -> None:
-    with pytest.raises(ValueError, match=f"multiples of 16 up to 256, not {head_dim}"):
-        attention.check(4, 2, head_dim, torch.float16)
-    with pytest.raises(ValueError, match=f"not {head_dim}"):
+def test_unsupported_head_size_is_rejected(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"multiples of 16 up to 256, got {head_dim}"):
+        attention.check_supported(4, 2, head_dim, torch.float16)
+    with pytest.raises(ValueError, match=f"got {head_dim}"):
         check_varlen(projected(3, 2, 1, head_dim, torch.float32), (3,), True, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8], ids=str)
-def test_a_dtype_that_no_kernel_has_is_refused(dtype: torch.dtype) -> None:
+def test_unsupported_dtype_is_rejected(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=str(dtype).removeprefix("torch.")):
-        attention.check(4, 2, 64, dtype)
+        attention.check_supported(4, 2, 64, dtype)
 
 
-def test_heads_that_cannot_share_are_refused() -> None:
-    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
-        attention.check(4, 3, 64, torch.float16)
+def test_uneven_head_groups_are_rejected() -> None:
+    with pytest.raises(ValueError, match="multiple of the number of key heads, got 4 and 3"):
+        attention.check_supported(4, 3, 64, torch.float16)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
-def test_a_scale_that_turns_scores_over_is_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match="scaled by"):
+def test_scale_that_is_not_positive_is_rejected(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale must be positive"):
         check_varlen(projected(3, 2, 1, 16, torch.float32), (3,), True, None, scale=scale)
 
 
-def test_values_that_do_not_lie_side_by_side_are_refused() -> None:
+def test_noncontiguous_values_are_rejected() -> None:
     q, _, v = projected(5, 2, 1, 16, torch.float32)
-    with pytest.raises(ValueError, match=r"attention over k .* strides"):
+    with pytest.raises(ValueError, match=r"Attention needs k .* strides"):
         check_varlen([q, random(5, 1, 32)[..., ::2], v], (5,), True, None)
 
 
-def test_tensors_of_two_dtypes_are_refused() -> None:
+def test_mixed_dtypes_are_rejected() -> None:
     q, k, v = projected(5, 2, 1, 16, torch.float32)
-    with pytest.raises(ValueError, match=r"attention over v of torch.float16"):
+    with pytest.raises(ValueError, match=r"Attention needs v .* got torch.float16"):
         check_varlen([q, k, v.half()], (5,), True, None)

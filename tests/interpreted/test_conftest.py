@@ -1,4 +1,4 @@
-"""The interpreter as conftest makes it: a kernel that is wrong on a GPU is wrong here too."""
+"""The strict interpreter of conftest: a kernel that is wrong on a GPU is wrong here too."""
 
 import pytest
 import torch
@@ -11,37 +11,39 @@ from conftest import Guards, assert_close, guarded, random
 
 @triton.jit
 def _copy_kernel(x, y, first, count, OTHER: tl.constexpr, SIZE: tl.constexpr):  # noqa: N803
-    """y[i] = x[first + i] where i < count; `OTHER` where not."""
-    at = tl.arange(0, SIZE)
-    mask = at < count
-    values = tl.load(x + first + at, mask=mask) if OTHER is None else tl.load(x + first + at, mask=mask, other=OTHER)
-    tl.store(y + at, values)
+    """Set y[i] = x[first + i] where i < count, else `OTHER`."""
+    index = tl.arange(0, SIZE)
+    mask = index < count
+    values = (
+        tl.load(x + first + index, mask=mask) if OTHER is None else tl.load(x + first + index, mask=mask, other=OTHER)
+    )
+    tl.store(y + index, values)
 
 
 @triton.jit
 def _matmul_kernel(a, b, c, SIZE: tl.constexpr):  # noqa: N803
-    """c = a @ b in c's dtype, all [SIZE,SIZE]."""
-    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    product = tl.dot(tl.load(a + at), tl.load(b + at), input_precision="ieee")
-    tl.store(c + at, product.to(c.dtype.element_ty))
+    """Compute c = a @ b in c's dtype, all [SIZE,SIZE]."""
+    index = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    product = tl.dot(tl.load(a + index), tl.load(b + index), input_precision="ieee")
+    tl.store(c + index, product.to(c.dtype.element_ty))
 
 
 @triton.jit
 def _sum_kernel(x, y, SIZE: tl.constexpr):  # noqa: N803
-    """y = x + x in x's own dtype."""
-    at = tl.arange(0, SIZE)
-    tl.store(y + at, tl.load(x + at) + tl.load(x + at))
+    """Compute y = x + x in the dtype of x."""
+    index = tl.arange(0, SIZE)
+    tl.store(y + index, tl.load(x + index) + tl.load(x + index))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_products_are_those_of_torch_in_every_dtype(dtype: torch.dtype) -> None:
+def test_products_match_torch_in_every_dtype(dtype: torch.dtype) -> None:
     a, b = random(32, 32, dtype=dtype), random(32, 32, dtype=dtype, seed=1)
     c = guarded(torch.zeros(32, 32, dtype=dtype))
     _matmul_kernel[(1,)](guarded(a), guarded(b), c, 32)
     assert_close(c, a.double() @ b.double(), torch_same_dtype=a @ b)
 
 
-def test_bfloat16_is_rounded_to_even_as_torch_does() -> None:
+def test_bfloat16_is_rounded_to_even() -> None:
     halves = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20, 3e38, float("inf"), float("nan")])
     values = torch.cat([halves, random(25)])
     a = torch.zeros(32, 32)
@@ -51,26 +53,26 @@ def test_bfloat16_is_rounded_to_even_as_torch_does() -> None:
     assert torch.equal(c[0].nan_to_num(7), values.bfloat16().nan_to_num(7))
 
 
-def test_arithmetic_on_bfloat16_is_refused() -> None:
+def test_bfloat16_arithmetic_is_rejected() -> None:
     x = random(16).bfloat16()
     with pytest.raises((InterpreterError, AssertionError), match="bfloat16"):
         _sum_kernel[(1,)](x, torch.empty_like(x), 16)
 
 
 @pytest.mark.parametrize(("first", "count"), [(1, 16), (-1, 16), (1 << 30, 1)])
-def test_a_read_outside_the_tensors_is_refused(first: int, count: int) -> None:
+def test_read_outside_the_tensors_is_rejected(first: int, count: int) -> None:
     with pytest.raises((InterpreterError, AssertionError), match="reads outside"):
         _copy_kernel[(1,)](guarded(random(16)), torch.zeros(16), first, count, 0.0, 16)
 
 
 @pytest.mark.parametrize("size", [15, 1])
-def test_a_write_outside_the_tensors_is_refused(size: int) -> None:
+def test_write_outside_the_tensors_is_rejected(size: int) -> None:
     with pytest.raises((InterpreterError, AssertionError), match="writes outside"):
         _copy_kernel[(1,)](random(16), guarded(torch.zeros(size)), 0, 16, 0.0, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_masked_load_gives_nan_where_nothing_was_named(dtype: torch.dtype) -> None:
+def test_masked_load_without_other_gives_nan(dtype: torch.dtype) -> None:
     x, y = random(16).to(dtype), torch.zeros(16, dtype=dtype)
     _copy_kernel[(1,)](x, y, 0, 9, None, 16)
     assert torch.equal(y[:9], x[:9])
@@ -78,7 +80,7 @@ def test_a_masked_load_gives_nan_where_nothing_was_named(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("offset", [-1, 5, 40])
-def test_a_changed_value_around_or_between_guarded_rows_is_found(offset: int) -> None:
+def test_write_around_or_between_guarded_rows_is_detected(offset: int) -> None:
     guards = Guards()
     placed = guards.place(torch.empty_strided((4, 5), (10, 1)), 0xFF).copy_(random(4, 5))
     guards.check()

@@ -1,7 +1,7 @@
-"""Recorded passes without a GPU to record them: what is replayed is computed anew, from the recorded batch alone.
+"""CUDA graphs without a GPU: a replay is simulated by computing the recorded batch again.
 
-So a batch that is padded, copied into a buffer and read out of it again is proved here; that CUDA replays what it
-recorded is left to a GPU, where a server compares the two before it starts.
+This tests that a batch is padded, copied into its buffer and read back correctly. That CUDA replays what it recorded is
+checked on a GPU, where a server compares the two before it starts.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from torch import Tensor
 from triton_embed.python_backend import graphs
 from triton_embed.python_backend.batch import Batch, Layout
 from triton_embed.python_backend.embedder import Embedder
-from triton_embed.python_backend.graphs import Graphs, size_of
+from triton_embed.python_backend.graphs import CudaGraphs, size_of
 
 
 @given(st.integers(1, 5000), st.integers(1, 700))
-def test_a_batch_is_padded_to_the_smallest_size_that_holds_it(tokens: int, rows: int) -> None:
+def test_batch_is_padded_to_the_smallest_fitting_size(tokens: int, rows: int) -> None:
     size = size_of(tokens, rows)
     fitting = [(t, r) for t in graphs.TOKENS for r in graphs.ROWS if t >= max(tokens, r) and r >= rows]
     if size is None:
@@ -34,30 +34,30 @@ def test_a_batch_is_padded_to_the_smallest_size_that_holds_it(tokens: int, rows:
 
 
 class Recorder:
-    """Stands for CUDA's graphs: `replay` computes again what was computed while it was being recorded."""
+    """A fake for CUDA graphs: `replay` repeats the computation that was recorded."""
 
-    def __init__(self, ours: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._compute = ours._network.compute
+    def __init__(self, embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._compute = embedder._network.compute
         self._recording: Recorded | None = None
         self.replays = 0
         self.computed = 0
-        monkeypatch.setattr(ours._network, "compute", self.compute)
-        for name, stand_in in {
+        monkeypatch.setattr(embedder._network, "compute", self.compute)
+        for name, fake in {
             "Stream": lambda _: self,
             "current_stream": lambda _: self,
-            "stream": lambda _: self.nothing(),
+            "stream": lambda _: self.no_op(),
             "graph_pool_handle": lambda: None,
             "CUDAGraph": lambda: Recorded(self),
             "graph": self.record,
         }.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
+            monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
 
     def wait_stream(self, _: object) -> None:
-        """Nothing runs beside anything here."""
+        """Do nothing, because nothing runs concurrently here."""
 
     @contextmanager
-    def nothing(self) -> Iterator[None]:
+    def no_op(self) -> Iterator[None]:
         yield
 
     @contextmanager
@@ -66,11 +66,11 @@ class Recorder:
         yield
         self._recording = None
 
-    def compute(self, given: Batch, *prefix: None) -> Tensor:
-        states = self._compute(given)
+    def compute(self, batch: Batch, *prefix: None) -> Tensor:
+        states = self._compute(batch)
         self.computed += 1
         if self._recording is not None:
-            self._recording.batch, self._recording.states = given, states
+            self._recording.batch, self._recording.states = batch, states
         return states
 
 
@@ -87,33 +87,33 @@ class Recorded:
 
 
 @pytest.mark.parametrize("family", ["bge-mean", "qwen3_embedding", "clip"], indirect=True)
-def test_a_replayed_batch_gives_transformers_vectors(
+def test_replayed_batch_gives_the_vectors_of_transformers(
     family: Family,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ours, rows, wanted = family.ours, family.rows, family.vectors
-    recorder = Recorder(ours, monkeypatch)
+    embedder, rows, vectors = family.embedder, family.rows, family.vectors
+    recorder = Recorder(embedder, monkeypatch)
     monkeypatch.setattr(graphs, "TOKENS", (16, 48))
     monkeypatch.setattr(graphs, "ROWS", (1, 16))
     with torch.inference_mode():
-        forward = Graphs(ours._network, ours._network, "cpu")
+        forward = CudaGraphs(embedder._network, embedder._network, "cpu")
         recorded = recorder.computed
         texts = [i for i, row in enumerate(rows) if not row.pictures]
-        for chosen in (texts, texts[1:2], texts[:2], texts[::-1], texts):
-            found = ours._embed(forward, [rows[i] for i in chosen], [wanted.shape[1]] * len(chosen))
-            assert np.abs(found - wanted[chosen]).max() < 2e-6
+        for selected in (texts, texts[1:2], texts[:2], texts[::-1], texts):
+            result = embedder._embed(forward, [rows[i] for i in selected], [vectors.shape[1]] * len(selected))
+            assert np.abs(result - vectors[selected]).max() < 2e-6
         assert (recorder.replays, recorder.computed) == (5, recorded)
-        pictured = [i for i, row in enumerate(rows) if row.pictures]
-        large = [rows[2]] * 4
-        for other, expected in ((large, wanted[[2] * 4]), ([rows[i] for i in pictured], wanted[pictured])):
-            if other:
-                found = ours._embed(forward, other, [wanted.shape[1]] * len(other))
-                assert np.abs(found - expected).max() < 2e-6
+        image_rows = [i for i, row in enumerate(rows) if row.pictures]
+        large_batch = [rows[2]] * 4
+        for batch, expected in ((large_batch, vectors[[2] * 4]), ([rows[i] for i in image_rows], vectors[image_rows])):
+            if batch:
+                result = embedder._embed(forward, batch, [vectors.shape[1]] * len(batch))
+                assert np.abs(result - expected).max() < 2e-6
     assert recorder.replays == 5
 
 
-def test_rows_of_a_padded_batch_that_are_nobodys_are_left_alone() -> None:
-    """They have no tokens, and so no attention: whatever memory held before must reach no vector."""
+def test_padding_rows_have_no_tokens_and_no_tiles() -> None:
+    """Check that padding rows have no tokens and no attention tiles, so stale memory reaches no vector."""
     layout = Layout.of([np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)], "last", tile=4)
     padded = layout.padded(16, 8)
     packed = padded.view(padded.buffer()).packed

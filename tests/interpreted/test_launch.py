@@ -1,4 +1,4 @@
-"""How kernels are started on a GPU, seen from a kernel that only writes down how it was called."""
+"""Kernel launches as on a GPU, with a fake kernel that records its calls."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,14 +9,14 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from triton_embed.kernels import launch as launch_file
-from triton_embed.kernels.launch import bound, launch
+from triton_embed.kernels.launch import bound_count, launch
 
 
 def _scale_kernel(x, y, count, SIZE: tl.constexpr, FACTOR: tl.constexpr): ...  # noqa: N803
 
 
-class Noted(JITFunction):
-    """Triton's own kind of kernel; to compile it is to hand out an object that notes how it is launched."""
+class RecordingKernel(JITFunction):
+    """A Triton kernel that records compilations, and returns bound kernels that record launches."""
 
     def __init__(self) -> None:
         super().__init__(_scale_kernel, do_not_specialize=["count"])
@@ -24,15 +24,15 @@ class Noted(JITFunction):
         self.launched: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        def compile_and_start(*args: Any, **kwargs: Any) -> Bound:
+        def compile_and_start(*args: Any, **kwargs: Any) -> BoundKernel:
             self.compiled.append((grid, args, kwargs))
-            return Bound(self)
+            return BoundKernel(self)
 
         return compile_and_start
 
 
-class Bound:
-    def __init__(self, kernel: Noted) -> None:
+class BoundKernel:
+    def __init__(self, kernel: RecordingKernel) -> None:
         self._kernel = kernel
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -40,28 +40,30 @@ class Bound:
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Noted]:
-    monkeypatch.setattr(launch_file, "_bound", {})
-    return Noted()
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingKernel]:
+    monkeypatch.setattr(launch_file, "_bound_kernels", {})
+    return RecordingKernel()
 
 
-def start(kernel: Noted, x: torch.Tensor | None = None, count: int = 3, size: int = 8, **options: int) -> None:
-    given = torch.zeros(8) if x is None else x
-    launch(kernel, (2,), (given, None, count), {"SIZE": size, "FACTOR": 0.5}, **options)
+def start(
+    kernel: RecordingKernel, x: torch.Tensor | None = None, count: int = 3, size: int = 8, **options: int
+) -> None:
+    tensor = torch.zeros(8) if x is None else x
+    launch(kernel, (2,), (tensor, None, count), {"SIZE": size, "FACTOR": 0.5}, **options)
 
 
-def test_the_first_launch_compiles_and_the_others_do_not_ask_again(kernel: Noted) -> None:
+def test_only_the_first_launch_compiles(kernel: RecordingKernel) -> None:
     x = torch.zeros(8)
-    for count in (3, 1, 16, 1 << 30):  # Triton would look at each of these
+    for count in (3, 1, 16, 1 << 30):  # values that Triton would specialize on
         start(kernel, x, count)
     ((grid, args, options),) = kernel.compiled
     assert (grid, args[0] is x, args[1:]) == ((2,), True, (None, 3))
     assert options == {"SIZE": 8, "FACTOR": 0.5, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    # All parameters in their order, constants too: what a compiled kernel expects.
+    # A compiled kernel expects all parameters in order, including constants.
     assert [(grid, args[1:]) for grid, args in kernel.launched] == [
         ((2, 1, 1), (None, count, 8, 0.5)) for count in (1, 16, 1 << 30)
     ]
-    assert bound() == 1
+    assert bound_count() == 1
 
 
 @pytest.mark.parametrize(
@@ -74,25 +76,25 @@ def test_the_first_launch_compiles_and_the_others_do_not_ask_again(kernel: Noted
     ],
     ids=["dtype", "size", "warps", "stages"],
 )
-def test_what_another_program_is_needed_for_compiles_again(kernel: Noted, other: dict[str, Any]) -> None:
+def test_other_dtypes_sizes_and_options_compile_again(kernel: RecordingKernel, other: dict[str, Any]) -> None:
     start(kernel)
     start(kernel, **other)
     start(kernel, **other)
-    assert (len(kernel.compiled), len(kernel.launched), bound()) == (2, 1, 2)
+    assert (len(kernel.compiled), len(kernel.launched), bound_count()) == (2, 1, 2)
 
 
-def test_a_tensor_that_comes_where_none_was_compiles_again(kernel: Noted) -> None:
+def test_tensor_in_place_of_none_compiles_again(kernel: RecordingKernel) -> None:
     x, constants = torch.zeros(8), {"SIZE": 8, "FACTOR": 0.5}
     launch(kernel, (2,), (x, None, 3), constants)
     launch(kernel, (2,), (x, x, 3), constants)
     assert len(kernel.compiled) == 2
 
 
-def test_a_tensor_that_is_not_aligned_is_refused(kernel: Noted) -> None:
+def test_unaligned_tensor_is_rejected(kernel: RecordingKernel) -> None:
     with pytest.raises(ValueError, match="multiple of 16 bytes"):
         start(kernel, torch.zeros(9)[1:])
 
 
-def test_constants_in_another_order_are_refused(kernel: Noted) -> None:
+def test_constants_in_wrong_order_are_rejected(kernel: RecordingKernel) -> None:
     with pytest.raises(ValueError, match=r"takes the constants \['SIZE', 'FACTOR'\]"):
         launch(kernel, (2,), (torch.zeros(8), None, 3), {"FACTOR": 0.5, "SIZE": 8})

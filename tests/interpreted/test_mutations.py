@@ -1,6 +1,6 @@
-"""Kernels broken on purpose: for each way to be wrong, the test that notices.
+"""Kernels broken on purpose: for each mutation, the test that must fail.
 
-Every mutation is made in a copy of the kernels, which a process of its own imports in their place.
+Each mutation is applied to a copy of the kernels, which a separate process imports instead of the original.
 """
 
 import os
@@ -21,7 +21,7 @@ TRITON = Path(triton.__file__).parents[1]
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, found once in `file`, becomes `new`, and `test` must fail."""
+    """A change of a kernel: `old`, which occurs once in `file`, becomes `new`, and `test` must fail."""
 
     name: str
     file: str
@@ -39,10 +39,10 @@ MUTATIONS = [
         "test_attention.py::test_windows_around_the_edges_of_blocks[33]",
     ),
     Mutation(
-        "one block too many without a mask",
+        "one block too many is computed without a mask",
         "attention.py",
-        "    whole = tl.maximum((all_high - start) // BLOCK_N - whole_from, 0)",
-        "    whole = tl.maximum(tl.cdiv(all_high - start, BLOCK_N) - whole_from, 0)",
+        "    unmasked = tl.maximum((all_high - start) // BLOCK_N - unmasked_from, 0)",
+        "    unmasked = tl.maximum(tl.cdiv(all_high - start, BLOCK_N) - unmasked_from, 0)",
         "test_attention.py::test_lengths_around_the_edges_of_blocks[False-None-(33,)-(16, 16)]",
     ),
     Mutation(
@@ -55,9 +55,9 @@ MUTATIONS = [
     Mutation(
         "a window does not count the prefix",
         "attention.py",
-        "tl.maximum(token - begin + shared - WINDOW + 1, 0)",
+        "tl.maximum(token - begin + prefix_tokens - WINDOW + 1, 0)",
         "tl.maximum(token - begin - WINDOW + 1, 0)",
-        "test_attention.py::test_a_prefix_before_every_sequence[True-20-17]",
+        "test_attention.py::test_prefix_before_every_sequence[True-20-17]",
     ),
     Mutation(
         "a window reaches one key too far",
@@ -67,16 +67,16 @@ MUTATIONS = [
         "test_attention.py::test_windows_around_the_edges_of_blocks[33]",
     ),
     Mutation(
-        "blocks before the whole ones are not masked",
+        "blocks before the unmasked ones are not masked",
         "attention.py",
-        "    whole_from = tl.minimum(tl.cdiv(all_low - start, BLOCK_N), blocks)",
-        "    whole_from = tl.minimum((all_low - start) // BLOCK_N, blocks)",
+        "    unmasked_from = tl.minimum(tl.cdiv(all_low - start, BLOCK_N), block_count)",
+        "    unmasked_from = tl.minimum((all_low - start) // BLOCK_N, block_count)",
         "test_attention.py::test_windows_around_the_edges_of_blocks[33]",
     ),
     Mutation(
         "the second part of a head is not rescaled",
         "attention.py",
-        "v1, out1 * fade[:, None],",
+        "v1, out1 * rescale[:, None],",
         "v1, out1,",
         "test_attention.py::test_every_head_size[80]",
     ),
@@ -88,7 +88,7 @@ MUTATIONS = [
         "test_attention.py::test_every_head_size[64]",
     ),
     Mutation(
-        "query heads are spread over key heads the wrong way",
+        "query heads are mapped to the wrong key heads",
         "attention.py",
         "    token, head = q_first + rows // GROUP, kv_head * GROUP + rows % GROUP",
         "    token, head = q_first + rows // GROUP, kv_head + rows % GROUP * KV_HEADS",
@@ -97,30 +97,30 @@ MUTATIONS = [
     Mutation(
         "columns past the end of a head are written",
         "attention.py",
-        ("mask=mask[:, None] & (columns < HEAD_DIM))\n\n\n@triton.jit\ndef _attend("),
-        ("mask=mask[:, None])\n\n\n@triton.jit\ndef _attend("),
+        ("mask=mask[:, None] & (columns < HEAD_DIM))\n\n\n@triton.jit\ndef _attend_block("),
+        ("mask=mask[:, None])\n\n\n@triton.jit\ndef _attend_block("),
         "test_attention.py::test_every_head_size[112]",
     ),
     Mutation(
-        "infinity times 0 reaches a neighbour",
+        "infinity times 0 reaches a neighbor",
         "attention.py",
         '    finite = tl.abs(v.to(tl.float32)) < float("inf")',
         "    finite = v == v",
-        "test_attention.py::test_a_spoiled_token_reaches_only_those_who_see_it[16-v-inf-causal]",
+        "test_attention.py::test_nonfinite_token_affects_only_queries_that_see_it[16-v-inf-causal]",
     ),
     Mutation(
-        "a norm divides by its block, not by its width",
+        "a norm divides by its block size instead of its width",
         "norm.py",
         "tl.sum(x * x, axis=1) / WIDTH",
         "tl.sum(x * x, axis=1) / x.shape[1]",
-        "test_norm.py::test_the_norm_of_a_sum",
+        "test_norm.py::test_norm_of_a_sum",
     ),
     Mutation(
         "rows past the last are stored",
         "norm.py",
-        "tl.store(y + out, normed.to(y.dtype.element_ty), mask=kept)",
-        "tl.store(y + out, normed.to(y.dtype.element_ty), mask=(column < WIDTH)[None, :])",
-        "test_norm.py::test_the_norm_of_a_sum",
+        "tl.store(y + out_offsets, normed.to(y.dtype.element_ty), mask=mask)",
+        "tl.store(y + out_offsets, normed.to(y.dtype.element_ty), mask=(column < WIDTH)[None, :])",
+        "test_norm.py::test_norm_of_a_sum",
     ),
     Mutation(
         "keys are normed with the weight of queries",
@@ -130,42 +130,42 @@ MUTATIONS = [
         "test_rotary.py::test_every_layout_of_heads",
     ),
     Mutation(
-        "a relu that swallows what is not a number",
+        "relu replaces NaN by 0",
         "functions.py",
         "tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)",
         "tl.where(x > 0.0, x, 0.0)",
-        "test_activation.py::test_not_a_number_stays_where_it_is",
+        "test_activation.py::test_nan_stays_in_its_element",
     ),
     Mutation(
-        "the last rows of the next sequence are pooled too",
+        "rows of the next sequence are pooled too",
         "pooling.py",
-        "kept = (row < end)[:, None] & (column < WIDTH)[None, :]",
-        "kept = (row < end + (end - start) % BLOCK_M)[:, None] & (column < WIDTH)[None, :]",
+        "mask = (row < end)[:, None] & (column < WIDTH)[None, :]",
+        "mask = (row < end + (end - start) % BLOCK_M)[:, None] & (column < WIDTH)[None, :]",
         "test_pooling.py::test_every_mode",
     ),
     Mutation(
-        "patches row by row, whatever the merge",
+        "patches are ordered row by row, ignoring merge",
         "patchify.py",
         (
-            "block, inside = patch // (MERGE * MERGE), patch % (MERGE * MERGE)\n"
-            "    top = (block // columns * MERGE + inside // MERGE) * PATCH\n"
-            "    left = (block % columns * MERGE + inside % MERGE) * PATCH"
+            "block, index_in_block = patch // (MERGE * MERGE), patch % (MERGE * MERGE)\n"
+            "    first_row = (block // columns * MERGE + index_in_block // MERGE) * PATCH\n"
+            "    first_column = (block % columns * MERGE + index_in_block % MERGE) * PATCH"
         ),
-        ("top = patch // (columns * MERGE) * PATCH\n    left = patch % (columns * MERGE) * PATCH"),
-        "test_patchify.py::test_patches",
+        ("first_row = patch // (columns * MERGE) * PATCH\n    first_column = patch % (columns * MERGE) * PATCH"),
+        "test_patchify.py::test_patches_match_unfold",
     ),
     Mutation(
-        "a group of programs as high as the others where the rows end",
+        "the last group of programs has full height",
         "linear.py",
-        "height = tl.minimum(tl.cdiv(count, BLOCK_M) - first, GROUP)",
+        "height = tl.minimum(tl.cdiv(count, BLOCK_M) - first_block, GROUP)",
         "height = GROUP",
         "test_linear.py::test_every_edge_of_a_block[129-32-17-config8-None-torch.float32]",
     ),
     Mutation(
-        "a row of a product past the last is stored",
+        "a row past the end of a product is stored",
         "linear.py",
-        "kept = (row < count)[:, None]",
-        "kept = (row <= count)[:, None]",
+        "mask = (row < count)[:, None]",
+        "mask = (row <= count)[:, None]",
         "test_linear.py::test_every_edge_of_a_block[15-17-33-config2-None-torch.float16]",
     ),
     Mutation(
@@ -173,14 +173,14 @@ MUTATIONS = [
         "linear.py",
         "mask=(inner < K - start)[None, :]",
         "mask=(inner <= K - start)[None, :]",
-        "test_linear.py::test_rows_that_lie_apart[torch.float16]",
+        "test_linear.py::test_strided_rows[torch.float16]",
     ),
     Mutation(
         "32-bit offsets into x",
         "linear.py",
-        "place = x + tl.minimum(row, count - 1).to(tl.int64)[:, None]",
-        "place = x + tl.minimum(row, count - 1)[:, None]",
-        "test_linear.py::test_rows_further_apart_than_32_bits_count[x]",
+        "x_pointers = x + tl.minimum(row, count - 1).to(tl.int64)[:, None]",
+        "x_pointers = x + tl.minimum(row, count - 1)[:, None]",
+        "test_linear.py::test_row_strides_beyond_32_bits[x]",
     ),
     Mutation(
         "quick_gelu with sigmoid(1.7 x)",
@@ -192,21 +192,21 @@ MUTATIONS = [
 ]
 
 
-def run(directory: Path, *tests: str) -> tuple[int, list[str]]:
-    """pytest's exit status, and what went wrong, with the kernels in `directory` in place of ours."""
+def run_pytest(directory: Path, *tests: str) -> tuple[int, list[str]]:
+    """Run pytest with the kernels in `directory`; return its exit status and the failure messages."""
     environment = os.environ | {"PYTHONPATH": f"{directory}:{TRITON}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     report = directory / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={HERE}", f"--confcutdir={HERE}"]
     command += ["-x", "-p", "no:cacheprovider", f"--junitxml={report}", *(str(HERE / test) for test in tests)]
     process = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True)
     assert report.exists(), process.stdout + process.stderr
-    cases = ElementTree.parse(report).iter()  # noqa: S314 - our own file
+    cases = ElementTree.parse(report).iter()  # noqa: S314 - pytest wrote this file
     return process.returncode, [case.get("message", "") for case in cases if case.tag in {"failure", "error"}]
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A directory whose `triton_embed.kernels` comes before the installed one."""
+    """Create a directory whose `triton_embed.kernels` takes precedence over the installed one."""
     shutil.copytree(KERNELS, tmp_path / "triton_embed" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -217,13 +217,13 @@ def test_a_broken_kernel_is_noticed(mutation: Mutation, copy: Path) -> None:
     text = file.read_text()
     assert text.count(mutation.old) == 1
     file.write_text(text.replace(mutation.old, mutation.new))
-    status, faults = run(copy, mutation.test)
+    status, failures = run_pytest(copy, mutation.test)
     assert status == 1
-    assert len(faults) == 1
-    assert "AssertionError" in faults[0] or "assert " in faults[0]
+    assert len(failures) == 1
+    assert "AssertionError" in failures[0] or "assert " in failures[0]
 
 
 def test_a_copy_as_it_is_passes(copy: Path) -> None:
-    status, faults = run(copy, "test_linear.py")
-    assert faults == []
+    status, failures = run_pytest(copy, "test_linear.py")
+    assert failures == []
     assert status == 0

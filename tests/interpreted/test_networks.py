@@ -1,4 +1,4 @@
-"""Every family on Triton's kernels: transformers' vectors, and no more launches a layer than were promised."""
+"""Every family on Triton kernels: vectors as in transformers, and a bounded number of launches per layer."""
 
 import io
 import runpy
@@ -27,13 +27,13 @@ from triton_embed.python_backend import embedder as embedder_file
 from triton_embed.python_backend.config import ServingConfig
 from triton_embed.python_backend.embedder import Embedder
 from triton_embed.python_backend.errors import ConfigError
-from triton_embed.python_backend.images import ClipImages, Qwen2VLImages
-from triton_embed.python_backend.prefix import PrefixReuse
+from triton_embed.python_backend.images import ClipImageProcessor, Qwen2VLImageProcessor
+from triton_embed.python_backend.prefix import PrefixCache
 from triton_embed.python_backend.row import Row
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 LENGTHS = (5, 1, 19, 2)
-# Heads are multiples of 16, as the kernels want them; everything else is as odd as may be.
+# Head sizes are multiples of 16, as the kernels require; all other sizes are as irregular as possible.
 CHECKPOINTS = {
     "bge": lambda d: write_xlm_roberta(d, hidden_size=96, num_hidden_layers=2),
     "bge-mean": lambda d: write_xlm_roberta(d, hidden_size=96, num_hidden_layers=2, pooling="mean", hidden_act="gelu"),
@@ -53,7 +53,7 @@ CHECKPOINTS = {
     "gme_qwen2_vl": lambda d: write_qwen2_vl(d, num_hidden_layers=2),
 }
 LAUNCHES = {"bge": 7, "clip": 7, "gme_qwen2_vl": 9, "e5_mistral": 9, "gte_qwen2": 9, "qwen3_embedding": 9}
-TOWER_LAUNCHES = 8  # of GME: an encoder's 7, and the turning of q and k
+TOWER_LAUNCHES = 8  # GME's vision tower: the 7 of an encoder, and the rotation of q and k
 FREE = {
     "view", "_unsafe_view", "split", "split_with_sizes", "unbind", "slice", "select", "transpose", "t", "expand",
     "as_strided", "alias", "detach", "empty", "empty_like", "new_empty", "unsqueeze", "squeeze", "permute", "reshape",
@@ -65,9 +65,9 @@ PRODUCTS = {"mm", "addmm", "linear"}
 @dataclass(frozen=True)
 class Family:
     name: str
-    ours: Embedder
-    rows: list[Row]  # pictures among them
-    vectors: np.ndarray  # transformers'
+    embedder: Embedder
+    rows: list[Row]  # including images
+    vectors: np.ndarray  # from transformers
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -89,14 +89,14 @@ def embedder(name: str, directory: Path) -> Embedder:
     return Embedder(model.spec, directory, serving)
 
 
-def texts(name: str, vocabulary: int) -> list[list[int]]:
+def random_texts(name: str, vocabulary: int) -> list[list[int]]:
     draw = np.random.default_rng(0)
     rows = [draw.integers(3, vocabulary - 2, size=length).tolist() for length in LENGTHS]
     # CLIP pools the highest id, which is the last of its vocabulary.
     return [[*row, vocabulary - 1] for row in rows] if name == "clip" else rows
 
 
-def picture() -> Image.Image:
+def sample_image() -> Image.Image:
     draw = np.random.default_rng(1)
     return Image.fromarray(draw.integers(0, 255, (30, 60, 3), dtype=np.uint8))
 
@@ -109,32 +109,32 @@ def png(image: Image.Image) -> bytes:
 
 def rows_and_vectors(name: str, directory: Path) -> tuple[list[Row], np.ndarray]:
     vocabulary = AutoConfig.from_pretrained(directory).get_text_config().vocab_size
-    ids = texts(name, vocabulary)
-    rows = [Row(np.array(one, dtype=np.int32)) for one in ids]
+    ids = random_texts(name, vocabulary)
+    rows = [Row(np.array(text_ids, dtype=np.int32)) for text_ids in ids]
     if name.startswith("bge"):
         return rows, oracles.encoder_vectors(directory, ids, "mean" if "mean" in name else "cls")
-    data = png(picture())
+    data = png(sample_image())
     if name == "clip":
-        pixels = ClipImages.from_checkpoint(directory).read(data, 0)
-        wanted = oracles.clip_text_vectors(directory, ids), oracles.clip_image_vectors(directory, [picture()])
-        return [*rows, Row(np.empty(0, dtype=np.int32), (pixels,), 1)], np.concatenate(wanted)
+        pixels = ClipImageProcessor.from_checkpoint(directory).read(data, 0)
+        vectors = oracles.clip_text_vectors(directory, ids), oracles.clip_image_vectors(directory, [sample_image()])
+        return [*rows, Row(np.empty(0, dtype=np.int32), (pixels,), 1)], np.concatenate(vectors)
     if name == "gme_qwen2_vl":
-        (inputs,) = oracles.gme_inputs(directory, [{"text": "a cat", "images": [picture()]}], 1, 4)
-        pixels = Qwen2VLImages.from_checkpoint(directory, 1, 4).read(data, 0)
+        (inputs,) = oracles.gme_inputs(directory, [{"text": "a cat", "images": [sample_image()]}], 1, 4)
+        pixels = Qwen2VLImageProcessor.from_checkpoint(directory, 1, 4).read(data, 0)
         row = Row(inputs["input_ids"][0].numpy().astype(np.int32), (pixels,), 1)
-        plain = [{"input_ids": torch.tensor([one])} for one in ids]
+        plain = [{"input_ids": torch.tensor([text_ids])} for text_ids in ids]
         return [*rows, row], oracles.gme_vectors(directory, [*plain, inputs])
     return rows, oracles.decoder_vectors(directory, ids)
 
 
-def test_vectors_are_transformers_own(family: Family) -> None:
-    assert family.ours.kernels == "triton"
-    found = family.ours.embed(family.rows, [family.vectors.shape[1]] * len(family.rows))
-    assert np.abs(found - family.vectors).max() < 2e-6
+def test_vectors_match_transformers(family: Family) -> None:
+    assert family.embedder.kernels == "triton"
+    result = family.embedder.embed(family.rows, [family.vectors.shape[1]] * len(family.rows))
+    assert np.abs(result - family.vectors).max() < 2e-6
 
 
 class Operations(TorchDispatchMode):
-    """Everything that would be a launch on a GPU: kernels of ours, and torch's that compute something."""
+    """A record of all operations that would be a launch on a GPU: our kernels, and torch operations that compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,26 +148,26 @@ class Operations(TorchDispatchMode):
 
 
 @contextmanager
-def counted(layers: Sequence[nn.Module], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
-    """What each layer launches, in the order they run."""
-    found: list[list[str]] = []
-    open_: list[Operations] = []
+def record_launches(layers: Sequence[nn.Module], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """Record the launches of each layer, in execution order."""
+    launches: list[list[str]] = []
+    active: list[Operations] = []
     call = GridExecutor.__call__
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        if open_:
-            open_[-1].names.append(self.fn.__name__)
+        if active:
+            active[-1].names.append(self.fn.__name__)
         with _disable_current_modes():
             call(self, *args, **kwargs)
 
     def begin(*_: object) -> None:
-        open_.append(Operations())
-        open_[-1].__enter__()
+        active.append(Operations())
+        active[-1].__enter__()
 
     def end(*_: object) -> None:
-        operations = open_.pop()
+        operations = active.pop()
         operations.__exit__(None, None, None)
-        found.append(operations.names)
+        launches.append(operations.names)
 
     with monkeypatch.context() as patched:
         patched.setattr(GridExecutor, "__call__", launched)
@@ -176,37 +176,37 @@ def counted(layers: Sequence[nn.Module], monkeypatch: pytest.MonkeyPatch) -> Ite
             for layer in layers
             for hook in (layer.register_forward_pre_hook(begin), layer.register_forward_hook(end))
         ]
-        yield found
+        yield launches
         for hook in hooks:
             hook.remove()
 
 
-def layers_of(ours: Embedder) -> dict[str, list[nn.Module]]:
-    network = ours._network
+def layers_of(embedder: Embedder) -> dict[str, list[nn.Module]]:
+    network = embedder._network
     stacks = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
     return {name: list(stack) for name, stack in stacks.items()}
 
 
-def test_a_layer_launches_no_more_than_was_promised(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, dims = family.ours, [family.vectors.shape[1]] * len(family.rows)
-    for stack, layers in layers_of(ours).items():
-        with counted(layers, monkeypatch) as found:
-            ours._embed(ours._network, family.rows, dims)
-        assert len(found) == len(layers)
-        most = TOWER_LAUNCHES if stack == "visual.blocks" else LAUNCHES[family.name.partition("-")[0]]
-        for names in found:
-            assert len(names) <= most, names
-            torchs = {name for name in names if not name.endswith("_kernel")}
-            assert torchs <= PRODUCTS, names
+def test_layer_launches_are_bounded(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedder, dims = family.embedder, [family.vectors.shape[1]] * len(family.rows)
+    for stack, layers in layers_of(embedder).items():
+        with record_launches(layers, monkeypatch) as launches:
+            embedder._embed(embedder._network, family.rows, dims)
+        assert len(launches) == len(layers)
+        max_launches = TOWER_LAUNCHES if stack == "visual.blocks" else LAUNCHES[family.name.partition("-")[0]]
+        for names in launches:
+            assert len(names) <= max_launches, names
+            torch_operations = {name for name in names if not name.endswith("_kernel")}
+            assert torch_operations <= PRODUCTS, names
             assert any("attention" in name for name in names)
 
 
-def test_a_head_that_no_kernel_fits_is_refused_when_the_model_is_loaded(tmp_path: Path) -> None:
+def test_unsupported_head_size_is_rejected_at_load(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"bge: .*head.*10.*; the parameter kernels: torch"):
         embedder("bge", write_xlm_roberta(tmp_path / "bge", hidden_size=60, num_attention_heads=6))
 
 
-def test_kernels_that_disagree_with_torch_serve_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_disagree_with_torch_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = accelerated.varlen_attention
     monkeypatch.setattr(
         accelerated, "varlen_attention", lambda q, k, v, packed, causal, *rest: kernel(q, k, v, packed, True, *rest)
@@ -215,18 +215,18 @@ def test_kernels_that_disagree_with_torch_serve_nobody(tmp_path: Path, monkeypat
         embedder("bge", write_xlm_roberta(tmp_path / "bge", hidden_size=96))
 
 
-def test_a_way_that_gives_no_numbers_serves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Spoiled(PrefixReuse):
+def test_prefix_that_gives_nan_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NanPrefix(PrefixCache):
         def __call__(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Packed]:
             hidden, packed = super().__call__(rows)
             return hidden * float("nan"), packed
 
-    monkeypatch.setattr(embedder_file, "PrefixReuse", Spoiled)
+    monkeypatch.setattr(embedder_file, "PrefixCache", NanPrefix)
     with pytest.raises(ConfigError, match="disagree on cpu: cosine nan"):
         embedder("qwen3_embedding", write_decoder(tmp_path / "qwen3", "qwen3", num_hidden_layers=1))
 
 
-def test_a_gpu_is_not_served_by_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_is_rejected_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     ops.use("auto")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):

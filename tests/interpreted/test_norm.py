@@ -1,4 +1,4 @@
-"""The norm kernels against torch in float64: rows of every width, sums, gathered rows, look-ups, strides, NaN."""
+"""Norm kernels against torch in float64: many widths, sums, gathered rows, lookups, strides, NaN."""
 
 from collections.abc import Callable
 
@@ -41,10 +41,10 @@ def layer_norm(total: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 Sum = tuple[Tensor, Tensor | None]
 OPS: dict[str, tuple[Callable[..., Sum], Callable[..., Tensor]]] = {
-    # ours: (x, residual, weight, bias, eps, rows, config) -> y and the sum; torch's
+    # our op (x, residual, weight, bias, eps, rows, config) -> y and the sum, and the norm of torch
     "rms": (lambda x, r, w, b, *rest: add_rms_norm(x, r, w, *rest), rms_norm),
     "layer": (add_layer_norm, layer_norm),
-    "post": (lambda *given: (post_layer_norm(*given)[0], None), layer_norm),
+    "post": (lambda *arguments: (post_layer_norm(*arguments)[0], None), layer_norm),
 }
 
 
@@ -53,17 +53,17 @@ def parameters(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def check(op: str, y: Tensor, total: Tensor | None, expected: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """`expected`: the sum, as torch rounds it."""
+    """Check y and the sum against `expected`, the sum as torch rounds it."""
     if total is not None:
         assert torch.equal(total, expected)
-    theirs = OPS[op][1]
-    assert_close(y, theirs(expected.double(), weight.double(), bias.double()), theirs(expected, weight, bias))
+    torch_norm = OPS[op][1]
+    assert_close(y, torch_norm(expected.double(), weight.double(), bias.double()), torch_norm(expected, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width", "config"), SHAPES)
 @pytest.mark.parametrize("op", OPS)
-def test_the_norm_of_a_sum(op: str, rows: int, width: int, config: Config | None, dtype: torch.dtype) -> None:
+def test_norm_of_a_sum(op: str, rows: int, width: int, config: Config | None, dtype: torch.dtype) -> None:
     x, residual = (guarded(random(rows, width, dtype=dtype, seed=seed)) for seed in (0, 1))
     weight, bias = parameters(width, dtype)
     y, total = OPS[op][0](x, residual, weight, bias, EPS, None, config)
@@ -73,20 +73,20 @@ def test_the_norm_of_a_sum(op: str, rows: int, width: int, config: Config | None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_the_norm_sees_the_sum_as_it_is_rounded(op: str, dtype: torch.dtype) -> None:
-    """That of the exact sum would be 1.4 times as far from it as one rounding."""
+def test_norm_uses_the_rounded_sum(op: str, dtype: torch.dtype) -> None:
+    """Bound the error: the norm of the exact sum would have 1.4 times the error of one rounding."""
     x, residual = (guarded(random(33, 384, dtype=dtype, seed=seed)) for seed in (0, 1))
-    (weight, bias), theirs = parameters(384, dtype), OPS[op][1]
+    (weight, bias), torch_norm = parameters(384, dtype), OPS[op][1]
     y, _ = OPS[op][0](x, residual, weight, bias, EPS, None, None)
-    expected = theirs((x + residual).double(), weight.double(), bias.double())
-    own = theirs(x + residual, weight, bias) - expected
-    assert (y - expected).norm() <= 1.1 * own.norm()
+    expected = torch_norm((x + residual).double(), weight.double(), bias.double())
+    torch_error = torch_norm(x + residual, weight, bias) - expected
+    assert (y - expected).norm() <= 1.1 * torch_error.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [60, 384, 3584])
 @pytest.mark.parametrize("op", OPS)
-def test_the_norm_of_rows_alone(op: str, width: int, dtype: torch.dtype) -> None:
+def test_norm_without_a_residual(op: str, width: int, dtype: torch.dtype) -> None:
     x, (weight, bias) = guarded(random(7, width, dtype=dtype)), parameters(width, dtype)
     y, total = OPS[op][0](x, None, weight, bias, EPS, None, None)
     assert total is None or total is x
@@ -95,7 +95,7 @@ def test_the_norm_of_rows_alone(op: str, width: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("integer", INTEGERS, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_the_rows_of_the_residual_are_looked_up(op: str, integer: torch.dtype) -> None:
+def test_residual_rows_are_gathered(op: str, integer: torch.dtype) -> None:
     x, residual = guarded(random(7, 60)), guarded(random(40, 64, seed=1)[:, :60])
     weight, bias = parameters(60, torch.float32)
     rows = torch.tensor([39, 0, 7, 7, 1, 38, 2], dtype=integer)
@@ -104,7 +104,7 @@ def test_the_rows_of_the_residual_are_looked_up(op: str, integer: torch.dtype) -
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_rows_that_lie_apart(op: str) -> None:
+def test_strided_rows(op: str) -> None:
     x, residual = guarded(random(7, 80)[:, :60]), guarded(random(7, 3, 60, seed=1)[:, 1])
     weight, bias = parameters(60, torch.float32)
     y, total = OPS[op][0](x, residual, weight, bias, EPS, None, Config(block_m=2))
@@ -113,7 +113,7 @@ def test_rows_that_lie_apart(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_rows_more_than_32_bits_apart(op: str) -> None:
+def test_row_strides_beyond_32_bits(op: str) -> None:
     far = torch.empty(2**31 + 24, dtype=torch.float16).as_strided((3, 24), (2**30, 1))
     far.copy_(random(3, 24, dtype=torch.float16))
     weight, bias = parameters(24, torch.float16)
@@ -124,23 +124,23 @@ def test_rows_more_than_32_bits_apart(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_small_rows_feel_the_epsilon(op: str) -> None:
+def test_epsilon_matters_for_small_rows(op: str) -> None:
     x, (weight, bias) = guarded(0.02 * random(7, 60)), parameters(60, torch.float32)
     y, total = OPS[op][0](x, None, weight, bias, EPS, None, None)
     check(op, y, total, x, weight, bias)
 
 
 @pytest.mark.parametrize("op", ["layer", "post"])
-def test_a_large_mean_costs_no_digits_of_the_variance(op: str) -> None:
+def test_large_mean_keeps_the_variance_precise(op: str) -> None:
     x, (weight, bias) = guarded(300 + random(7, 384)), parameters(384, torch.float32)
     y, _ = OPS[op][0](x, None, weight, bias, EPS, None, None)
     expected = layer_norm(x.double(), weight.double(), bias.double())
-    assert (y - expected).norm() <= 3e-5 * expected.norm()  # the mean of 300 itself has 2e-5 at best
+    assert (y - expected).norm() <= 3e-5 * expected.norm()  # fp32 represents a mean of 300 to within 2e-5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("op", OPS)
-def test_not_a_number_stays_in_its_row(op: str, bad: float) -> None:
+def test_nonfinite_values_stay_in_their_row(op: str, bad: float) -> None:
     x, (weight, bias) = random(7, 60), parameters(60, torch.float32)
     residual = random(7, 60, seed=1)
     clean, _ = OPS[op][0](guarded(x), residual, weight, bias, EPS, None, Config(block_m=8))
@@ -152,7 +152,7 @@ def test_not_a_number_stays_in_its_row(op: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_no_rows_at_all(op: str) -> None:
+def test_empty_input(op: str) -> None:
     weight, bias = parameters(60, torch.float32)
     y, _ = OPS[op][0](torch.zeros(0, 60), torch.zeros(0, 60), weight, bias, EPS, None, None)
     assert y.shape == (0, 60)
@@ -162,7 +162,9 @@ def test_no_rows_at_all(op: str) -> None:
 @pytest.mark.parametrize("integer", INTEGERS, ids=str)
 @pytest.mark.parametrize("typed", [True, False], ids=["types", "type 0"])
 @pytest.mark.parametrize(("count", "width"), [(1, 384), (7, 60), (33, 64), (7, 1000), (3, 1024)])
-def test_embeddings(count: int, width: int, typed: bool, integer: torch.dtype, dtype: torch.dtype) -> None:
+def test_embeddings_match_float64(
+    count: int, width: int, typed: bool, integer: torch.dtype, dtype: torch.dtype
+) -> None:
     sizes = (53, 37, 2)
     word, position, token_type = (guarded(random(n, width, dtype=dtype, seed=n)) for n in sizes)
     weight, bias = parameters(width, dtype)
@@ -182,7 +184,7 @@ def test_embeddings(count: int, width: int, typed: bool, integer: torch.dtype, d
 
 @pytest.mark.parametrize("large", [0, 1, 2])
 @pytest.mark.parametrize("integer", INTEGERS, ids=str)
-def test_embeddings_of_a_table_beyond_32_bits(integer: torch.dtype, large: int) -> None:
+def test_embedding_tables_beyond_32_bits(integer: torch.dtype, large: int) -> None:
     tables = [guarded(random(3, 24, dtype=torch.float16, seed=seed)) for seed in range(3)]
     far = torch.empty(2**31 + 24, dtype=torch.float16).as_strided((3, 24), (2**30, 1))
     tables[large] = far.copy_(tables[large])
@@ -193,21 +195,28 @@ def test_embeddings_of_a_table_beyond_32_bits(integer: torch.dtype, large: int) 
     assert_close(y, layer_norm(total, weight.double(), bias.double()))
 
 
-def test_what_is_not_contiguous_is_refused() -> None:
-    apart, whole, half, index = random(4, 48)[:, ::2], random(4, 24), random(48)[::2], torch.zeros(8, dtype=torch.int32)
-    vector, indices = random(24), index[::2]
+def test_noncontiguous_inputs_are_rejected() -> None:
+    strided, dense, strided_vector, index = (
+        random(4, 48)[:, ::2],
+        random(4, 24),
+        random(48)[::2],
+        torch.zeros(8, dtype=torch.int32),
+    )
+    vector, strided_index = random(24), index[::2]
     for x, residual, weight, bias, rows in (
-        (apart, whole, vector, vector, None),
-        (whole, apart, vector, vector, None),
-        (whole, whole, half, vector, None),
-        (whole, whole, vector, half, None),
-        (whole, whole, vector, vector, indices),
+        (strided, dense, vector, vector, None),
+        (dense, strided, vector, vector, None),
+        (dense, dense, strided_vector, vector, None),
+        (dense, dense, vector, strided_vector, None),
+        (dense, dense, vector, vector, strided_index),
     ):
         for op in OPS:
             if op != "rms" or bias is vector:
                 with pytest.raises(ValueError, match="not contiguous"):
                     OPS[op][0](x, residual, weight, bias, EPS, rows, None)
-    given = [index[:4], index[:4], index[:4], whole, whole, whole, vector, vector]
-    for place, wrong in enumerate([indices, indices, indices, apart, apart, apart, half, half]):
+    arguments = [index[:4], index[:4], index[:4], dense, dense, dense, vector, vector]
+    for position, replacement in enumerate(
+        [strided_index, strided_index, strided_index, strided, strided, strided, strided_vector, strided_vector]
+    ):
         with pytest.raises(ValueError, match="not contiguous"):
-            embed_layer_norm(*given[:place], wrong, *given[place + 1 :], EPS)
+            embed_layer_norm(*arguments[:position], replacement, *arguments[position + 1 :], EPS)

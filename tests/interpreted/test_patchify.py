@@ -28,51 +28,51 @@ def image_of(height: int, width: int, channels: int) -> Tensor:
 
 
 def statistics(channels: int) -> tuple[Tensor, Tensor]:
-    """CLIP's, and as different for the channels that it has not."""
+    """Create CLIP's mean and std, and distinct values for a fourth channel."""
     mean, std = [0.48145466, 0.4578275, 0.40821073, 0.1], [0.26862954, 0.26130258, 0.27577711, 1.5]
     return guarded(torch.tensor(mean[:channels])), guarded(torch.tensor(std[:channels]))
 
 
-def expected(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Patches row by row as unfold gives them, then put in the order of blocks of merge x merge."""
+def float64_patches(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
+    """Cut patches row by row with unfold, then reorder them by merge x merge blocks."""
     height, width, channels = image.shape
     pixels = (image.double() / 255 - mean.double()) / std.double()
     rows = F.unfold(pixels.permute(2, 0, 1)[None], patch, stride=patch)[0].T.unflatten(1, (channels, 1, -1))
-    across = width // patch
+    patch_columns = width // patch
     order = [
-        (top + down) * across + left + right
-        for top in range(0, height // patch, merge)
-        for left in range(0, across, merge)
-        for down in range(merge)
-        for right in range(merge)
+        (block_row + row) * patch_columns + block_column + column
+        for block_row in range(0, height // patch, merge)
+        for block_column in range(0, patch_columns, merge)
+        for row in range(merge)
+        for column in range(merge)
     ]
     return rows[order].expand(-1, -1, frames, -1).flatten(1)
 
 
 @pytest.mark.parametrize(("height", "width", "channels", "patch", "merge", "frames"), SIZES)
-def test_patches(height: int, width: int, channels: int, patch: int, merge: int, frames: int) -> None:
+def test_patches_match_unfold(height: int, width: int, channels: int, patch: int, merge: int, frames: int) -> None:
     image, (mean, std) = guarded(image_of(height, width, channels)), statistics(channels)
-    found = patchify(image, patch, merge, frames, mean, std)
-    assert found.dtype == torch.float32
-    assert_close(found, expected(image, patch, merge, frames, mean, std))
+    result = patchify(image, patch, merge, frames, mean, std)
+    assert result.dtype == torch.float32
+    assert_close(result, float64_patches(image, patch, merge, frames, mean, std))
 
 
-def test_a_part_of_a_wider_image() -> None:
+def test_strided_image() -> None:
     image, (mean, std) = guarded(image_of(12, 50, 3)[:, 10:34]), statistics(3)
-    assert_close(patchify(image, 4, 3, 2, mean, std), expected(image, 4, 3, 2, mean, std))
+    assert_close(patchify(image, 4, 3, 2, mean, std), float64_patches(image, 4, 3, 2, mean, std))
 
 
-def test_rows_of_pixels_more_than_32_bits_apart() -> None:
+def test_row_strides_beyond_32_bits() -> None:
     near, (mean, std) = image_of(4, 4, 3), statistics(3)
     far = torch.empty(3 * 2**30 + 12, dtype=torch.uint8).as_strided((4, 4, 3), (2**30, 3, 1)).copy_(near)
-    assert_close(patchify(far, 2, 1, 1, mean, std), expected(near, 2, 1, 1, mean, std))
+    assert_close(patchify(far, 2, 1, 1, mean, std), float64_patches(near, 2, 1, 1, mean, std))
 
 
-def test_pixels_that_lie_apart_are_refused() -> None:
+def test_noncontiguous_pixels_are_rejected() -> None:
     mean, std = statistics(3)
     for image in (image_of(8, 16, 3)[:, ::2], image_of(3, 8, 8).permute(1, 2, 0), image_of(8, 8, 6)[..., ::2]):
-        with pytest.raises(ValueError, match="lie apart"):
-            patchify(image, 4, 1, 1, mean, std)
-    for wrong in ((torch.zeros(6)[::2], std), (mean, torch.ones(6)[::2])):
         with pytest.raises(ValueError, match="not contiguous"):
-            patchify(image_of(8, 8, 3), 4, 1, 1, *wrong)
+            patchify(image, 4, 1, 1, mean, std)
+    for statistics_pair in ((torch.zeros(6)[::2], std), (mean, torch.ones(6)[::2])):
+        with pytest.raises(ValueError, match="not contiguous"):
+            patchify(image_of(8, 8, 3), 4, 1, 1, *statistics_pair)
