@@ -81,7 +81,7 @@ serve: $(VENV)/.serve  ## Serve embeddings on http://127.0.0.1:30000 (ARGS='--po
 	@$(BIN)/triton-embed serve $(ARGS)
 
 test: $(VENV)/.test  ## Run all tests (ARGS='-k gateway' and so on: some of those that need no kernels)
-	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(foreach file,$(ALONE) tests/test_pages.py,--ignore=$(file)))
+	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(foreach file,$(ALONE) tests/test_web_page.py,--ignore=$(file)))
 	$(if $(ARGS),,$(BIN)/python -m pytest $(ALONE))
 	$(if $(ARGS),,$(MAKE) test-pages conformance test-kernels kernels-gate)
 
@@ -90,7 +90,7 @@ ifeq ($(browser)$(may_install),)
 	@echo "NOT TESTED: the page at / needs a browser. Install Chromium (Debian: apt install chromium), then: make test-pages"
 else
 	$(if $(browser),,$(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium)
-	$(BIN)/python -m pytest tests/test_pages.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_web_page.py $(ARGS)
 endif
 
 conformance: $(VENV)/.test $(VENV)/clients/.ready  ## Try the clients people use, unmodified, and write docs/clients.md

@@ -30,11 +30,11 @@ def ours(dtype: str, checkpoint: Path) -> Encode:
     """The server's forward pass as config.pbtxt has it, without the scheduler: rows by length, a budget a pass."""
     from google.protobuf.json_format import MessageToJson
 
-    from triton_embed.gateway.repository import read_config
-    from triton_embed.python_backend.config import ServingConfig
-    from triton_embed.python_backend.embedder import Embedder
+    from triton_embed.python_backend.checkpoint.config import ServingConfig
+    from triton_embed.python_backend.checkpoint.repository import read_config
+    from triton_embed.python_backend.execution.embedder import Embedder
+    from triton_embed.python_backend.inputs.tokenizer import Tokenizer
     from triton_embed.python_backend.spec import EncoderSpec
-    from triton_embed.python_backend.tokenizer import Tokenizer
 
     repository = ROOT / "model_repository"
     config = read_config(repository, MODEL)

@@ -148,7 +148,7 @@ def parameters(directory: Path) -> int:
 
 def task(name: str, engine: Engine, directory: Path, work: dict[str, Rows]) -> dict[str, Any]:
     """What `benchmarks.engines` needs to know; `arguments` as tritonserver gives them to a stub."""
-    from triton_embed.gateway.repository import read_config
+    from triton_embed.python_backend.checkpoint.repository import read_config
 
     family, repository = SHAPES[name].family, record.ROOT / "model_repository"
     config = read_config(repository, family)

@@ -124,7 +124,7 @@ def workers(count: int, grpc_port: int, logs: Path) -> Iterator[int]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(("127.0.0.1", port))
             listener.listen(2048)
-            command = [sys.executable, "-m", "triton_embed.gateway.worker", str(listener.fileno())]
+            command = [sys.executable, "-m", "triton_embed.gateway.process.server", str(listener.fileno())]
             given = held.enter_context((logs / "settings").open("w+"))
             given.write(settings)
             given.seek(0)

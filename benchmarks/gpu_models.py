@@ -30,11 +30,11 @@ from benchmarks.gpu_shapes import MODELS, Model
 checkout.importable()
 
 from triton_embed.kernels import ops  # noqa: E402
-from triton_embed.python_backend import weights  # noqa: E402
-from triton_embed.python_backend.config import ServingConfig  # noqa: E402
-from triton_embed.python_backend.embedder import Embedder  # noqa: E402
-from triton_embed.python_backend.row import NO_IDS  # noqa: E402
-from triton_embed.python_backend.row import Row as Input  # noqa: E402
+from triton_embed.python_backend.checkpoint.config import ServingConfig  # noqa: E402
+from triton_embed.python_backend.execution.embedder import Embedder  # noqa: E402
+from triton_embed.python_backend.inputs.row import NO_IDS  # noqa: E402
+from triton_embed.python_backend.inputs.row import Row as Input  # noqa: E402
+from triton_embed.python_backend.networks import weights  # noqa: E402
 
 DENSE_TFLOPS = 800  # bf16: what the utilisation is a share of
 BATCH = 32  # rows, of the padded side

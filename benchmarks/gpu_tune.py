@@ -1,6 +1,6 @@
 """Block sizes found by trying: the configs of a small grid that compile and are right, timed, the fastest written down.
 
-`kernels/tables/<architecture>.json` gets what is clearly faster than what stood there, and so does a copy beside the
+`kernels/gpu/tables/<architecture>.json` gets what is clearly faster than what stood there, and so does a copy beside the
 results, for a machine that is given back keeps nothing. A row an entry: the old config and the new one, milliseconds.
 """
 
@@ -22,8 +22,9 @@ from benchmarks.gpu_run import Row, Run, attempt
 
 checkout.importable()
 
-from triton_embed.kernels import blocks, reference  # noqa: E402
-from triton_embed.kernels.blocks import Config  # noqa: E402
+from triton_embed.kernels import reference  # noqa: E402
+from triton_embed.kernels.gpu import blocks  # noqa: E402
+from triton_embed.kernels.gpu.blocks import Config  # noqa: E402
 
 GAIN = 0.97  # of the old time: less is noise
 LARGEST_BLOCK = 16_384  # values that the warps of one program hold
@@ -66,7 +67,7 @@ class Configured:
     def __getattr__(self, name: str) -> Any:
         if self._device.type == "cpu":
             return getattr(reference, name)
-        from triton_embed.kernels import accelerated
+        from triton_embed.kernels.gpu import backend as accelerated
 
         return partial(getattr(accelerated, name), config=self._config)
 

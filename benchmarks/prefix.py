@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
-from triton_embed.python_backend.config import ServingConfig
-from triton_embed.python_backend.embedder import Embedder
-from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.checkpoint.config import ServingConfig
+from triton_embed.python_backend.execution.embedder import Embedder
+from triton_embed.python_backend.inputs.row import Row
 
 # Tokens of the instruction, tokens of each query, queries.
 CASES = ((20, 14, 1), (20, 14, 8), (20, 14, 32), (100, 14, 8), (20, 60, 8))

@@ -29,7 +29,7 @@ from benchmarks import record, workloads
 from benchmarks.processes import MODEL, Stack, cpu_seconds_elsewhere, free_port, leave_on_signal, running, wait_for
 from benchmarks.summary import percentile
 from benchmarks.worker import Worker, worker
-from triton_embed.gateway import repository
+from triton_embed.python_backend.checkpoint import repository
 
 STAGES = ("fairness", "single", "budget")
 BULK = 2_048  # inputs of a bulk request

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGe
 
 from benchmarks.processes import MODEL
 from benchmarks.record import ROOT
-from triton_embed.gateway.repository import write_model
+from triton_embed.python_backend.checkpoint.repository import write_model
 
 QWEN3, GME = "qwen3_embedding", "gme_qwen2_vl"
 NAMES = (MODEL, QWEN3, GME)

@@ -12,15 +12,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from triton_embed.gateway import openapi, pages, schemas, similarity
+from triton_embed.gateway.api import openapi
+from triton_embed.gateway.api import requests as schemas
+from triton_embed.gateway.api import rerank as similarity
+from triton_embed.gateway.api.requests import Embeddings
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.front import Drain, GatewayMiddleware, api_error, http_error
-from triton_embed.gateway.metrics import CONTENT_TYPE, Metrics
-from triton_embed.gateway.registry import ModelEntry, Registry
-from triton_embed.gateway.schemas import Embeddings
-from triton_embed.gateway.service import Exchange, Gateway
+from triton_embed.gateway.handler import Exchange, Gateway
+from triton_embed.gateway.http import web_page as pages
+from triton_embed.gateway.http.metrics import CONTENT_TYPE, Metrics
+from triton_embed.gateway.http.middleware import Drain, GatewayMiddleware, api_error, http_error
+from triton_embed.gateway.http.tracing import Tracing
 from triton_embed.gateway.settings import Settings
-from triton_embed.gateway.tracing import Tracing
+from triton_embed.gateway.triton.registry import ModelEntry, Registry
 
 router = APIRouter()
 

@@ -14,13 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from triton_embed.gateway import logs, repository, verify
+from triton_embed.gateway.http import logs
 from triton_embed.gateway.locations import CHECKPOINTS, FAMILIES, MODELS
-from triton_embed.gateway.repository import Checkpoint, RepositoryError
+from triton_embed.gateway.verify import command as verify
+from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.checkpoint.repository import Checkpoint, RepositoryError
 from triton_embed.python_backend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from triton_embed.python_backend.config import ModelConfig
+    from triton_embed.python_backend.checkpoint.config import ModelConfig
 
 CHAT_TEMPLATES = ("gme-qwen2-vl",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -56,8 +58,8 @@ def serve(options: argparse.Namespace) -> int:
         # These imports take a second, so errors of the command line come first.
         import uvloop
 
-        from triton_embed.gateway.supervisor import ServeError, Supervisor
-        from triton_embed.gateway.triton_process import TritonOptions
+        from triton_embed.gateway.process.supervisor import ServeError, Supervisor
+        from triton_embed.gateway.process.triton_process import TritonOptions
 
         triton = TritonOptions(
             repository=source,
@@ -78,7 +80,7 @@ def serve(options: argparse.Namespace) -> int:
 
 def download(options: argparse.Namespace) -> int:
     """Download a checkpoint into checkpoints/<org>/<name>."""
-    from triton_embed.python_backend import checkpoint
+    from triton_embed.python_backend.checkpoint import files as checkpoint
 
     directory = checkpoint.download(options.id, options.checkpoints)
     logging.info("%s is in %s", options.id, directory)
@@ -179,7 +181,7 @@ def _write(
     Raises:
         RepositoryError, ConfigError: if the engine would refuse to load it.
     """
-    from triton_embed.python_backend import checkpoint as files
+    from triton_embed.python_backend.checkpoint import files as files
 
     if checkpoint.parameter == checkpoint.id:
         files.download(checkpoint.id, checkpoint.directory.parent.parent)
@@ -197,7 +199,7 @@ def _model_config(checkpoint: Path, model: Path) -> "ModelConfig":
     Raises:
         ConfigError: if the two disagree.
     """
-    from triton_embed.python_backend.config import ModelConfig, ServingConfig
+    from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
 
     # model.py imports this module indirectly. It exists only inside Triton, and nothing of it is used here.
     sys.modules.setdefault("triton_python_backend_utils", ModuleType("triton_python_backend_utils"))

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from triton_embed.kernels import onednn, reference
-from triton_embed.kernels.int8 import Int8Weight
+from triton_embed.kernels import reference
+from triton_embed.kernels.cpu import linear_onednn as onednn
+from triton_embed.kernels.cpu.linear_int8 import Int8Weight
 from triton_embed.kernels.packed import Packed
 
 ACTIVATIONS = reference.ACTIVATIONS
@@ -77,14 +78,16 @@ def _for(x: Tensor) -> Any:
 
 @cache
 def _looped() -> ModuleType:
-    from triton_embed.kernels import looped  # imported here, because a GPU does not need Numba
+    from triton_embed.kernels.cpu import backend as looped  # imported here, because a GPU does not need Numba
 
     return looped
 
 
 @cache
 def _triton() -> ModuleType:
-    from triton_embed.kernels import accelerated  # imported here, because a server on a CPU may lack triton
+    from triton_embed.kernels.gpu import (
+        backend as accelerated,  # imported here, because a server on a CPU may lack triton
+    )
 
     return accelerated
 

@@ -23,17 +23,17 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from triton_embed.python_backend import checkpoint
-from triton_embed.python_backend.config import ServingConfig
-from triton_embed.python_backend.delivery import Sender
-from triton_embed.python_backend.engine_metrics import EngineMetrics
+from triton_embed.python_backend.checkpoint import files as checkpoint
+from triton_embed.python_backend.checkpoint.config import ServingConfig
 from triton_embed.python_backend.errors import BadRequest
-from triton_embed.python_backend.request import check_dimensions, parse_parameters
+from triton_embed.python_backend.inputs.parameters import check_dimensions, parse_parameters
+from triton_embed.python_backend.scheduling.metrics import EngineMetrics
+from triton_embed.python_backend.scheduling.sender import Sender
 from triton_embed.python_backend.spec import Spec
 
 if TYPE_CHECKING:
-    from triton_embed.python_backend.inputs import RequestRows
-    from triton_embed.python_backend.reader import TextProcessor
+    from triton_embed.python_backend.inputs.processors import TextProcessor
+    from triton_embed.python_backend.inputs.rows import RequestRows
 
 
 class EmbeddingServer:
@@ -59,8 +59,8 @@ class EmbeddingServer:
             return
 
         # Imported here, because a family without a checkpoint should not cost the import of torch.
-        from triton_embed.python_backend.embedder import Embedder
-        from triton_embed.python_backend.scheduler import Scheduler
+        from triton_embed.python_backend.execution.embedder import Embedder
+        from triton_embed.python_backend.scheduling.scheduler import Scheduler
 
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._embedder = self._engine.submit(Embedder, self.spec, directory, serving).result()
@@ -141,7 +141,7 @@ class EmbeddingServer:
         if request.outputs == {"INFO"}:
             request.reply_info(self._info)
             return
-        from triton_embed.python_backend.inputs import IdRows, ItemRows
+        from triton_embed.python_backend.inputs.rows import IdRows, ItemRows
 
         request.parameters = parameters = parse_parameters(request.triton.parameters())
         check_dimensions(parameters.get("dimensions"), self._serving.name, self._model)
@@ -169,7 +169,7 @@ class EmbeddingServer:
         yield from self._reader.tokenizer.encode(texts)
 
     def _admit(self, request: "_InferRequest") -> None:
-        from triton_embed.python_backend.job import Job
+        from triton_embed.python_backend.scheduling.job import Job
 
         rows, parameters = request.rows, request.parameters
         if request.wants_ids:

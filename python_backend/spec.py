@@ -8,9 +8,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from triton_embed.python_backend.json_file import JsonFile
-from triton_embed.python_backend.row import Channels
-from triton_embed.python_backend.shapes import ClipConfig, DecoderConfig, EncoderConfig, NetworkConfig, Qwen2VLConfig
+from triton_embed.python_backend.checkpoint.hf_config import (
+    ClipConfig,
+    DecoderConfig,
+    EncoderConfig,
+    NetworkConfig,
+    Qwen2VLConfig,
+)
+from triton_embed.python_backend.checkpoint.json_file import JsonFile
+from triton_embed.python_backend.inputs.row import Channels
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Spec:
     """
 
     network: ClassVar[str]  # module.Class in this package
-    processor: ClassVar[str] = "reader.TextProcessor"  # builds the network's rows from items
+    processor: ClassVar[str] = "inputs.processors.TextProcessor"  # builds the network's rows from items
     pooling: ClassVar[str | None] = None  # None: the checkpoint or the operator decides
     eos: str | None = None
 
@@ -42,7 +48,7 @@ class Spec:
 
     def load(self, name: str) -> Any:
         """Import the class that `network` or `processor` names; this imports torch."""
-        module, attribute = name.split(".")
+        module, _, attribute = name.rpartition(".")
         return getattr(import_module(f"triton_embed.python_backend.{module}"), attribute)
 
 
@@ -50,7 +56,7 @@ class Spec:
 class EncoderSpec(Spec):
     """The spec of bidirectional post-norm encoders with learned positions (BERT, XLM-RoBERTa)."""
 
-    network = "encoder.Encoder"
+    network = "networks.encoder.Encoder"
 
     def read_config(self, config: JsonFile) -> EncoderConfig:
         return EncoderConfig.read(config)
@@ -60,7 +66,7 @@ class EncoderSpec(Spec):
 class DecoderSpec(Spec):
     """The spec of pre-norm decoders with rotary positions (Llama, Mistral, Qwen2, Qwen3)."""
 
-    network = "decoder.Decoder"
+    network = "networks.decoder.Decoder"
     eos: str
     causal: bool | None  # None: is_causal of config.json decides
     qk_norm: bool  # whether each query and key head has an RMSNorm
@@ -74,15 +80,15 @@ class DecoderSpec(Spec):
 class ClipSpec(Spec):
     """The spec of CLIP: a text tower and an image tower that project into one vector space."""
 
-    network = "clip.Clip"
-    processor = "reader.ClipProcessor"
+    network = "networks.clip.Clip"
+    processor = "inputs.processors.ClipProcessor"
     pooling = "projection"  # of the end-of-text token and of the class token
 
     def read_config(self, config: JsonFile) -> ClipConfig:
         return ClipConfig.read(config)
 
     def image_normalization(self, directory: Path) -> tuple[Channels, ...]:
-        from triton_embed.python_backend.images import ClipImageProcessor
+        from triton_embed.python_backend.inputs.images import ClipImageProcessor
 
         images = ClipImageProcessor.from_checkpoint(directory)
         return images.mean, images.std
@@ -92,14 +98,14 @@ class ClipSpec(Spec):
 class Qwen2VLSpec(Spec):
     """The spec of Qwen2-VL: a causal decoder with the merged patches of a vision tower among its tokens."""
 
-    network = "qwen2_vl.Qwen2VL"
-    processor = "reader.ChatProcessor"
+    network = "networks.qwen2_vl.Qwen2VL"
+    processor = "inputs.processors.ChatProcessor"
 
     def read_config(self, config: JsonFile) -> Qwen2VLConfig:
         return Qwen2VLConfig.read(config)
 
     def image_normalization(self, directory: Path) -> tuple[Channels, ...]:
-        from triton_embed.python_backend.images import Qwen2VLImageProcessor
+        from triton_embed.python_backend.inputs.images import Qwen2VLImageProcessor
 
         images = Qwen2VLImageProcessor.from_checkpoint(directory, 1, 1)
         return images.mean, images.std

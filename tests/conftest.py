@@ -22,12 +22,12 @@ import torch
 from checkpoints import CASES
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from triton_embed.gateway import repository
-from triton_embed.python_backend.config import ModelConfig, ServingConfig
-from triton_embed.python_backend.embedder import Embedder
-from triton_embed.python_backend.reader import TextProcessor
-from triton_embed.python_backend.request import Item
-from triton_embed.python_backend.row import NO_IDS, Row
+from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
+from triton_embed.python_backend.execution.embedder import Embedder
+from triton_embed.python_backend.inputs.parameters import Item
+from triton_embed.python_backend.inputs.processors import TextProcessor
+from triton_embed.python_backend.inputs.row import NO_IDS, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is compared with transformers to six digits; tests of bf16 ask for it.

@@ -33,9 +33,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from triton_embed.kernels import accelerated as ops
-from triton_embed.kernels import activation, attention, blocks, linear, norm, patchify, pooling, rotary
-from triton_embed.kernels.blocks import Config, Table
+from triton_embed.kernels.gpu import activation, attention, blocks, linear, norm, patchify, pooling, rotary
+from triton_embed.kernels.gpu import backend as ops
+from triton_embed.kernels.gpu.blocks import Config, Table
 from triton_embed.kernels.packed import Packed
 
 PROCESSES = 2

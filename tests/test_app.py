@@ -29,8 +29,8 @@ from transformers import AutoTokenizer
 
 from conftest import MINILM, Triton, free_port
 from triton_embed.gateway.app import create_app
-from triton_embed.gateway.registry import REFRESH_GAP_SECONDS
 from triton_embed.gateway.settings import read_settings
+from triton_embed.gateway.triton.registry import REFRESH_GAP_SECONDS
 
 
 class Served:

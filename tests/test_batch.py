@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
-from triton_embed.python_backend.batch import Batch, Layout, one_each
+from triton_embed.python_backend.networks.batch import Batch, Layout, one_each
 
 ROWS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=30), min_size=1, max_size=12)
 POOLINGS = ("cls", "last", "mean", "max")

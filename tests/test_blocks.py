@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from triton_embed.kernels import blocks
-from triton_embed.kernels.blocks import Config, Table
+from triton_embed.kernels.gpu import blocks
+from triton_embed.kernels.gpu.blocks import Config, Table
 
 FILES = sorted(blocks.DIRECTORY.glob("*.json"))
 SIZES = {  # kernel -> lookup keys

@@ -2,7 +2,7 @@
 
 import pytest
 
-from triton_embed.python_backend.budget import Budget
+from triton_embed.python_backend.execution.budget import Budget
 
 MINILM, BGE_BASE = 10_616_832, 84_934_656  # weights of linear layers
 

@@ -16,8 +16,9 @@ from transformers import AutoConfig
 from tritonclient.grpc import model_config_pb2
 
 from conftest import MINILM, REPOSITORY, free_port, write_bert
-from test_checkpoint import Hub, hub
-from triton_embed.gateway import cli, repository
+from test_checkpoint_files import Hub, hub
+from triton_embed.gateway import cli
+from triton_embed.python_backend.checkpoint import repository
 
 __all__ = ["hub"]  # a fixture
 KINDS = [
@@ -271,7 +272,7 @@ def test_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
 
 def test_id_is_downloaded_once_and_added_by_its_name(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = _files(write_clip(tmp_path / "source"))
-    monkeypatch.setattr("test_checkpoint.FILES", files)
+    monkeypatch.setattr("test_checkpoint_files.FILES", files)
     flags = [f"--model-repository={tmp_path}/models", f"--checkpoints={tmp_path}/checkpoints"]
     first = _run(hub, "add-model", "org/tiny", *flags)
     assert first.returncode == 0, first.stderr
@@ -293,7 +294,7 @@ def test_id_is_downloaded_once_and_added_by_its_name(hub: Hub, tmp_path: Path, m
 def test_id_with_pickles_only_is_rejected(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = _files(write_bert(tmp_path / "source"))
     files["pytorch_model.bin"] = files.pop("model.safetensors")
-    monkeypatch.setattr("test_checkpoint.FILES", files)
+    monkeypatch.setattr("test_checkpoint_files.FILES", files)
     result = _run(hub, "add-model", "org/tiny", f"--model-repository={tmp_path}/models", f"--checkpoints={tmp_path}/c")
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]

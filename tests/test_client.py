@@ -13,12 +13,12 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor
 
 from conftest import Triton, free_port
-from triton_embed.gateway.client import TritonClient
+from triton_embed.gateway.api.inputs import InputErrors, Prompt
+from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
+from triton_embed.gateway.api.vector_formats import VectorFormat
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.forms import VectorFormat
-from triton_embed.gateway.items import InputErrors, Prompt
-from triton_embed.gateway.model import ModelInfo
-from triton_embed.gateway.schemas import EmbeddingRequest, Embeddings
+from triton_embed.gateway.triton.client import TritonClient
+from triton_embed.gateway.triton.model_info import ModelInfo
 
 T = TypeVar("T")
 

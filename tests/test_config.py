@@ -15,20 +15,20 @@ from sentence_transformers.base.modules import Dense as SentenceTransformersDens
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import fullname
-from test_shapes import CLIP, E5_MISTRAL, GME, GTE_QWEN2, QWEN3_EMBEDDING, VL
+from test_hf_config import CLIP, E5_MISTRAL, GME, GTE_QWEN2, QWEN3_EMBEDDING, VL
 from torch import nn
 from transformers import BertConfig, CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
 from conftest import MINILM, REPOSITORY, serving
-from triton_embed.gateway import repository
 from triton_embed.kernels import ops
-from triton_embed.python_backend.config import Dense, ModelConfig, ServingConfig
+from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.checkpoint.config import Dense, ModelConfig, ServingConfig
+from triton_embed.python_backend.checkpoint.hf_config import ClipConfig, DecoderConfig, EncoderConfig, Qwen2VLConfig
+from triton_embed.python_backend.checkpoint.json_file import JsonFile
 from triton_embed.python_backend.errors import ConfigError
-from triton_embed.python_backend.json_file import JsonFile
-from triton_embed.python_backend.reader import TextProcessor
-from triton_embed.python_backend.shapes import ClipConfig, DecoderConfig, EncoderConfig, Qwen2VLConfig
+from triton_embed.python_backend.inputs.processors import TextProcessor
+from triton_embed.python_backend.networks.weights import Naming
 from triton_embed.python_backend.spec import ClipSpec, DecoderSpec, EncoderSpec, Qwen2VLSpec, Spec
-from triton_embed.python_backend.weights import Naming
 
 
 def arguments(parameters: Mapping[str, str], name: str = "bge", gpu: bool = False) -> dict[str, str]:
@@ -282,7 +282,7 @@ def test_prompts_are_read_from_the_sentence_transformers_config(checkpoint: Path
         ({"query": "q: "}, "query", "query"),
         ({"query": "q: ", "odd": "o: "}, "odd", "odd"),
         ({"query": "q: "}, None, None),
-        # sentence-transformers defines these two, empty, for every model; test_reader.py compares with it.
+        # sentence-transformers defines these two, empty, for every model; test_processors.py compares with it.
         ({"query": "q: "}, "document", None),
         ({}, "query", None),
     ],

@@ -9,12 +9,12 @@ from typing import Any
 import grpc
 import pytest
 from test_client import Scripted, ids, texts, with_scripted
-from test_model import INFO
+from test_model_info import INFO
 
-from triton_embed.gateway.client import TritonClient
-from triton_embed.gateway.dispatch import CallContext, Dispatcher, estimate, renumber
+from triton_embed.gateway.api.requests import EmbeddingRequest
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.schemas import EmbeddingRequest
+from triton_embed.gateway.triton.client import TritonClient
+from triton_embed.gateway.triton.dispatch import CallContext, Dispatcher, estimate, renumber
 
 MODEL = INFO.model_copy(update={"batch_tokens": 10, "small_tokens": 3, "max_model_len": 50})
 

@@ -24,7 +24,7 @@ from checkpoints import write_clip, write_decoder, write_qwen2_vl
 from PIL import Image
 
 from conftest import REPOSITORY, Stack, write_bert
-from triton_embed.gateway import repository
+from triton_embed.python_backend.checkpoint import repository
 
 TEXT = "Once upon a time"
 GTE = "Alibaba-NLP/gte-Qwen2-1.5B-instruct"

@@ -21,8 +21,8 @@ from checkpoints import write_decoder, write_xlm_roberta
 from sentence_transformers import SentenceTransformer
 
 from conftest import MINILM, ROOT, Stack, write_bert
-from test_checkpoint import Hub, hub
-from triton_embed.gateway.triton_process import SHARED_MEMORY
+from test_checkpoint_files import Hub, hub
+from triton_embed.gateway.process.triton_process import SHARED_MEMORY
 
 TEXT = "Once upon a time"
 WORDS = ["the cat sat on the mat", "hello world", "你好，世界。", "a photo of a dog " * 9]
@@ -176,7 +176,9 @@ def test_added_models_are_served_with_the_others(tmp_path: Path) -> None:
 def test_hub_id_is_downloaded_and_served_under_it(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_bert(tmp_path / "source")
     files = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*") if path.is_file()}
-    monkeypatch.setattr("test_checkpoint.FILES", {**files, "pytorch_model.bin": b"a pickle", "modeling.py": b"code"})
+    monkeypatch.setattr(
+        "test_checkpoint_files.FILES", {**files, "pytorch_model.bin": b"a pickle", "modeling.py": b"code"}
+    )
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     server = Stack(tmp_path / "log", "--model-path=org/tiny", f"--checkpoints={tmp_path / 'checkpoints'}")
     try:

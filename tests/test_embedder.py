@@ -29,10 +29,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from conftest import MINILM, Family, serving, write_bert
 from triton_embed.kernels import ops
-from triton_embed.python_backend.embedder import Embedder
 from triton_embed.python_backend.errors import ConfigError
-from triton_embed.python_backend.request import Item
-from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.execution.embedder import Embedder
+from triton_embed.python_backend.inputs.parameters import Item
+from triton_embed.python_backend.inputs.row import Row
 from triton_embed.python_backend.spec import EncoderSpec
 
 Tiny = Callable[[str], Family]

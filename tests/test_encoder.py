@@ -20,11 +20,12 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from conftest import serving, write_bert
 from triton_embed.kernels import ops
 from triton_embed.kernels.packed import Packed
-from triton_embed.python_backend import weights
-from triton_embed.python_backend.config import Dense, ModelConfig
-from triton_embed.python_backend.encoder import Encoder
-from triton_embed.python_backend.head import Head
-from triton_embed.python_backend.layers import (
+from triton_embed.python_backend.checkpoint.config import Dense, ModelConfig
+from triton_embed.python_backend.inputs.row import Row
+from triton_embed.python_backend.networks import weights
+from triton_embed.python_backend.networks.encoder import Encoder
+from triton_embed.python_backend.networks.head import Head
+from triton_embed.python_backend.networks.layers import (
     FusedLinear,
     LayerNorm,
     Linear,
@@ -33,7 +34,6 @@ from triton_embed.python_backend.layers import (
     Projection,
     RMSNorm,
 )
-from triton_embed.python_backend.row import Row
 from triton_embed.python_backend.spec import EncoderSpec
 
 LENGTHS = [(1,), (5,), (7, 7, 7), (1, 77, 2, 3, 3, 13, 1)]

@@ -11,7 +11,7 @@ import tritonclient.http
 from checkpoints import write_clip
 
 from conftest import REPOSITORY, Triton, write_bert
-from triton_embed.gateway import repository
+from triton_embed.python_backend.checkpoint import repository
 
 FAMILIES = ["bge", "clip", "e5_mistral", "gme_qwen2_vl", "gte_qwen2", "minilm", "qwen3_embedding"]
 

@@ -20,10 +20,10 @@ from benchmarks.gpu_run import Row, Run, attempt
 from benchmarks.gpu_shapes import MODELS, Model
 from benchmarks.gpu_timing import Timer
 from conftest import ROOT, serving
-from triton_embed.kernels import blocks
-from triton_embed.kernels.blocks import Config, Table
-from triton_embed.python_backend.embedder import Embedder
-from triton_embed.python_backend.row import Row as Input
+from triton_embed.kernels.gpu import blocks
+from triton_embed.kernels.gpu.blocks import Config, Table
+from triton_embed.python_backend.execution.embedder import Embedder
+from triton_embed.python_backend.inputs.row import Row as Input
 from triton_embed.python_backend.spec import DecoderSpec
 
 STAGES = ("machine", "kernels", "attention", "ops", "models", "plots")
@@ -131,13 +131,15 @@ def test_it_ends_with_a_sentence_where_it_cannot_run(
 @pytest.mark.parametrize("made", [True, False])
 def test_a_bare_checkout_is_importable(tmp_path: Path, made: bool) -> None:
     """In a Python that sees no installed package, from a copy: only what was asked to be made importable is."""
-    for name in ("benchmarks/checkout.py", "python_backend/errors.py", "python_backend/json_file.py"):
+    for name in ("benchmarks/checkout.py", "python_backend/errors.py", "python_backend/checkpoint/json_file.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     make = f"runpy.run_path({str(tmp_path / 'benchmarks/checkout.py')!r})['importable'](); " if made else ""
-    code = f"import runpy; {make}import triton_embed.python_backend.json_file as found; print(found.__file__)"
+    code = (
+        f"import runpy; {make}import triton_embed.python_backend.checkpoint.json_file as found; print(found.__file__)"
+    )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == (str(tmp_path / "python_backend/json_file.py") if made else "")
+    assert done.stdout.strip() == (str(tmp_path / "python_backend/checkpoint/json_file.py") if made else "")
 
 
 def test_tuning_writes_a_table_that_is_read(run: Run) -> None:

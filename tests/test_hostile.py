@@ -27,7 +27,7 @@ from checkpoints import write_decoder
 from sentence_transformers import SentenceTransformer
 
 from conftest import MINILM, REPOSITORY, ROOT, Stack
-from triton_embed.gateway import repository
+from triton_embed.python_backend.checkpoint import repository
 
 TEXT = "Once upon a time"
 LIMIT = 32 * 2**20  # bytes of a body, by default

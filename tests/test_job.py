@@ -1,4 +1,4 @@
-"""One job by itself; what becomes of many is in test_scheduler.py, what makes two rows the same in test_reuse.py."""
+"""A single job. test_scheduler.py tests several, and test_dedup_cache.py the identity of rows."""
 
 import time
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_scheduler import Broken, Caller, row
 
-from triton_embed.python_backend import job as job_file
-from triton_embed.python_backend.job import Job, PendingRow, identity
+from triton_embed.python_backend.scheduling import job as job_file
+from triton_embed.python_backend.scheduling.job import Job, PendingRow, identity
 
 
 def made(caller: Caller, *lengths: int, deadline: float = float("inf")) -> Job:

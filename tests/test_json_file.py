@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triton_embed.python_backend.checkpoint.json_file import JsonFile, read_json
 from triton_embed.python_backend.errors import ConfigError
-from triton_embed.python_backend.json_file import JsonFile, read_json
 
 VALUES = {
     "count": 7,

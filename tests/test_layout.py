@@ -1,13 +1,13 @@
-"""The house rules of the source tree, read from its syntax: who may import whom, and what may be said where.
+"""The rules of the source tree, read from its syntax: who may import whom, and what may appear where.
 
-A rule that is broken names file and line. Every file has its place in one of the orders below and its own tests.
+A broken rule names file and line. Every file has a place in one of the orders below, and a test.
 """
 
 import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -21,48 +21,85 @@ from conftest import ROOT
 PREFIX = "triton_embed"
 FOLDERS = ("kernels", "python_backend", "gateway")
 FAMILIES = sorted((ROOT / "model_repository").glob("*/1/model.py"))
-SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))] + FAMILIES
-OTHERS = [*sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))] + FAMILIES
+OTHERS = [
+    *sorted((ROOT / "tests").rglob("*.py")),
+    *sorted((ROOT / "benchmarks").rglob("*.py")),
+    *sorted((ROOT / "examples").glob("*.py")),
+]
+MAX_FILES = 12  # per folder
 
-# A file imports only those before it in its folder.
+# A file imports only files before it in its folder.
 ORDER = {
-    "kernels": "packed functions blocks launch reference onednn int8 simd loops rows panels dense_attention looped"
-    " attention norm rotary activation pooling patchify linear accelerated ops",
-    "python_backend": "errors json_file shapes row images spec config request checkpoint tokenizer reader long_text"
-    " inputs budget layers weights batch prefix rotary patches encoder decoder clip vision qwen2_vl graphs head"
-    " precision threads embedder delivery engine_metrics job reuse scheduler serve launcher",
-    # What `verify` is made of comes after all that serves.
-    "gateway": "locations settings errors logs tracing items foreign forms schemas model repository fetch media metrics lanes"
-    " front pages client dispatch registry service similarity openapi app protocol worker triton_process supervisor"
-    " cards samples oracle examine report verify cli",
+    "kernels": (
+        "packed reference",
+        "gpu/functions gpu/blocks gpu/launch",
+        "gpu/attention gpu/norm gpu/rotary gpu/activation gpu/pooling gpu/patchify gpu/linear gpu/backend",
+        "cpu/simd cpu/loops cpu/linear_onednn cpu/linear_int8 cpu/linear_bf16 cpu/rows cpu/attention cpu/backend",
+        "ops",
+    ),
+    "python_backend": (
+        "errors",
+        "checkpoint/json_file checkpoint/hf_config",
+        "inputs/row inputs/images",
+        "spec",
+        "checkpoint/config checkpoint/files checkpoint/repository",
+        "inputs/parameters inputs/tokenizer inputs/processors inputs/chunking inputs/rows",
+        "networks/layers networks/weights networks/batch",
+        "execution/budget execution/prefix_cache execution/cuda_graphs execution/precision execution/cpu_threads",
+        "networks/rotary networks/patches networks/encoder networks/decoder networks/clip networks/qwen2_vl_vision",
+        "networks/qwen2_vl networks/head",
+        "execution/embedder",
+        "scheduling/sender scheduling/metrics scheduling/job scheduling/dedup_cache scheduling/scheduler",
+        "serve launcher",
+    ),
+    # `verify` comes after everything that serves.
+    "gateway": (
+        "locations settings errors",
+        "http/logs http/tracing",
+        "api/inputs api/token_encodings api/vector_formats api/requests",
+        "triton/model_info",
+        "media/safe_fetch media/images",
+        "http/metrics",
+        "triton/admission triton/client triton/dispatch triton/registry",
+        "http/middleware http/web_page http/protocol",
+        "handler",
+        "api/rerank api/openapi",
+        "app",
+        "process/server process/triton_process process/supervisor",
+        "verify/model_cards verify/samples verify/oracle verify/probe verify/report verify/command",
+        "cli",
+    ),
 }
-# What no file of its own tests, and where it is tested instead.
+# Files without a test file of their own, and where they are tested.
 TESTED_ELSEWHERE = {
     "python_backend/errors.py": "every test that expects a refusal",
     "python_backend/spec.py": "test_config.py",
-    "python_backend/row.py": "test_vectors.py",
-    "python_backend/layers.py": "test_vectors.py",
-    "python_backend/decoder.py": "test_vectors.py",
-    "python_backend/clip.py": "test_vectors.py",
-    "python_backend/vision.py": "test_vectors.py",
-    "python_backend/qwen2_vl.py": "test_vectors.py",
-    "python_backend/head.py": "test_encoder.py",
-    "gateway/locations.py": "test_cli.py",
+    "python_backend/inputs/row.py": "test_vectors.py",
+    "python_backend/networks/layers.py": "test_vectors.py",
+    "python_backend/networks/decoder.py": "test_vectors.py",
+    "python_backend/networks/clip.py": "test_vectors.py",
+    "python_backend/networks/qwen2_vl_vision.py": "test_vectors.py",
+    "python_backend/networks/qwen2_vl.py": "test_vectors.py",
+    "python_backend/networks/head.py": "test_encoder.py",
     "kernels/reference.py": "test_ops.py",
-    "kernels/functions.py": "interpreted/test_activation.py",
-    "kernels/accelerated.py": "interpreted/test_networks.py",
-    "kernels/looped.py": "test_ops.py",
-    "gateway/triton_process.py": "test_supervisor.py",
-    "gateway/protocol.py": "test_worker.py",
-    "gateway/service.py": "test_app.py",
-    "gateway/similarity.py": "test_app.py",
-    "gateway/openapi.py": "test_schema.py",
+    "kernels/gpu/functions.py": "interpreted/test_activation.py",
+    "kernels/gpu/backend.py": "interpreted/test_networks.py",
+    "kernels/cpu/backend.py": "test_ops.py",
+    "gateway/locations.py": "test_wheel.py",
+    "gateway/process/triton_process.py": "test_supervisor.py",
+    "gateway/http/protocol.py": "test_server.py",
+    "gateway/handler.py": "test_app.py",
+    "gateway/api/rerank.py": "test_app.py",
+    "gateway/api/openapi.py": "test_schema.py",
 }
-TESTS_OF_MORE_THAN_A_FILE = {
+TESTS_OF_SEVERAL_FILES = {
     "test_benchmarks.py",
     "test_conftest.py",
+    "test_docs.py",
     "test_documents.py",
     "test_e2e.py",
+    "test_examples.py",
     "test_families.py",
     "test_gpu_benchmark.py",
     "test_hostile.py",
@@ -73,30 +110,39 @@ TESTS_OF_MORE_THAN_A_FILE = {
     "test_scheduling_benchmark.py",
     "test_schema.py",
     "test_vectors.py",
+    "test_wheel.py",
 }
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module; a module of ours is written folder/name.py."""
+    """One imported module; ours are written as paths, folder/name.py."""
 
     file: str
     line: int
     module: str
-    lazy: bool  # inside a function, or for the type checker's eyes only
+    lazy: bool  # inside a function, or for type checkers only
 
     @property
     def top(self) -> str:
+        """The top-level package."""
         return self.module.partition(".")[0]
 
     @property
     def ours(self) -> bool:
+        """Whether the module is a file of this repository."""
         return "/" in self.module
+
+
+def name_of(path: Path) -> str:
+    """Return a path relative to the checkout."""
+    return str(path.relative_to(ROOT))
 
 
 @cache
 def imports(path: Path) -> tuple[Import, ...]:
-    return tuple(_imports(ast.parse(path.read_text()), str(path.relative_to(ROOT)), lazy=False))
+    """Return every import of a file."""
+    return tuple(_imports(ast.parse(path.read_text()), name_of(path), lazy=False))
 
 
 def _imports(node: ast.AST, file: str, lazy: bool) -> Iterator[Import]:
@@ -110,205 +156,240 @@ def _imports(node: ast.AST, file: str, lazy: bool) -> Iterator[Import]:
                 yield Import(file, child.lineno, _module(origin, alias.name), lazy)
         else:
             function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from _imports(child, file, lazy or function or _is_for_the_type_checker(child))
+            yield from _imports(child, file, lazy or function or _is_type_checking(child))
 
 
-def _is_for_the_type_checker(node: ast.AST) -> bool:
+def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
 
 
 def _module(origin: str, name: str) -> str:
-    """What `from origin import name` imports."""
+    """Return what `from origin import name` imports: a path for a file of ours, else a dotted name."""
     prefix, _, rest = origin.partition(".")
     if prefix != PREFIX:
         return f"{origin}.{name}"
     parts = [*filter(None, rest.split(".")), name]
-    return f"{parts[0]}/{parts[1] if len(parts) > 1 else ''}.py"
+    file = "/".join(parts) + ".py"
+    return file if (ROOT / file).exists() else "/".join(parts[:-1]) + ".py"
 
 
 def all_imports(*folders: str) -> list[Import]:
-    return [found for path in SOURCES if path.relative_to(ROOT).parts[0] in folders for found in imports(path)]
+    """Return the imports of every source file in these folders."""
+    return [item for path in SOURCES if path.relative_to(ROOT).parts[0] in folders for item in imports(path)]
 
 
-def told(broken: list[Import]) -> list[str]:
-    return [f"{found.file}:{found.line} imports {found.module}" for found in broken]
+def listed(broken: Sequence[Import]) -> list[str]:
+    """Return one line per import that breaks a rule."""
+    return [f"{item.file}:{item.line} imports {item.module}" for item in broken]
 
 
 def third_party(*folders: str) -> list[Import]:
-    return [found for found in all_imports(*folders) if not found.ours and found.top not in sys.stdlib_module_names]
+    """Return imports that are neither ours nor the standard library's."""
+    return [item for item in all_imports(*folders) if not item.ours and item.top not in sys.stdlib_module_names]
 
 
-def test_there_is_something_to_read() -> None:
+def test_the_rules_have_files_to_apply_to() -> None:
     assert len(SOURCES) > 30
-    assert len(FAMILIES) == 7
-    assert all(any(found.ours for found in imports(path)) for path in FAMILIES)
+    assert len(FAMILIES) == len(list((ROOT / "model_repository").iterdir()))
+    assert all(any(item.ours for item in imports(path)) for path in FAMILIES)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_ours_by_our_prefix_and_only_what_comes_before_it(path: Path) -> None:
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_file_imports_ours_by_our_prefix_and_only_files_before_it(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
-    wrong = [found for found in imports(path) if found.top in {*FOLDERS, PREFIX, ""} and not found.ours]
-    assert told(wrong) == []
+    assert listed([item for item in imports(path) if item.top in {*FOLDERS, PREFIX, ""} and not item.ours]) == []
     if folder in ORDER:
-        order = [f"{folder}/{name}.py" for name in ORDER[folder].split()]
-        me = f"{folder}/{path.name}"
-        assert me in order, f"give {me} a place in ORDER"
-        own = [found for found in imports(path) if found.module.startswith(f"{folder}/")]
-        assert told([found for found in own if found.module not in order[: order.index(me)]]) == []
+        order = [f"{folder}/{name}.py" for line in ORDER[folder] for name in line.split()]
+        assert name_of(path) in order, f"give {name_of(path)} a place in ORDER"
+        before = order[: order.index(name_of(path))]
+        own = [item for item in imports(path) if item.module.startswith(f"{folder}/")]
+        assert listed([item for item in own if item.module not in before]) == []
+
+
+def test_no_folder_holds_more_files_than_a_reader_can_scan() -> None:
+    counts: dict[str, int] = {}
+    for path in SOURCES:
+        counts[name_of(path.parent)] = counts.get(name_of(path.parent), 0) + 1
+    assert {folder: count for folder, count in counts.items() if count > MAX_FILES} == {}
 
 
 def test_kernels_import_torch_and_each_other_through_ops_alone() -> None:
-    loops = {"kernels/simd.py": {"numba", "llvmlite"}, "kernels/loops.py": {"numba", "llvmlite"}}
+    compiled = {"kernels/cpu/simd.py", "kernels/cpu/loops.py"}
     allowed = {"torch", "triton", "numpy"}
-    others = [found for found in third_party("kernels") if found.top not in allowed]
-    assert told([found for found in others if found.top not in loops.get(found.file, set())]) == []
-    ours = [found for found in all_imports("kernels") if found.ours]
-    assert told([found for found in ours if not found.module.startswith("kernels/")]) == []
-    shared = {f"kernels/{name}.py" for name in ("packed", "functions", "blocks", "launch", "simd", "loops", "panels")}
-    doors = {"kernels/ops.py", "kernels/accelerated.py", "kernels/looped.py"}
-    assert told([found for found in ours if found.file not in doors and found.module not in shared]) == []
+    others = [item for item in third_party("kernels") if item.top not in allowed]
+    assert listed([item for item in others if item.file not in compiled or item.top not in {"numba", "llvmlite"}]) == []
+    ours = [item for item in all_imports("kernels") if item.ours]
+    assert listed([item for item in ours if not item.module.startswith("kernels/")]) == []
+    shared = {"packed", "gpu/functions", "gpu/blocks", "gpu/launch", "cpu/simd", "cpu/loops", "cpu/linear_bf16"}
+    entries = {"kernels/ops.py", "kernels/gpu/backend.py", "kernels/cpu/backend.py"}
+    crossing = [item for item in ours if item.module not in {f"kernels/{name}.py" for name in shared}]
+    assert listed([item for item in crossing if item.file not in entries]) == []
 
 
-def test_triton_is_imported_once_a_gpu_asks_for_it() -> None:
-    """`ops`, which every process imports, leads to it lazily alone."""
-    assert "triton" in at_once(ROOT / "kernels" / "accelerated.py")
-    assert "triton" not in at_once(ROOT / "kernels" / "ops.py")
+def test_the_two_kernel_wings_do_not_know_each_other() -> None:
+    for mine, other in (("gpu", "cpu"), ("cpu", "gpu")):
+        ours = [item for item in all_imports("kernels") if item.file.startswith(f"kernels/{mine}/")]
+        assert listed([item for item in ours if item.module.startswith(f"kernels/{other}/")]) == []
 
 
-def test_numba_is_imported_once_a_cpu_asks_for_it() -> None:
-    assert "numba" in at_once(ROOT / "kernels" / "looped.py")
-    assert "numba" not in at_once(ROOT / "kernels" / "ops.py")
+def test_triton_is_imported_only_when_a_gpu_needs_it() -> None:
+    """`ops`, which every process imports, imports it lazily."""
+    assert "triton" in eager_packages(ROOT / "kernels" / "gpu" / "backend.py")
+    assert "triton" not in eager_packages(ROOT / "kernels" / "ops.py")
 
 
-def test_kernels_is_no_package_of_its_own() -> None:
-    """One with an __init__.py, or tests under that name, would be taken for Hugging Face's `kernels`."""
+def test_numba_is_imported_only_when_a_cpu_needs_it() -> None:
+    assert "numba" in eager_packages(ROOT / "kernels" / "cpu" / "backend.py")
+    assert "numba" not in eager_packages(ROOT / "kernels" / "ops.py")
+
+
+def test_kernels_is_not_a_top_level_package() -> None:
+    """With an __init__.py, or tests of that name, it would be taken for Hugging Face's `kernels`."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "tests" / "kernels").exists()
 
 
-@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_tests_and_benchmarks_import_ours_by_our_prefix(path: Path) -> None:
-    assert told([found for found in imports(path) if found.top in FOLDERS and not found.ours]) == []
+@pytest.mark.parametrize("path", OTHERS, ids=name_of)
+def test_tests_benchmarks_and_examples_import_ours_by_our_prefix(path: Path) -> None:
+    assert listed([item for item in imports(path) if item.top in FOLDERS and not item.ours]) == []
 
 
-def test_the_engine_sees_the_door_of_the_kernels_and_nothing_of_the_gateway() -> None:
-    ours = [found for found in all_imports("python_backend") if found.ours]
+def test_the_engine_sees_the_entry_of_the_kernels_and_nothing_of_the_gateway() -> None:
+    ours = [item for item in all_imports("python_backend") if item.ours]
     allowed = ("python_backend/", "kernels/ops.py", "kernels/packed.py")
-    assert told([found for found in ours if not found.module.startswith(allowed)]) == []
+    assert listed([item for item in ours if not item.module.startswith(allowed)]) == []
 
 
 def test_one_file_talks_to_tritons_python_backend() -> None:
-    found = {found.file for found in all_imports(*FOLDERS, "model_repository") if found.top.startswith("triton_python")}
-    assert found == {"python_backend/serve.py"}
+    files = {item.file for item in all_imports(*FOLDERS, "model_repository") if item.top.startswith("triton_python")}
+    assert files == {"python_backend/serve.py"}
 
 
 def test_a_family_imports_the_engine_alone() -> None:
-    foreign = [found for found in all_imports("model_repository") if not found.module.startswith("python_backend/")]
-    assert told(foreign) == []
+    foreign = [item for item in all_imports("model_repository") if not item.module.startswith("python_backend/")]
+    assert listed(foreign) == []
 
 
 def test_the_gateway_knows_neither_torch_nor_the_engine() -> None:
-    """But for commands: `verify` asks transformers for its opinion, and both read checkpoints as the engine does."""
+    """Except commands: `verify` compares with transformers, and both commands read checkpoints as the engine does."""
     heavy = {"torch", "transformers", "sentence_transformers", "tokenizers", "safetensors", "triton", "pytriton"}
-    found = all_imports("gateway")
-    asked = [one for one in found if one.file == "gateway/oracle.py" and one.lazy]
-    assert told([one for one in found if one.top in heavy and one not in asked]) == []
-    assert told([one for one in found if one.module.startswith("kernels/")]) == []
-    engine = [one for one in found if one.module.startswith("python_backend/")]
-    assert told([one for one in engine if one.file not in {"gateway/cli.py", "gateway/verify.py"}]) == []
+    items = all_imports("gateway")
+    oracle = [item for item in items if item.file == "gateway/verify/oracle.py" and item.lazy]
+    assert listed([item for item in items if item.top in heavy and item not in oracle]) == []
+    assert listed([item for item in items if item.module.startswith("kernels/")]) == []
+    engine = [item for item in items if item.module.startswith("python_backend/")]
+    assert listed([item for item in engine if item.file not in {"gateway/cli.py", "gateway/verify/command.py"}]) == []
 
 
 def test_one_file_talks_to_triton_over_the_wire() -> None:
-    wire = [found for found in all_imports("gateway") if found.top in {"tritonclient", "grpc"}]
-    assert any(found.file == "gateway/client.py" for found in wire)
-    allowed = {("gateway/repository.py", "tritonclient.grpc.model_config_pb2")}  # the form of config.pbtxt
-    assert (
-        told([one for one in wire if one.file != "gateway/client.py" and (one.file, one.module) not in allowed]) == []
-    )
+    wire = [item for item in all_imports("gateway", "python_backend") if item.top in {"tritonclient", "grpc"}]
+    client = "gateway/triton/client.py"
+    assert any(item.file == client for item in wire)
+    # config.pbtxt is read and written as the protocol buffer it is
+    allowed = {("python_backend/checkpoint/repository.py", "tritonclient.grpc.model_config_pb2")}
+    assert listed([item for item in wire if item.file != client and (item.file, item.module) not in allowed]) == []
 
 
 def test_the_serving_path_does_without_transformers() -> None:
-    """Only for what ships without a tokenizer.json may it be imported, lazily, and by `verify`, which asks it."""
-    found = [found for found in third_party(*FOLDERS) if found.top in {"transformers", "sentence_transformers"}]
-    allowed = {"python_backend/checkpoint.py", "python_backend/tokenizer.py", "gateway/oracle.py"}
-    assert told([one for one in found if one.file not in allowed or not one.lazy]) == []
+    """It may be imported lazily for checkpoints that ship without a tokenizer.json, and by `verify`."""
+    items = [item for item in third_party(*FOLDERS) if item.top in {"transformers", "sentence_transformers"}]
+    allowed = {
+        "python_backend/checkpoint/files.py",
+        "python_backend/inputs/tokenizer.py",
+        "gateway/verify/oracle.py",
+    }
+    assert listed([item for item in items if item.file not in allowed or not item.lazy]) == []
 
 
-def at_once(path: Path) -> set[str]:
-    """Everything foreign that importing a file imports, through files of ours."""
-    found = [found for here in reached(path, lazily=False) for found in imports(here) if not found.lazy]
-    return {one.top for one in found if not one.ours} - sys.stdlib_module_names
+def eager_packages(path: Path) -> set[str]:
+    """Return every third-party package that importing a file imports, through files of ours."""
+    items = [item for file in reachable(path, lazily=False) for item in imports(file) if not item.lazy]
+    return {item.top for item in items if not item.ours} - sys.stdlib_module_names
 
 
-def reached(path: Path, lazily: bool = True) -> set[Path]:
-    """The files of ours that a file leads to, itself included."""
+def reachable(path: Path, lazily: bool = True) -> set[Path]:
+    """Return the files of ours that a file imports, directly or not, itself included."""
     seen, waiting = set(), [path]
     while waiting:
-        seen.add(here := waiting.pop())
-        ours = {ROOT / found.module for found in imports(here) if found.ours and (lazily or not found.lazy)}
+        seen.add(file := waiting.pop())
+        ours = {ROOT / item.module for item in imports(file) if item.ours and (lazily or not item.lazy)}
         waiting += ours - seen
     return seen
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.parent.parent.name)
 def test_a_family_without_a_checkpoint_costs_no_heavy_import(path: Path) -> None:
-    assert at_once(path) <= {"numpy", "triton_python_backend_utils"}
+    assert eager_packages(path) <= {"numpy", "triton_python_backend_utils"}
 
 
-def test_serving_never_reaches_what_verify_is_made_of() -> None:
-    serving = {path.name for path in reached(ROOT / "gateway" / "supervisor.py")}
-    assert "app.py" in serving
-    assert not serving & {"cards.py", "samples.py", "oracle.py", "examine.py", "report.py", "verify.py"}
+def test_serving_never_reaches_the_verify_wing() -> None:
+    serving = {name_of(path) for path in reachable(ROOT / "gateway" / "process" / "supervisor.py")}
+    assert "gateway/app.py" in serving
+    assert not [file for file in serving if file.startswith("gateway/verify/")]
 
 
 def test_commands_start_light() -> None:
-    assert at_once(ROOT / "python_backend" / "launcher.py") == set()
-    assert not at_once(ROOT / "gateway" / "cli.py") & {"torch", "numpy", "transformers", "fastapi", "huggingface_hub"}
+    assert eager_packages(ROOT / "python_backend" / "launcher.py") == set()
+    heavy = {"torch", "numpy", "transformers", "fastapi", "huggingface_hub"}
+    assert not eager_packages(ROOT / "gateway" / "cli.py") & heavy
 
 
-def installed_with(declared: list[str]) -> set[str]:
-    """Distributions that pip installs for these requirements: themselves and what they name in turn."""
-    found = set()
+def installed_with(declared: Sequence[str]) -> set[str]:
+    """Return the distributions pip installs for these requirements: themselves and the ones they require directly."""
+    names = set()
     for text in declared:
-        wanted = Requirement(text)
-        found.add(_canonical(wanted.name))
-        for line in metadata.requires(wanted.name) or []:
+        requirement = Requirement(text)
+        names.add(_canonical(requirement.name))
+        if requirement.name == "triton-embed":  # another of our extras
+            continue
+        for line in metadata.requires(requirement.name) or []:
             needed = Requirement(line)
-            extras = [{"extra": extra} for extra in wanted.extras] or [{"extra": ""}]
+            extras = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
             if needed.marker is None or any(needed.marker.evaluate(extra) for extra in extras):
-                found.add(_canonical(needed.name))
-    return found
+                names.add(_canonical(needed.name))
+    return names
 
 
 def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_what_is_imported_is_installed_by_a_plain_install() -> None:
-    """Test tools bring more: a module of theirs would be missing on a user's machine."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    there = installed_with(project["dependencies"])
+def missing(items: Sequence[Import], declared: Sequence[str]) -> list[str]:
+    """Return imports of packages that these requirements do not install."""
+    installed = installed_with(declared)
     owners = metadata.packages_distributions()
-    # pytriton carries the one, in the directory that the server puts on the path; a GPU needs the other, an extra.
+    # pytriton carries the first in a directory that the server puts on the path; the second is an extra for GPUs.
     elsewhere = {"triton_python_backend_utils", "triton"}
-    extras = {"tiktoken", "opentelemetry"}  # imported where an operator asked for them
-    missing = [
-        found
-        for found in third_party(*FOLDERS, "model_repository")
-        if found.top not in elsewhere
-        and not (found.top in extras and found.lazy)
-        and not {_canonical(owner) for owner in owners.get(found.top, [])} & there
-    ]
-    assert told(missing) == []
+    optional = {"tiktoken", "opentelemetry", "sentence_transformers"}  # imported lazily, when an operator asks for them
+    return listed(
+        [
+            item
+            for item in items
+            if item.top not in elsewhere
+            and not (item.top in optional and item.lazy)
+            and not {_canonical(owner) for owner in owners.get(item.top, [])} & installed
+        ]
+    )
+
+
+def test_every_import_is_installed_by_the_extra_that_needs_it() -> None:
+    """Test tools bring more packages: a module of theirs would be missing on a user's machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base, engine = project["dependencies"], project["optional-dependencies"]["engine"]
+    gateway = third_party("gateway")
+    verify = [item for item in gateway if item.file.startswith("gateway/verify/")]
+    assert missing([item for item in gateway if item not in verify], base) == []
+    assert missing([*third_party("kernels", "python_backend", "model_repository"), *verify], [*base, *engine]) == []
 
 
 def nodes(path: Path) -> Iterator[ast.AST]:
+    """Yield every node of a file's syntax tree."""
     yield from ast.walk(ast.parse(path.read_text()))
 
 
-def places(path: Path, *names: str) -> list[str]:
-    """Where one of these dotted names is used."""
-    found = []
+def uses(path: Path, *names: str) -> list[str]:
+    """Return where one of these dotted names is used."""
+    lines = []
     for node in nodes(path):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
@@ -317,39 +398,40 @@ def places(path: Path, *names: str) -> list[str]:
         else:
             name = node.id if isinstance(node, ast.Name) else ""
         if name in names:
-            found.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")  # type: ignore[attr-defined]
-    return found
+            lines.append(f"{name_of(path)}:{node.lineno} {name}")  # type: ignore[attr-defined]
+    return lines
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_is_printed_and_the_path_is_left_alone(path: Path) -> None:
-    assert places(path, "print", "sys.path", "breakpoint") == []
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_is_printed_and_sys_path_is_not_touched(path: Path) -> None:
+    assert uses(path, "print", "sys.path", "breakpoint") == []
 
 
-# Defaults have one place an end; the other two pass the environment on to the process they start.
+# One place for defaults per side; the other two pass the environment on to processes they start.
 ENVIRONMENT = {
-    "python_backend/config.py",
+    "python_backend/checkpoint/config.py",
     "python_backend/launcher.py",
     "gateway/settings.py",
-    "gateway/triton_process.py",
+    "gateway/process/triton_process.py",
 }
 
 
-def test_the_environment_is_read_in_four_places() -> None:
+def test_the_environment_is_read_in_four_files() -> None:
     names = ("os.environ", "os.getenv", "os.environb", "os.putenv")
-    elsewhere = [path for path in SOURCES if str(path.relative_to(ROOT)) not in ENVIRONMENT]
-    assert [place for path in elsewhere for place in places(path, *names)] == []
+    elsewhere = [path for path in SOURCES if name_of(path) not in ENVIRONMENT]
+    assert [line for path in elsewhere for line in uses(path, *names)] == []
 
 
-def test_no_file_is_named_after_nothing() -> None:
+def test_no_file_has_a_name_that_says_nothing() -> None:
     assert [str(path) for path in SOURCES if path.stem in {"utils", "util", "base", "helpers", "common", "misc"}] == []
 
 
-def test_every_file_has_its_tests() -> None:
-    files = {f"{path.parent.name}/{path.name}" for path in SOURCES if path not in FAMILIES}
+def test_every_file_has_tests_and_every_test_a_file() -> None:
+    """The tests of wing/name.py are in test_name.py or test_wing_name.py."""
+    files = {name_of(path) for path in SOURCES if path not in FAMILIES}
     assert TESTED_ELSEWHERE.keys() <= files
-    folders = (ROOT / "tests", ROOT / "tests" / "interpreted")  # those of clients are about other people's code
+    names = {file: {f"test_{Path(file).name}", f"test_{Path(file).parent.name}_{Path(file).name}"} for file in files}
+    folders = (ROOT / "tests", ROOT / "tests" / "interpreted")  # those of clients test other people's code
     tests = {path.name for folder in folders for path in folder.glob("test_*.py")}
-    untested = {file for file in files - TESTED_ELSEWHERE.keys() if f"test_{Path(file).name}" not in tests}
-    assert untested == set()
-    assert tests - TESTS_OF_MORE_THAN_A_FILE - {f"test_{Path(file).name}" for file in files} == set()
+    assert {file for file in files - TESTED_ELSEWHERE.keys() if not names[file] & tests} == set()
+    assert tests - TESTS_OF_SEVERAL_FILES - {name for each in names.values() for name in each} == set()

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from triton_embed.gateway.logs import JsonLines, TextLines, request_id
+from triton_embed.gateway.http.logs import JsonLines, TextLines, request_id
 
 
 def record(message: str = "hello %s", *args: object, **extra: object) -> logging.LogRecord:
@@ -73,11 +73,11 @@ def test_only_lines_of_a_request_have_its_id() -> None:
 
 PROGRAM = """
 import logging, warnings
-from triton_embed.gateway import logs
+from triton_embed.gateway.http import logs
 logs.configure("info")
 logs.configure("info", "FORM")
 logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
-logging.getLogger("triton_embed.gateway.supervisor").info("stopping")
+logging.getLogger("triton_embed.gateway.process.supervisor").info("stopping")
 logging.getLogger("anything").debug("too much")
 logging.getLogger("httpx").info("GET https://example.com/?secret")
 warnings.warn("careful", UserWarning)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_embed.kernels import loops, rows
-from triton_embed.kernels.loops import (
+from triton_embed.kernels.cpu import loops, rows
+from triton_embed.kernels.cpu.loops import (
     MIN_THREAD_ELEMENTS,
     Loop,
     add,
@@ -319,7 +319,7 @@ def test_loop_works_with_a_damaged_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 ATTEND_AND_GATE = """
 import torch
-from triton_embed.kernels import dense_attention, rows
+from triton_embed.kernels.cpu import attention as dense_attention, rows
 from triton_embed.kernels.packed import Packed
 
 x = torch.ones(1, 1, 16)

@@ -12,11 +12,11 @@ import pytest
 from checkpoints import CASES, Case
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_model import INFO
+from test_model_info import INFO
 
 from conftest import MINILM
-from triton_embed.gateway import oracle, samples
-from triton_embed.gateway.oracle import CheckpointFacts, OracleError, compute
+from triton_embed.gateway.verify import oracle, samples
+from triton_embed.gateway.verify.oracle import CheckpointFacts, OracleError, compute
 
 TEXTS = [
     "a",

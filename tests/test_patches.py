@@ -12,8 +12,8 @@ from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_position_ids
 
 from conftest import Family, serving, write_bert
-from triton_embed.python_backend.config import ModelConfig
-from triton_embed.python_backend.patches import PatchGrid, Patchify
+from triton_embed.python_backend.checkpoint.config import ModelConfig
+from triton_embed.python_backend.networks.patches import PatchGrid, Patchify
 from triton_embed.python_backend.spec import EncoderSpec
 
 Channels = tuple[float, float, float]

@@ -16,10 +16,11 @@ from sentence_transformers import SentenceTransformer
 from test_vectors import expected, items_of, png
 
 from conftest import MINILM, Family
-from triton_embed.kernels import looped, ops
-from triton_embed.python_backend import embedder, precision
+from triton_embed.kernels import ops
+from triton_embed.kernels.cpu import backend as looped
 from triton_embed.python_backend.errors import ConfigError
-from triton_embed.python_backend.request import Item
+from triton_embed.python_backend.execution import embedder, precision
+from triton_embed.python_backend.inputs.parameters import Item
 
 Tiny = Callable[[str], Family]
 FAMILIES = (

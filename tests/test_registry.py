@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import orjson
 import pytest
-from test_model import INFO
+from test_model_info import INFO
 
 from conftest import Triton, free_port
-from triton_embed.gateway import registry as registry_module
-from triton_embed.gateway.client import IndexEntry, TritonClient
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.registry import Registry
+from triton_embed.gateway.triton import registry as registry_module
+from triton_embed.gateway.triton.client import IndexEntry, TritonClient
+from triton_embed.gateway.triton.registry import Registry
 
 T = TypeVar("T")
 

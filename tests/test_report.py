@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cards import CARD
-from test_model import INFO
+from test_model_cards import CARD
+from test_model_info import INFO
 
-from triton_embed.gateway import report as report_module
-from triton_embed.gateway.cards import Input
-from triton_embed.gateway.examine import ProbeResult
-from triton_embed.gateway.oracle import CheckpointFacts, OracleError, OracleResult
-from triton_embed.gateway.report import Limits, Report, conclude
-from triton_embed.gateway.schemas import Embeddings
+from triton_embed.gateway.api.requests import Embeddings
+from triton_embed.gateway.verify import report as report_module
+from triton_embed.gateway.verify.model_cards import Input
+from triton_embed.gateway.verify.oracle import CheckpointFacts, OracleError, OracleResult
+from triton_embed.gateway.verify.probe import ProbeResult
+from triton_embed.gateway.verify.report import Limits, Report, conclude
 
 PAIRS = CARD.model_copy(update={"scores": [[0.6, None, None], [None, None, 0.8]]})
 

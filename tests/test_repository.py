@@ -14,8 +14,8 @@ from torch import save
 from tritonclient.grpc import model_config_pb2
 
 from conftest import MINILM, REPOSITORY, write_bert
-from triton_embed.gateway import repository
-from triton_embed.gateway.repository import Checkpoint, RepositoryError
+from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.checkpoint.repository import Checkpoint, RepositoryError
 
 EN = "Represent this sentence for searching relevant passages: "
 ZH = "为这个句子生成表示以用于检索相关文章："

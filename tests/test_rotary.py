@@ -7,15 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shapes import config_file
+from test_hf_config import config_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2VLTextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
-from triton_embed.python_backend.rotary import Rotary, attention_factor, frequencies
-from triton_embed.python_backend.shapes import RopeConfig
+from triton_embed.python_backend.checkpoint.hf_config import RopeConfig
+from triton_embed.python_backend.networks.rotary import Rotary, attention_factor, frequencies
 
 HEAD_DIM, POSITIONS = 32, 64
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}

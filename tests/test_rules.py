@@ -1,7 +1,7 @@
 """The rules that a family's vectors live by, one test a rule: break a rule in the engine and its test says so.
 
-Each compares with transformers. Rules about texts and special tokens are in test_reader.py and test_tokenizer.py,
-those about image files in test_images.py.
+Each compares with transformers. Rules about texts and special tokens are in test_processors.py and test_tokenizer.py,
+those about image files in test_inputs_images.py.
 """
 
 import io
@@ -19,8 +19,8 @@ from test_vectors import vectors_of
 from torch import nn
 
 from conftest import Family
-from triton_embed.python_backend.request import Item
-from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.inputs.parameters import Item
+from triton_embed.python_backend.inputs.row import Row
 
 TEXTS = ["hello world", "the cat sat on the mat and the dog ran after the cat", "x", "a photo of a dog and a hill " * 3]
 Tiny = Callable[[str], Family]

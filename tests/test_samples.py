@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from conftest import MINILM
-from triton_embed.gateway.samples import TEXTS, images
+from triton_embed.gateway.verify.samples import TEXTS, images
 
 
 def test_texts_differ_and_survive_a_tokenizer_that_strips() -> None:

@@ -17,13 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from triton_embed.python_backend import job as job_file
-from triton_embed.python_backend import scheduler as scheduler_file
-from triton_embed.python_backend.budget import Budget
-from triton_embed.python_backend.delivery import Sender
-from triton_embed.python_backend.job import Job
-from triton_embed.python_backend.row import NO_IDS, Row
-from triton_embed.python_backend.scheduler import ADMITTED_BUDGETS, Compute, MetricsSink, PauseHook, Scheduler
+from triton_embed.python_backend.execution.budget import Budget
+from triton_embed.python_backend.inputs.row import NO_IDS, Row
+from triton_embed.python_backend.scheduling import job as job_file
+from triton_embed.python_backend.scheduling import scheduler as scheduler_file
+from triton_embed.python_backend.scheduling.job import Job
+from triton_embed.python_backend.scheduling.scheduler import (
+    ADMITTED_BUDGETS,
+    Compute,
+    MetricsSink,
+    PauseHook,
+    Scheduler,
+)
+from triton_embed.python_backend.scheduling.sender import Sender
 
 BUDGET = 10
 POISON = 666

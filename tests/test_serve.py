@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from conftest import REPOSITORY, Triton
-from triton_embed.gateway import repository
+from triton_embed.python_backend.checkpoint import repository
 
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 TEXTS = ["The cat sat.", "hello world", "a", "Where is the dog? " * 5, "0.5 - 0.25!"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_embed.kernels.loops import Loop, pointer
-from triton_embed.kernels.simd import (
+from triton_embed.kernels.cpu.loops import Loop, pointer
+from triton_embed.kernels.cpu.simd import (
     LANES,
     exp2,
     interleave,

@@ -18,8 +18,8 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import Stack, free_port
-from triton_embed.gateway.supervisor import ServeError, listen
-from triton_embed.gateway.triton_process import SHARED_MEMORY
+from triton_embed.gateway.process.supervisor import ServeError, listen
+from triton_embed.gateway.process.triton_process import SHARED_MEMORY
 
 DRAIN_SECONDS = 4.0  # the default
 
@@ -49,7 +49,7 @@ def _victim(stack: Stack, name: str) -> psutil.Process:
 
 
 def _workers(stack: Stack) -> list[psutil.Process]:
-    return [process for process in stack.processes() if "triton_embed.gateway.worker" in process.cmdline()]
+    return [process for process in stack.processes() if "triton_embed.gateway.process.server" in process.cmdline()]
 
 
 def _regions(stack: Stack) -> list[Path]:

@@ -20,11 +20,11 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import MINILM, serving
-from triton_embed.python_backend.config import ModelConfig
+from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest, ConfigError
-from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.inputs.row import Row
+from triton_embed.python_backend.inputs.tokenizer import Tokenizer
 from triton_embed.python_backend.spec import EncoderSpec
-from triton_embed.python_backend.tokenizer import Tokenizer
 
 Theirs = Callable[..., list[int]]
 LIMIT = 9

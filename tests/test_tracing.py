@@ -25,8 +25,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from conftest import Triton, free_port
 from triton_embed.gateway.app import create_app
+from triton_embed.gateway.http.tracing import incoming_context
 from triton_embed.gateway.settings import SettingsError, read_settings
-from triton_embed.gateway.tracing import incoming_context
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{TRACE}-{SPAN}-01"
@@ -253,7 +253,7 @@ def test_missing_opentelemetry_is_a_settings_error(monkeypatch: pytest.MonkeyPat
         raise ModuleNotFoundError(name)
 
     create_app(read_settings())  # not needed without otlp_endpoint
-    monkeypatch.setattr("triton_embed.gateway.tracing.find_spec", missing)
+    monkeypatch.setattr("triton_embed.gateway.http.tracing.find_spec", missing)
     with pytest.raises(SettingsError, match=re.escape("pip install 'triton-embed[otel]'")):
         create_app(read_settings(otlp_endpoint="http://localhost:4318"))
 

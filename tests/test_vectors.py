@@ -21,7 +21,7 @@ from transformers import Qwen2Model
 from tritonclient.utils import InferenceServerException
 
 from conftest import REPOSITORY, Triton
-from triton_embed.gateway import repository
+from triton_embed.python_backend.checkpoint import repository
 
 Item = Mapping[str, Any]
 

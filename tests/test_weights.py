@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from triton_embed.python_backend import weights
 from triton_embed.python_backend.errors import ConfigError
-from triton_embed.python_backend.layers import FusedLinear, Projection
-from triton_embed.python_backend.weights import Naming
+from triton_embed.python_backend.networks import weights
+from triton_embed.python_backend.networks.layers import FusedLinear, Projection
+from triton_embed.python_backend.networks.weights import Naming
 
 NAMING = Naming(
     renames=(("bert.", ""), ("model.inner.", ""), ("model.", "")),
@@ -274,8 +274,8 @@ LOAD = """
     from pathlib import Path
     import torch
     from torch import nn
-    from triton_embed.python_backend import weights
-    from triton_embed.python_backend.layers import FusedLinear
+    from triton_embed.python_backend.networks import weights
+    from triton_embed.python_backend.networks.layers import FusedLinear
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -33,7 +33,7 @@ from words import (
     TEXTS,
 )
 
-from triton_embed.gateway import repository
+from triton_embed.python_backend.checkpoint import repository
 
 ROOT = Path(__file__).resolve().parents[2]
 END = "<|endoftext|>"  # what gte-Qwen2 puts behind a text; its tokenizer does not

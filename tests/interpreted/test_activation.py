@@ -6,8 +6,8 @@ from torch import Tensor
 
 from conftest import DTYPES, assert_close, guarded, random
 from triton_embed.kernels import reference
-from triton_embed.kernels.activation import activation, gated_activation
-from triton_embed.kernels.blocks import Config
+from triton_embed.kernels.gpu.activation import activation, gated_activation
+from triton_embed.kernels.gpu.blocks import Config
 
 SHAPES = [
     # rows, width, config

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from conftest import CANARY, DTYPES, assert_close, guarded, random
-from triton_embed.kernels import attention, reference
-from triton_embed.kernels.blocks import Config
+from triton_embed.kernels import reference
+from triton_embed.kernels.gpu import attention
+from triton_embed.kernels.gpu.blocks import Config
 from triton_embed.kernels.packed import Packed
 
 SMALL = Config(block_m=16, block_n=16)

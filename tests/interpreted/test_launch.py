@@ -8,8 +8,8 @@ import torch
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from triton_embed.kernels import launch as launch_file
-from triton_embed.kernels.launch import bound_count, launch
+from triton_embed.kernels.gpu import launch as launch_file
+from triton_embed.kernels.gpu.launch import bound_count, launch
 
 
 def _scale_kernel(x, y, count, SIZE: tl.constexpr, FACTOR: tl.constexpr): ...  # noqa: N803

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from conftest import DTYPES, assert_close, guarded, random
-from triton_embed.kernels import blocks, reference
-from triton_embed.kernels.blocks import Config
-from triton_embed.kernels.linear import linear
+from triton_embed.kernels import reference
+from triton_embed.kernels.gpu import blocks
+from triton_embed.kernels.gpu.blocks import Config
+from triton_embed.kernels.gpu.linear import linear
 
 SMALL, OBLONG, DEEP = Config(16, 16, 16), Config(16, 32, 64), Config(32, 16, 32)
 SHAPES = [

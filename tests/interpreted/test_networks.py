@@ -21,15 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import AutoConfig
 from triton.runtime.interpreter import GridExecutor
 
-from triton_embed.kernels import accelerated, ops
+from triton_embed.kernels import ops
+from triton_embed.kernels.gpu import backend as accelerated
 from triton_embed.kernels.packed import Packed
-from triton_embed.python_backend import embedder as embedder_file
-from triton_embed.python_backend.config import ServingConfig
-from triton_embed.python_backend.embedder import Embedder
+from triton_embed.python_backend.checkpoint.config import ServingConfig
 from triton_embed.python_backend.errors import ConfigError
-from triton_embed.python_backend.images import ClipImageProcessor, Qwen2VLImageProcessor
-from triton_embed.python_backend.prefix import PrefixCache
-from triton_embed.python_backend.row import Row
+from triton_embed.python_backend.execution import embedder as embedder_file
+from triton_embed.python_backend.execution.embedder import Embedder
+from triton_embed.python_backend.execution.prefix_cache import PrefixCache
+from triton_embed.python_backend.inputs.images import ClipImageProcessor, Qwen2VLImageProcessor
+from triton_embed.python_backend.inputs.row import Row
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 LENGTHS = (5, 1, 19, 2)

@@ -8,8 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from conftest import DTYPES, assert_close, guarded, random
-from triton_embed.kernels.blocks import Config
-from triton_embed.kernels.norm import add_layer_norm, add_rms_norm, embed_layer_norm, post_layer_norm
+from triton_embed.kernels.gpu.blocks import Config
+from triton_embed.kernels.gpu.norm import add_layer_norm, add_rms_norm, embed_layer_norm, post_layer_norm
 
 EPS = 1e-3
 SHAPES = [

@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from conftest import assert_close, guarded
-from triton_embed.kernels.patchify import patchify
+from triton_embed.kernels.gpu.patchify import patchify
 
 SIZES = [
     # height, width, channels, patch, merge, frames

@@ -8,9 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from conftest import DTYPES, assert_close, guarded, random
-from triton_embed.kernels.blocks import Config
+from triton_embed.kernels.gpu.blocks import Config
+from triton_embed.kernels.gpu.pooling import segment_pool
 from triton_embed.kernels.packed import Packed
-from triton_embed.kernels.pooling import segment_pool
 
 MODES: dict[str, Callable[[Tensor], Tensor]] = {
     "cls": lambda rows: rows[0],

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from conftest import DTYPES, assert_close, guarded, random
 from triton_embed.kernels import reference
-from triton_embed.kernels.blocks import Config
-from triton_embed.kernels.rotary import qk_norm_rope_
+from triton_embed.kernels.gpu.blocks import Config
+from triton_embed.kernels.gpu.rotary import qk_norm_rope_
 
 EPS = 1e-3
 LAYOUTS = [

@@ -1,0 +1,204 @@
+"""The path every route shares, from a request's bytes to a model's reply."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
+from triton_embed.gateway.errors import ApiError, invalid
+from triton_embed.gateway.http.metrics import Metrics
+from triton_embed.gateway.http.middleware import read_body
+from triton_embed.gateway.http.tracing import triton_metadata
+from triton_embed.gateway.media.images import Media
+from triton_embed.gateway.media.safe_fetch import Fetcher
+from triton_embed.gateway.settings import Settings
+from triton_embed.gateway.triton.client import TritonClient
+from triton_embed.gateway.triton.dispatch import CallContext, Dispatcher
+from triton_embed.gateway.triton.model_info import ModelInfo, fit
+from triton_embed.gateway.triton.registry import ModelEntry, Registry
+
+T = TypeVar("T")
+
+TIMEOUT_HEADER = "x-request-timeout"
+
+
+class Gateway:
+    """The clients, queues and registry of one app. Created and closed in a running event loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.client = TritonClient(settings.triton_grpc, repository_header=settings.triton_repository_header)
+        self.dispatcher = Dispatcher(
+            self.client, max_pending_tokens=settings.max_waiting_tokens, gateway_count=settings.workers
+        )
+        self.media = Media(
+            Fetcher(settings.allowed_hosts) if settings.media_urls else None,
+            max_bytes=settings.max_body_bytes,
+            timeout=settings.request_timeout,
+        )
+        self.registry = Registry(
+            self.client, interval=settings.refresh_interval, served_name=settings.served_model_name
+        )
+
+    async def close(self) -> None:
+        """Close everything; calls in flight get a few seconds to end."""
+        await self.registry.stop()
+        await self.media.close()
+        await self.client.close()
+
+    @asynccontextmanager
+    async def deadline(self, request: Request) -> AsyncIterator["Exchange"]:
+        """Bound a request by its own x-request-timeout header or the operator's setting.
+
+        Raises:
+            ApiError: 504 when the time is up.
+        """
+        seconds = _seconds(request.headers.get(TIMEOUT_HEADER), self.settings)
+        deadline = asyncio.get_running_loop().time() + seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                yield Exchange(self, request, deadline)
+        except TimeoutError:
+            raise ApiError(504, f"No answer within {seconds:g} s") from None
+
+    async def images(self, embedding: EmbeddingRequest, model: ModelInfo) -> Sequence[Sequence[bytes]] | None:
+        """Return the image files of each input, or None for a model that takes no images."""
+        if "image" not in model.modalities:
+            return None
+        if not embedding.images:
+            return [()] * embedding.count
+        return await self.media.load(embedding.images, embedding.param, embedding.refuse)
+
+    async def embed(
+        self,
+        model: ModelInfo,
+        embedding: EmbeddingRequest,
+        images: Sequence[Sequence[bytes]] | None,
+        context: CallContext,
+    ) -> Embeddings:
+        """Return the model's reply. A failure that is not the caller's makes the registry refresh."""
+        try:
+            return await self.dispatcher.embed(model, embedding, images, context)
+        except ApiError as error:
+            if error.status >= 500:
+                self.registry.suspect()
+            raise
+
+    async def probe(self, entry: ModelEntry) -> Embeddings:
+        """Embed a one-letter text, past the queue.
+
+        Raises:
+            ApiError: 504 if it takes longer than a request may.
+        """
+        embedding = EmbeddingRequest(model=None, texts=["a"], ids=[], single=True, param="input")
+        images = await self.images(embedding, entry.info) if entry.info else None
+        seconds = self.settings.request_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.client.embed(entry.name, embedding, range(1), images, seconds=seconds)
+        except TimeoutError:
+            raise ApiError(504, f"No answer within {seconds:g} s") from None
+
+    async def why_unavailable(self) -> str:
+        """Return why nothing can be embedded now; empty if something can."""
+        try:
+            await self.client.live()
+            await self.registry.resolve(None)
+        except ApiError as error:
+            if error.status == 400:  # several models are ready
+                return ""
+            self.registry.suspect()
+            return error.message
+        return ""
+
+
+class Exchange:
+    """One HTTP request and its response."""
+
+    def __init__(self, gateway: Gateway, request: Request, deadline: float) -> None:
+        self._gateway = gateway
+        self._request = request
+        self._deadline = deadline
+        self._stages: list[str] = []
+        self._reply: Embeddings | None = None
+
+    async def read(self, parse: Callable[[bytes, Settings], T]) -> T:
+        """Read and parse the body.
+
+        Raises:
+            ApiError: 400 or 413.
+        """
+        settings = self._gateway.settings
+        body = await read_body(self._request, settings.max_body_bytes)
+        with self.stage("parse"):
+            return parse(body, settings)
+
+    async def model(self, embedding: EmbeddingRequest) -> tuple[ModelInfo, EmbeddingRequest]:
+        """Return (the model, the request as the model understands it)."""
+        model = await self._gateway.registry.resolve(embedding.model)
+        self._request.state.model = model.name
+        return model, fit(embedding, model)
+
+    async def embed(self, embedding: EmbeddingRequest) -> tuple[str, EmbeddingRequest, Embeddings]:
+        """Return (the name of the model, the request as the model understood it, the reply)."""
+        gateway = self._gateway
+        model, embedding = await self.model(embedding)
+        if embedding.images and "image" in model.modalities:
+            with self.stage("media"):
+                images = await gateway.images(embedding, model)
+        else:
+            images = await gateway.images(embedding, model)
+        context = CallContext(self._deadline, triton_metadata(self._request), self._disconnected)
+        with self.stage("triton"):
+            reply = await gateway.embed(model, embedding, images, context)
+        for i, message in enumerate(reply.errors):
+            if message:
+                embedding.refuse(i, message)
+        state = self._request.state
+        state.inputs, state.tokens = embedding.count, reply.token_count
+        gateway.metrics.count_embeddings(model.name, embedding.count, reply.token_count, reply.truncated)
+        self._reply = reply
+        return embedding.model or gateway.settings.served_model_name or model.name, embedding, reply
+
+    def headers(self) -> dict[str, str]:
+        """Return the response headers: truncated inputs, and the time of each stage (Server-Timing, milliseconds)."""
+        headers = {"Server-Timing": ", ".join(self._stages)}
+        if self._reply is not None and self._reply.truncated:
+            headers["x-truncated-inputs"] = str(self._reply.truncated)
+        return headers
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure one of the metrics' STAGES."""
+        start = time.perf_counter()
+        with self._gateway.metrics.stage(name):
+            yield
+        self._stages.append(f"{name};dur={1_000 * (time.perf_counter() - start):.2f}")
+
+    async def _disconnected(self) -> None:
+        """Wait until the caller hangs up: after the body, nothing else can be received.
+
+        Raises:
+            ClientDisconnect: always.
+        """
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        raise ClientDisconnect
+
+
+def _seconds(header: str | None, settings: Settings) -> float:
+    if header is None:
+        return settings.request_timeout
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise invalid(f"{TIMEOUT_HEADER} must be a number of seconds above 0, got '{header[:100]}'", TIMEOUT_HEADER)
+    return min(seconds, settings.max_request_timeout)

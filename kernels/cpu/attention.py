@@ -1,0 +1,186 @@
+"""Attention on a CPU as one compiled loop over sequences and heads, with scores that stay in a core's own cache.
+
+Keys and values are laid out in panels; see `panels.py`.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triton_embed.kernels.cpu.linear_bf16 import PANEL, WORD_BYTES, copy_words, transpose_to_panels
+from triton_embed.kernels.cpu.loops import Loop, float_argument, pointer, scratch, thread_count, thread_index, write
+from triton_embed.kernels.cpu.simd import (
+    LANES,
+    exp2,
+    inline,
+    interleave,
+    keep_first,
+    larger,
+    load,
+    reduce_max,
+    reduce_sum,
+    splat,
+    store,
+    tile_product,
+)
+from triton_embed.kernels.packed import Packed
+
+# Queries per tile. Their sums should stay in registers, and AVX2 has half as many as AVX-512, each half as wide.
+TILE_ROWS = 8 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 2
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool, scale: float, rows: Tensor | None = None
+) -> Tensor:
+    """Attend within each sequence, without window and prefix: q [T,H,D], k and v [T,G,D] -> [T,H,D].
+
+    With `rows`, compute only these queries, one per sequence: [B,H,D]. The rules are those of `ops.varlen_attention`
+    and `ops.pooled_attention`. In bf16, D must be even.
+    """
+    q, k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
+    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    sequences, max_length = len(packed.lengths), max(packed.lengths)
+    out = q.new_empty(q.shape if rows is None else (sequences, heads, head_dim))
+    padded_length, padded_dim = -(-max_length // PANEL) * PANEL, -(-head_dim // PANEL) * PANEL
+    scratch_floats = 2 * padded_length * padded_dim + 2 * TILE_ROWS * (padded_length + padded_dim)
+    _attend(
+        sequences * heads * max_length * (max_length if rows is None else 1) * head_dim // 8,
+        *(q, q.stride(0), k, k.stride(0), v, v.stride(0), out, packed.cu_seqlens, sequences),
+        *(None if rows is None else rows.long(), heads, kv_heads, head_dim, int(causal), scale * math.log2(math.e)),
+        *(scratch(scratch_floats), scratch_floats, q.itemsize),
+    )
+    return out
+
+
+@inline
+def _zero_words(target, words):
+    y = pointer(target, np.uint32)
+    for i in range(words):
+        y[i] = np.uint32(0)
+
+
+@inline
+def _softmax(scores, visible, width, scale, weights, itemsize):
+    """Write 2^(scale * (score - max)) for the first `visible` of `width` scores and 0 for the rest; return the sum."""
+    maxima = splat(np.float32(-np.inf))
+    for i in range(0, width, LANES):
+        maxima = larger(maxima, keep_first(load(scores + i * 4, 4), visible - i, np.float32(-np.inf)))
+    top, factor, sums = splat(reduce_max(maxima)), splat(scale), splat(np.float32(0))
+    for i in range(0, width, LANES):
+        y = keep_first(exp2((load(scores + i * 4, 4) - top) * factor), visible - i, np.float32(0))
+        sums = sums + y
+        store(y, weights + i * itemsize, itemsize)
+    return reduce_sum(sums)
+
+
+@inline
+def _pack_values(source, stride, itemsize, tokens, size, width, target):
+    """Pack values [tokens,size] into panels of rows of words, which are 0 past the last token."""
+    per_word, full = WORD_BYTES // itemsize, size // LANES * LANES
+    panel_bytes = width // per_word * PANEL * WORD_BYTES
+    for row in range(width // per_word):
+        token = row * per_word
+        even, odd = source + token * stride, source + (token + 1) * stride
+        for i in range(0, size, PANEL):
+            panel = target + i // PANEL * panel_bytes + row * PANEL * WORD_BYTES
+            tail = i
+            if token + per_word <= tokens:
+                for c in range(i, min(i + PANEL, full), LANES):
+                    if per_word == 2:
+                        store(
+                            interleave(even + c * itemsize, odd + c * itemsize),
+                            panel + (c - i) * WORD_BYTES,
+                            4,
+                        )
+                    else:
+                        store(load(even + c * itemsize, 4), panel + (c - i) * WORD_BYTES, 4)
+                tail = max(i, full)
+            else:
+                _zero_words(panel, PANEL)
+            for c in range(tail, min(i + PANEL, size)):
+                if per_word == 2:
+                    y = pointer(panel + (c - i) * WORD_BYTES, np.uint16)
+                    y[0] = pointer(even + c * itemsize, np.uint16)[0] if token < tokens else np.uint16(0)
+                    y[1] = pointer(odd + c * itemsize, np.uint16)[0] if token + 1 < tokens else np.uint16(0)
+                elif token < tokens:
+                    copy_words(even + c * itemsize, panel + (c - i) * WORD_BYTES, 1)
+
+
+_product, _product_pairs = (tile_product(TILE_ROWS, PANEL // LANES, pairs) for pairs in (False, True))
+
+
+@inline
+def _multiply(x, stride, itemsize, y, inner, z, pitch):
+    """Multiply TILE_ROWS rows of words, `stride` bytes apart, by one panel; write fp32 rows `pitch` bytes apart."""
+    if itemsize == 2:
+        _product_pairs(x, stride, y, PANEL * WORD_BYTES, inner, z, pitch)
+    else:
+        _product(x, stride, y, PANEL * WORD_BYTES, inner, z, pitch)
+
+
+@Loop
+def _attend(a):
+    starts, sequences, rows = pointer(a[7], np.int32), a[8], pointer(a[9], np.int64)
+    heads, kv_heads, head_dim, causal, scale = a[10], a[11], a[12], a[13], np.float32(float_argument(a[14]))
+    itemsize = a[17]
+    per_word = WORD_BYTES // itemsize
+    base, words = a[15] + thread_index() * a[16] * 4, head_dim // per_word
+    padded_dim = (head_dim + PANEL - 1) // PANEL * PANEL
+    for task in range(thread_index(), sequences * heads, thread_count()):
+        sequence, head = task // heads, task % heads
+        begin = np.int64(starts[sequence])
+        tokens = np.int64(starts[sequence + 1]) - begin
+        kv_head = head // (heads // kv_heads)
+        width = (tokens + PANEL - 1) // PANEL * PANEL
+        keys = base
+        values = keys + words * width * WORD_BYTES
+        scores = values + width // per_word * padded_dim * WORD_BYTES  # [TILE_ROWS,width]
+        weights = scores + TILE_ROWS * width * 4  # [TILE_ROWS,width]
+        sums = weights + TILE_ROWS * width * itemsize  # [TILE_ROWS,padded_dim]
+        tail_queries = sums + TILE_ROWS * padded_dim * 4  # [TILE_ROWS,head_dim]
+        transpose_to_panels(a[2] + (begin * a[3] + kv_head * head_dim) * itemsize, a[3] * itemsize, tokens, words, keys)
+        _pack_values(
+            a[4] + (begin * a[5] + kv_head * head_dim) * itemsize,
+            a[5] * itemsize,
+            itemsize,
+            tokens,
+            head_dim,
+            width,
+            values,
+        )
+        first_query, end_query = 0, tokens
+        if a[9]:
+            first_query = rows[sequence] - begin
+            end_query = first_query + 1
+        for start in range(first_query, end_query, TILE_ROWS):
+            count = min(TILE_ROWS, end_query - start)
+            x, stride = a[0] + ((begin + start) * a[1] + head * head_dim) * itemsize, a[1] * itemsize
+            if count < TILE_ROWS:  # memory past the last query may be unmapped
+                for row in range(count):
+                    copy_words(x + row * stride, tail_queries + row * words * WORD_BYTES, words)
+                x, stride = tail_queries, words * WORD_BYTES
+            used_keys = (start + count + PANEL - 1) // PANEL * PANEL if causal else width
+            for j in range(0, used_keys, PANEL):
+                _multiply(x, stride, itemsize, keys + j * words * WORD_BYTES, words, scores + j * 4, width * 4)
+            for row in range(count):
+                visible = start + row + 1 if causal else tokens
+                row_scores = scores + row * width * 4
+                weight_sum = _softmax(row_scores, visible, used_keys, scale, weights + row * width * itemsize, itemsize)
+                pointer(row_scores, np.float32)[0] = np.float32(1) / weight_sum
+            for i in range(0, padded_dim, PANEL):
+                panel = values + i // PANEL * (width // per_word) * PANEL * WORD_BYTES
+                _multiply(
+                    weights, width * itemsize, itemsize, panel, used_keys // per_word, sums + i * 4, padded_dim * 4
+                )
+            for row in range(count):
+                factor = splat(pointer(scores + row * width * 4, np.float32)[0])
+                out_row = sequence if a[9] else begin + start + row
+                target, row_sums = (
+                    a[6] + (out_row * heads + head) * head_dim * itemsize,
+                    sums + row * padded_dim * 4,
+                )
+                for i in range(0, padded_dim, LANES):
+                    store(load(row_sums + i * 4, 4) * factor, row_sums + i * 4, 4)
+                write(row_sums, target, itemsize, head_dim)

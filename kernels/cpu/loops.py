@@ -1,0 +1,202 @@
+"""Loops over memory on a CPU, compiled by Numba and run on torch's own threads.
+
+Between matrix products torch passes over memory once per operation; a compiled loop passes once for all of them and
+rounds once. Loops receive addresses and sizes. They read and write rows of fp32 or bf16 and compute in fp32.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import pickle
+import struct
+import threading
+import time
+from collections.abc import Callable
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import cfunc, config, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from triton_embed.kernels.cpu.simd import LANES, inline, load, store
+
+log = logging.getLogger(__name__)
+
+MIN_THREAD_ELEMENTS = 16_384  # per thread; with fewer, another thread costs more time than it saves
+
+# The OpenMP runtime that torch loaded. A second runtime would start more threads, which spin while they wait.
+_OPENMP = ctypes.CDLL(torch._C.__file__)
+for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+    binding.add_symbol(_name, ctypes.cast(_OPENMP[_name], ctypes.c_void_p).value)
+_parallel = _OPENMP["GOMP_parallel"]  # GCC's entry point; Intel's and LLVM's runtimes have it too
+_parallel.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
+_parallel.restype = None
+_omp_thread_index = types.ExternalFunction("omp_get_thread_num", types.int32())
+_omp_thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+_thread_local = threading.local()
+
+
+class Loop:
+    """A compiled loop that runs `body` on each thread with the arguments of `__call__` as an array of int64.
+
+    Tensors are passed as addresses and floats as the bits of a float64 (see `float_argument`).
+    """
+
+    def __init__(self, body: Callable[[Any], None]) -> None:
+        self._body = body
+        self._layout: struct.Struct | None = None
+
+    def __call__(self, work: int, *arguments: Tensor | float | None) -> None:
+        """Run the loop.
+
+        Args:
+            work: The number of elements to process, which determines how many threads run.
+            arguments: Tensors and numbers for the body. None becomes the address 0. An argument that is a float in one
+                call must be a float in every call.
+        """
+        if self._layout is None:
+            self._layout = struct.Struct("".join("d" if isinstance(x, float) else "q" for x in arguments))
+        numbers = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in arguments]
+        used_threads = max(1, min(torch.get_num_threads(), work // MIN_THREAD_ELEMENTS))
+        _parallel(self._address, self._layout.pack(*numbers), used_threads, 0)
+
+    @cached_property
+    def _address(self) -> int:
+        began = time.monotonic()
+        signature = types.void(types.CPointer(types.int64))
+        try:
+            _set_cache_directory()
+            compiled = cfunc(signature, cache=True, error_model="numpy")(self._body)
+        except (RuntimeError, OSError, EOFError, pickle.PickleError) as error:
+            log.warning("Cannot cache compiled loops for the next start: %s", type(error).__name__)
+            compiled = cfunc(signature, error_model="numpy")(self._body)
+        log.info("Compiled loop %s is ready after %.1f s", self._body.__name__, time.monotonic() - began)
+        address: int = compiled.address
+        return address
+
+
+@cache
+def _set_cache_directory() -> None:
+    """Set Numba's cache directory to one named after a hash of all kernel sources.
+
+    Numba checks only a loop's own file to decide whether a cached loop is current, but code from several of these files
+    is inlined into a loop. The directory is in NUMBA_CACHE_DIR if that is set, else in `__pycache__`, or in
+    `~/.cache/triton-embed` if `__pycache__` is not writable.
+    """
+    kernels = Path(__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(kernels.glob("*.py")))
+    pycache = kernels / "__pycache__"
+    base = Path(
+        config.CACHE_DIR or (pycache if os.access(pycache, os.W_OK) else Path.home() / ".cache" / "triton-embed")
+    )
+    config.CACHE_DIR = str(base / f"loops-{hashlib.sha256(sources).hexdigest()[:16]}")
+
+
+def scratch(floats: int) -> Tensor:
+    """Return scratch memory, `floats` fp32 numbers per thread, valid until the calling thread runs its next loop."""
+    size = torch.get_num_threads() * floats
+    memory: Tensor | None = getattr(_thread_local, "scratch", None)
+    if memory is None or memory.numel() < size:
+        _thread_local.scratch = memory = torch.empty(size, dtype=torch.float32, device="cpu")
+    return memory
+
+
+def padded_count(count: int) -> int:
+    """Round a count of numbers up to whole registers."""
+    return -(-count // LANES) * LANES
+
+
+@intrinsic
+def pointer(_, address, kind):
+    """Convert an address to a pointer to elements of a dtype."""
+    result = types.CPointer(kind.dtype)
+    return result(types.int64, kind), lambda context, b, _, args: b.inttoptr(args[0], context.get_value_type(result))
+
+
+@intrinsic
+def float_argument(_, bits):
+    """Convert the bits of a loop argument back to the float that was passed."""
+    return types.float64(types.int64), lambda _, b, __, args: b.bitcast(args[0], ir.DoubleType())
+
+
+@intrinsic
+def _to_bits(_, x):
+    return types.uint32(types.float32), lambda _, b, __, args: b.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def _from_bits(_, x):
+    return types.float32(types.uint32), lambda _, b, __, args: b.bitcast(args[0], ir.FloatType())
+
+
+@inline
+def thread_index():
+    return np.int64(_omp_thread_index())
+
+
+@inline
+def thread_count():
+    return np.int64(_omp_thread_count())
+
+
+@inline
+def thread_range(count):
+    """Return the first and last + 1 of this thread's part of 0 … count - 1."""
+    return count * thread_index() // thread_count(), count * (thread_index() + 1) // thread_count()
+
+
+@inline
+def read(address, itemsize, x, count):
+    """Read the elements at an address into x as fp32, followed by zeros up to a whole register."""
+    full = count // LANES * LANES
+    for i in range(0, full, LANES):
+        store(load(address + i * itemsize, itemsize), x + i * 4, 4)
+    values = pointer(x, np.float32)
+    for i in range(full, count):
+        values[i] = _load_element(address + i * itemsize, itemsize)
+    if full < count:
+        for i in range(count, full + LANES):
+            values[i] = np.float32(0)
+
+
+@inline
+def add(address, itemsize, x, count):
+    """Add the elements at an address to x."""
+    full = count // LANES * LANES
+    for i in range(0, full, LANES):
+        store(load(x + i * 4, 4) + load(address + i * itemsize, itemsize), x + i * 4, 4)
+    values = pointer(x, np.float32)
+    for i in range(full, count):
+        values[i] += _load_element(address + i * itemsize, itemsize)
+
+
+@inline
+def write(x, address, itemsize, count):
+    """Write x to the elements at an address, rounded to their dtype."""
+    full = count // LANES * LANES
+    for i in range(0, full, LANES):
+        store(load(x + i * 4, 4), address + i * itemsize, itemsize)
+    values = pointer(x, np.float32)
+    for i in range(full, count):
+        if itemsize == 2:
+            bits = _to_bits(values[i])
+            if values[i] != values[i]:
+                bits |= np.uint32(0x400000)  # NaN stays NaN
+            else:
+                bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            pointer(address, np.uint16)[i] = np.uint16(bits >> np.uint32(16))
+        else:
+            pointer(address, np.float32)[i] = values[i]
+
+
+@inline
+def _load_element(address, itemsize):
+    if itemsize == 2:
+        return _from_bits(np.uint32(pointer(address, np.uint16)[0]) << np.uint32(16))
+    return pointer(address, np.float32)[0]

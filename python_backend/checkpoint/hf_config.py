@@ -1,0 +1,378 @@
+"""Network configurations, read from config.json: the only module that knows transformers' names for sizes.
+
+Sizes are in elements, lengths in tokens. transformers omits values of nested configs that equal the class's default;
+those defaults are repeated here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from triton_embed.python_backend.checkpoint.json_file import JsonFile
+from triton_embed.python_backend.errors import ConfigError
+
+# Activation names of config.json -> names in kernels.ops
+_ACTIVATIONS = {
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The configuration of BERT and XLM-RoBERTa: learned positions, post-norm."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    positions: int  # rows of the position embedding table
+    first_position: int  # index of the first token's row: RoBERTa counts from padding_idx + 1
+    token_types: int
+    norm_eps: float
+    activation: str
+
+    @property
+    def max_tokens(self) -> int:
+        return self.positions - self.first_position
+
+    @classmethod
+    def read(cls, config: JsonFile) -> "EncoderConfig":
+        if config.get("position_embedding_type", str, "absolute") != "absolute":
+            raise config.error("position_embedding_type", "only 'absolute' is implemented")
+        roberta = config.require("model_type", str) in ("roberta", "xlm-roberta")
+        hidden, heads = _heads(config)
+        positions, first = (
+            config.positive_int("max_position_embeddings"),
+            config.positive_int("pad_token_id") + 1 if roberta else 0,
+        )
+        if first >= positions:
+            raise config.error(
+                "pad_token_id", f"must be below {positions - 1}, because max_position_embeddings is {positions}"
+            )
+        return cls(
+            vocab_size=config.positive_int("vocab_size"),
+            hidden_size=hidden,
+            layers=config.positive_int("num_hidden_layers"),
+            heads=heads,
+            intermediate_size=config.positive_int("intermediate_size"),
+            positions=positions,
+            first_position=first,
+            token_types=config.positive_int("type_vocab_size"),
+            norm_eps=config.positive_float("layer_norm_eps"),
+            activation=_activation(config),
+        )
+
+
+_ROPE_NUMBER_KEYS = {
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """The configuration of rotary positions.
+
+    Attributes:
+        kind: One of default, linear, dynamic, yarn and llama3.
+        scaling: The numbers that belong to `kind`.
+        sections: How many of the head_dim / 2 frequencies use each axis of a position; one axis for plain text.
+    """
+
+    theta: float
+    head_dim: int
+    positions: int  # length that the model was trained for
+    kind: str = "default"
+    scaling: Mapping[str, float] = field(default_factory=dict)
+    sections: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, config: JsonFile, head_dim: int) -> "RopeConfig":
+        """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (earlier versions)."""
+        rope = config.nested("rope_scaling" if config.has("rope_scaling") else "rope_parameters")
+        theta = (rope if rope.has("rope_theta") else config).positive_float("rope_theta")
+        key = "rope_type" if rope.has("rope_type") else "type"
+        kind = rope.get(key, str, "default")
+        required_keys = {
+            "default": (),
+            "mrope": (),  # Qwen2-VL's name for `default` with the sections below
+            "linear": ("factor",),
+            "dynamic": ("factor",),
+            "yarn": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }
+        if kind not in required_keys:
+            raise rope.error(key, f"must be one of {', '.join(required_keys)}")
+        if (rope if rope.has("partial_rotary_factor") else config).get("partial_rotary_factor", float, 1.0) != 1.0:
+            raise ConfigError(f"{rope.path}: only a partial_rotary_factor of 1 is implemented")
+        for key in required_keys[kind]:
+            rope.positive_float(key)
+        for key in set(rope.values) & _ROPE_NUMBER_KEYS:
+            rope.positive_float(key, 1.0)
+        rope.get("truncate", bool, True)
+        if kind == "dynamic" and rope.positive_float("factor") < 1:
+            raise rope.error("factor", "must be at least 1")
+        sections = tuple(rope.get("mrope_section", list, [head_dim // 2]))
+        if any(type(n) is not int or n < 1 for n in sections) or sum(sections) != head_dim // 2:
+            raise rope.error("mrope_section", f"must be whole numbers above 0 that add up to {head_dim // 2}")
+        numbers = {key: float(value) for key, value in rope.values.items() if isinstance(value, int | float)}
+        return cls(
+            theta=theta,
+            head_dim=head_dim,
+            positions=config.positive_int("max_position_embeddings"),
+            kind="default" if kind == "mrope" else kind,
+            scaling=numbers,
+            sections=sections,
+        )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The configuration of Llama, Mistral, Qwen2 and Qwen3.
+
+    These are pre-norm networks with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float
+    causal: bool
+    windows: tuple[int | None, ...]  # per layer: number of keys a query attends to, itself included; None: all
+    rope: RopeConfig
+    qk_norm: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+
+    @property
+    def max_tokens(self) -> int:
+        """The maximum length: dynamic scaling extends the trained length by its factor."""
+        factor = self.rope.scaling["factor"] if self.rope.kind == "dynamic" else 1
+        return int(self.rope.positions * factor)
+
+    @classmethod
+    def read(cls, config: JsonFile, *, causal: bool | None, qk_norm: bool, qkv_bias: bool) -> "DecoderConfig":
+        """Read the configuration of a decoder.
+
+        Args:
+            causal: Whether the family's attention is causal; None: is_causal of config.json decides and is required.
+            qk_norm: Whether each query and key head has an RMSNorm.
+            qkv_bias: Whether the query, key and value projections always have a bias.
+        """
+        is_causal = config.require("is_causal", bool) if causal is None else config.get("is_causal", bool, causal)
+        if causal is not None and is_causal != causal:
+            raise config.error("is_causal", f"the family requires {causal}")
+        if _activation(config) != "silu":
+            raise config.error("hidden_act", "only 'silu' is implemented in a decoder")
+        heads, kv_heads = config.positive_int("num_attention_heads"), config.positive_int("num_key_value_heads")
+        if heads % kv_heads:
+            raise config.error("num_attention_heads", f"must be a multiple of num_key_value_heads {kv_heads}")
+        # head_dim defaults to hidden_size / heads, except in Qwen3 (the architecture with qk_norm).
+        has_head_dim = qk_norm or config.has("head_dim")
+        head_dim = config.positive_int("head_dim") if has_head_dim else config.positive_int("hidden_size") // heads
+        if head_dim % 2:
+            raise ConfigError(f"{config.path}: a head_dim of {head_dim} is odd; rotary positions need an even number")
+        layers = config.positive_int("num_hidden_layers")
+        windows = _windows(config, layers)
+        if not is_causal and any(windows):
+            raise config.error("sliding_window", "a sliding window is implemented for causal attention only")
+        bias = config.get("attention_bias", bool, False)
+        return cls(
+            vocab_size=config.positive_int("vocab_size"),
+            hidden_size=config.positive_int("hidden_size"),
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=config.positive_int("intermediate_size"),
+            norm_eps=config.positive_float("rms_norm_eps"),
+            causal=is_causal,
+            windows=windows,
+            rope=RopeConfig.read(config, head_dim),
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias or bias,
+            output_bias=bias,
+            mlp_bias=config.get("mlp_bias", bool, False),
+        )
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The configuration of a stack of pre-norm blocks: CLIP's text and vision towers, Qwen2-VL's vision tower."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    norm_eps: float
+    activation: str
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The configuration of CLIP: a causal text tower and a vision tower, each projected to `hidden_size`."""
+
+    text: TowerConfig
+    vision: TowerConfig
+    hidden_size: int
+    vocab_size: int
+    max_tokens: int
+    # Pooling takes the first token with this id; None: the first token with the highest id in the text.
+    end_of_text: int | None
+    image_size: int  # pixels per side
+    patch_size: int
+
+    @property
+    def vision_tokens(self) -> int:
+        """The number of tokens of an image: its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @classmethod
+    def read(cls, config: JsonFile) -> "ClipConfig":
+        # If the older key is not null, transformers uses it instead of the newer one and does not merge them.
+        text, vision = (
+            config.nested(f"{key}_dict" if config.has(f"{key}_dict") else key)
+            for key in ("text_config", "vision_config")
+        )
+        if vision.get("num_channels", int, 3) != 3:
+            raise vision.error("num_channels", "only 3 is implemented")
+        # Configs written before transformers 4.31 contain 2, which is wrong for every CLIP tokenizer.
+        eos = text.get("eos_token_id", int, 49_407)
+        return cls(
+            text=_tower(text, hidden=512, intermediate=2_048, heads=8),
+            vision=_tower(vision, hidden=768, intermediate=3_072, heads=12),
+            hidden_size=config.positive_int("projection_dim"),
+            vocab_size=text.positive_int("vocab_size", 49_408),
+            max_tokens=text.positive_int("max_position_embeddings", 77),
+            end_of_text=None if eos == 2 else eos,
+            image_size=vision.positive_int("image_size", 224),
+            patch_size=vision.positive_int("patch_size", 32),
+        )
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig:
+    """The configuration of Qwen2-VL: a text decoder and a vision tower.
+
+    Each block of `merge` x `merge` patches of the vision tower becomes one token of the decoder.
+    """
+
+    text: DecoderConfig
+    vision: TowerConfig
+    patch_size: int
+    merge: int
+    frames: int
+    image_token: int
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def max_tokens(self) -> int:
+        return self.text.max_tokens
+
+    @classmethod
+    def read(cls, config: JsonFile) -> "Qwen2VLConfig":
+        text = config.nested("text_config") if config.has("text_config") else config
+        vision = config.nested("vision_config")
+        hidden_size, heads = vision.positive_int("embed_dim", 1_280), vision.positive_int("num_heads", 16)
+        if hidden_size % heads or hidden_size // heads % 4:
+            raise vision.error("embed_dim", f"each of the {heads} heads must get a multiple of 4")
+        if (theta := vision.nested("rope_parameters").positive_float("rope_theta", 1e4)) != 1e4:
+            raise ConfigError(f"{vision.path}: rope_theta is {theta:g}; only 10000 is implemented")
+        decoder = DecoderConfig.read(text, causal=True, qk_norm=False, qkv_bias=True)
+        if len(decoder.rope.sections) != 3:
+            raise ConfigError(f"{text.path}: mrope_section is missing")
+        return cls(
+            text=decoder,
+            vision=TowerConfig(
+                hidden_size=hidden_size,
+                layers=vision.positive_int("depth", 32),
+                heads=heads,
+                intermediate_size=int(hidden_size * vision.positive_float("mlp_ratio", 4.0)),
+                norm_eps=1e-6,  # constant in transformers' Qwen2-VL code
+                activation=_activation(vision, "quick_gelu"),
+            ),
+            patch_size=vision.positive_int("patch_size", 14),
+            merge=vision.positive_int("spatial_merge_size", 2),
+            frames=vision.positive_int("temporal_patch_size", 2),
+            image_token=config.positive_int("image_token_id"),
+        )
+
+
+NetworkConfig = EncoderConfig | DecoderConfig | ClipConfig | Qwen2VLConfig
+
+
+def _activation(config: JsonFile, default: str | None = None) -> str:
+    name = config.require("hidden_act", str) if default is None else config.get("hidden_act", str, default)
+    if name not in _ACTIVATIONS:
+        raise config.error("hidden_act", f"must be one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _heads(
+    config: JsonFile, default_hidden_size: int | None = None, default_heads: int | None = None
+) -> tuple[int, int]:
+    """Return (hidden_size, num_attention_heads) and check that the heads divide the hidden size."""
+    hidden_size = config.positive_int("hidden_size", default_hidden_size)
+    heads = config.positive_int("num_attention_heads", default_heads)
+    if hidden_size % heads:
+        raise ConfigError(f"{config.path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+    return hidden_size, heads
+
+
+def _tower(config: JsonFile, hidden: int, intermediate: int, heads: int) -> TowerConfig:
+    """Read one of CLIP's towers; the arguments are the defaults of its transformers config class."""
+    hidden, heads = _heads(config, hidden, heads)
+    return TowerConfig(
+        hidden_size=hidden,
+        layers=config.positive_int("num_hidden_layers", 12),
+        heads=heads,
+        intermediate_size=config.positive_int("intermediate_size", intermediate),
+        norm_eps=config.positive_float("layer_norm_eps", 1e-5),
+        activation=_activation(config, "quick_gelu"),
+    )
+
+
+def _windows(config: JsonFile, layers: int) -> tuple[int | None, ...]:
+    """Return the sliding window of each layer, by the rules of transformers.
+
+    A Mistral window applies to every layer. A Qwen window applies only if `use_sliding_window` is true: to the layers
+    that `layer_types` calls sliding_attention, or to all layers from `max_window_layers` on. Llama has no windows.
+    """
+    model_type = config.values.get("model_type")
+    # An explicit null means no window; a missing key means 4,096, the default of the config classes of all three.
+    has_window = config.has("sliding_window") or "sliding_window" not in config.values
+    window = config.positive_int("sliding_window", 4_096) if has_window and model_type != "llama" else None
+    if model_type == "mistral" or window is None:
+        return (window,) * layers
+    if not config.get("use_sliding_window", bool, False):
+        return (None,) * layers
+    if config.has("layer_types"):
+        types = config.get("layer_types", list, [])
+        if len(types) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in types):
+            raise config.error(
+                "layer_types", f"must be full_attention or sliding_attention for each of the {layers} layers"
+            )
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    first = config.require("max_window_layers", int)
+    return tuple(window if layer >= first else None for layer in range(layers))

@@ -1,0 +1,96 @@
+"""CUDA graphs: small batches are recorded once per size and replayed as one launch.
+
+Below about 2,000 tokens a GPU finishes a kernel sooner than Python launches the next one. A CUDA graph launches all of
+them, but repeats exactly what was recorded: the same addresses and grids. So batches are padded to a few sizes, and
+everything that differs between batches of one size is in a single buffer that is copied in before.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.inputs.row import Row
+from triton_embed.python_backend.networks.batch import Batch, Layout
+
+log = logging.getLogger(__name__)
+
+TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+ROWS = (1, 8, 64, 512)
+
+Forward = Callable[[Sequence[Row]], tuple[Tensor, Packed]]
+
+
+class RecordableNetwork(Protocol):
+    """A network whose forward pass over texts is `compute(lay_out(rows))`, with one state per row."""
+
+    def lay_out(self, rows: Sequence[Row]) -> Layout: ...
+    def compute(self, batch: Batch) -> Tensor: ...
+
+
+def size_of(tokens: int, rows: int) -> tuple[int, int] | None:
+    """Return the recorded size (tokens, rows) that a batch is padded to, or None if it is too large."""
+    padded_rows = next((size for size in ROWS if size >= rows), None)
+    # Every row has at least one token, padding rows included.
+    padded_tokens = next(
+        (size for size in TOKENS if size >= tokens and padded_rows is not None and size >= padded_rows), None
+    )
+    return None if padded_rows is None or padded_tokens is None else (padded_tokens, padded_rows)
+
+
+class Recording:
+    """The CUDA graph of one size, with its input buffer and its output states."""
+
+    def __init__(self, network: RecordableNetwork, layout: Layout, device: str, pool: Any) -> None:
+        self._buffer = layout.buffer().to(device)
+        self._batch = batch = layout.view(self._buffer)
+        # A first run on a separate stream, as torch requires: it initializes libraries and compiles kernels.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            network.compute(batch)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._states = network.compute(batch)
+
+    def replay(self, padded: Layout, lengths: Sequence[int]) -> tuple[Tensor, Packed]:
+        """Return the states of a batch of this size. The next replay overwrites them."""
+        self._buffer.copy_(padded.buffer().pin_memory(), non_blocking=True)
+        self._graph.replay()
+        rows = len(lengths)
+        states = Packed(
+            self._batch.states.cu_seqlens[: rows + 1], tuple(lengths) if self._batch.pooled is None else (1,) * rows
+        )
+        return self._states[: states.tokens], states
+
+
+class CudaGraphs:
+    """A network's forward pass that replays small batches of texts, and calls `fallback` for all others.
+
+    Every size is recorded at load, so that no request waits for a recording.
+    """
+
+    def __init__(self, network: RecordableNetwork, fallback: Forward, device: str) -> None:
+        self._network, self._fallback = network, fallback
+        self._recordings: dict[tuple[int, int], Recording] = {}
+        pool = torch.cuda.graph_pool_handle()
+        sizes = [size for size in product(TOKENS, ROWS) if size == size_of(*size)]
+        layout = network.lay_out([Row(np.zeros(1, dtype=np.int32))])
+        # The largest first, so that smaller ones reuse its memory.
+        for done, size in enumerate(reversed(sizes), start=1):
+            self._recordings[size] = Recording(network, layout.padded(*size), device, pool)
+            if done % 10 == 0 or done == len(sizes):
+                log.info("Recorded %d of %d batch sizes", done, len(sizes))
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
+        size = size_of(sum(len(row.ids) for row in rows), len(rows))
+        if size is None or any(row.pictures for row in rows):
+            return self._fallback(rows)
+        layout = self._network.lay_out(rows)
+        return self._recordings[size].replay(layout.padded(*size), layout.lengths)

@@ -1,0 +1,232 @@
+"""The embedder: a loaded checkpoint as a function from rows to vectors."""
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from triton_embed.kernels import ops
+from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
+from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.execution import precision
+from triton_embed.python_backend.execution.budget import Budget
+from triton_embed.python_backend.execution.cpu_threads import Threads
+from triton_embed.python_backend.execution.cuda_graphs import CudaGraphs, Forward
+from triton_embed.python_backend.execution.prefix_cache import PrefixCache
+from triton_embed.python_backend.inputs.row import Row
+from triton_embed.python_backend.networks import weights
+from triton_embed.python_backend.networks.head import Head
+from triton_embed.python_backend.networks.layers import Linear
+from triton_embed.python_backend.spec import Spec
+
+log = logging.getLogger(__name__)
+
+# Lowest cosine between Triton's kernels and torch's at which a server starts. Rounding alone leaves more than 0.999 in
+# bf16; a wrong mask or a wrong head is far below.
+MIN_COSINE = 0.99
+
+WITHOUT = "the parameter kernels: torch does without our kernels"
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+class Embedder:
+    """A network that is built on meta, loaded strictly and warmed up. Then `embed` is its only operation.
+
+    Raises:
+        ConfigError: if the checkpoint does not fit the family, or the kernels do not support the device, dtype or size.
+    """
+
+    def __init__(self, spec: Spec, directory: Path, serving: ServingConfig) -> None:
+        self.model = ModelConfig.from_checkpoint(directory, serving, spec)
+        self.device = serving.device
+        ops.use(serving.kernels)
+        self.kernels = ops.used_on(self.device)
+        self.dtype = _dtype(serving, self.kernels)
+        with _explain(serving):
+            ops.require(self.device, self.dtype)
+        if self.device == "cpu":
+            self._threads = Threads(serving.thread_count)
+        else:
+            torch.cuda.set_device(self.device)
+        self._pause_hook: Callable[[], None] | None = None
+        self._load(spec, directory)
+        linears = sum(layer.weight.numel() for layer in self._layers)
+        self.budget = Budget.of(self.device, linears, serving.max_batch_tokens)
+        chosen_here = self.device == "cpu" and serving.dtype == "auto" and self.dtype != torch.float32
+        expected = self._in_fp32(serving) if chosen_here else None
+        self._pack(serving)
+        if expected is not None and not self._agrees(serving, expected):
+            log.warning("%s: falling back to fp32", serving.name)
+            self.dtype = torch.float32
+            self._load(spec, directory)
+            self._pack(serving)
+            if not self._agrees(serving, expected):
+                raise ConfigError(
+                    f"{serving.name}: on this CPU the vectors differ from those of plain torch; {WITHOUT}"
+                )
+        if self.device == "cpu":
+            _keep_memory()  # only now, so that memory freed by loading is returned
+        self.computes_in = "int8" if serving.dtype == "int8" else _name(self.dtype)
+        with _explain(serving):
+            self._forward = self._prepare(serving)
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        rows: Sequence[Row],
+        dims: Sequence[int],
+        pause_hook: Callable[[], None] | None = None,
+        spare_core: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """Run one packed forward pass: rows -> fp32 [B,E], row b normalized over its first dims[b] values.
+
+        Args:
+            pause_hook: On a CPU, called a few times per layer; it may itself call `embed` for urgent rows.
+            spare_core: Other threads need a core meanwhile.
+        """
+        outer_hook, self._pause_hook = self._pause_hook, pause_hook
+        modules = self._network.modules() if pause_hook is not None and self.device == "cpu" else ()
+        handles = [module.register_forward_pre_hook(self._pause) for module in modules]
+        tokens = sum(row.cost for row in rows)
+        cores = self._threads.for_pass(tokens, spare_core) if self.device == "cpu" else nullcontext()
+        try:
+            with cores:
+                return self._embed(self._forward, rows, dims)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._pause_hook = outer_hook
+
+    def _embed(self, forward: Forward, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
+        hidden, packed = forward(rows)
+        result: npt.NDArray[np.float32] = self._head(hidden, packed, dims).cpu().numpy()
+        return result
+
+    def _load(self, spec: Spec, directory: Path) -> None:
+        network = spec.load(spec.network)
+        with torch.device("meta"):
+            self._network = network(self.model, self.model.network_config, self.device).eval()
+            self._head = Head(self.model).eval()
+        self._layers = [module for module in self._network.modules() if isinstance(module, Linear)]
+        weights.load(self._network, network.naming, directory, self.dtype, self.device)
+        for dense, config in zip(self._head.dense, self.model.dense, strict=True):
+            weights.load(dense, weights.Naming(), config.directory, self.dtype, self.device)
+
+    def _pack(self, serving: ServingConfig) -> None:
+        for layer in self._layers:
+            layer.pack(in_int8=serving.dtype == "int8")
+
+    def _pause(self, *_: object) -> None:
+        """Run the pause hook before a module (forward pre-hook); no-op in a nested pass."""
+        if self._pause_hook is not None:
+            self._pause_hook()
+
+    @torch.inference_mode()
+    def _prepare(self, serving: ServingConfig) -> Forward:
+        """Return the fastest forward pass of this device and model, after running it once.
+
+        The first passes also initialize the libraries below torch, which should not happen in a request.
+        """
+        forward: Forward = self._network
+        variants = [forward]
+        if serving.prefix_reuse and self._network.shareable:
+            variants.append(forward := PrefixCache(self._network))
+        if self.kernels == "triton" and self.device != "cpu":  # on a CPU the interpreter compiles nothing
+            self._compile_linears()
+            if serving.cuda_graphs and self._network.recordable:
+                variants.append(forward := CudaGraphs(self._network, forward, self.device))
+        vectors = [self._vectors(variant) for variant in variants]
+        if self.kernels == "triton":
+            ops.use("torch")
+            expected = self._vectors(self._network)
+            ops.use(serving.kernels)
+            cosine = _min_cosine(np.stack(vectors), expected)
+            if not cosine >= MIN_COSINE:
+                raise ValueError(f"Triton's kernels and torch's disagree on {self.device}: cosine {cosine:.4f}")
+            log.info("%s: Triton's kernels agree with torch's: cosine at least %.5f", serving.name, cosine)
+        return forward
+
+    def _compile_linears(self) -> None:
+        """Run every layer with an activation once for each kernel that any number of tokens selects."""
+        modules = [*self._network.modules(), *self._head.modules()]
+        layers = [layer for layer in modules if isinstance(layer, Linear) and layer.act]
+        distinct = {(layer.weight.shape, layer.act): layer for layer in layers}
+        for layer in distinct.values():
+            for tokens in ops.linear_sizes(self.device):
+                layer(torch.zeros(tokens, layer.weight.shape[1], dtype=layer.weight.dtype, device=self.device))
+
+    @torch.inference_mode()
+    def _vectors(self, forward: Forward) -> npt.NDArray[np.float32]:
+        return np.concatenate([self._embed(forward, *sample) for sample in self._samples()])
+
+    def _in_fp32(self, serving: ServingConfig) -> npt.NDArray[np.float32]:
+        """Return the vectors of plain torch in fp32, whatever backend serves."""
+        ops.use("torch")
+        try:
+            with precision.in_fp32(self._network):
+                return self._vectors(self._network)
+        finally:
+            ops.use(serving.kernels)
+
+    def _agrees(self, serving: ServingConfig, expected: npt.NDArray[np.float32]) -> bool:
+        cosine = _min_cosine(self._vectors(self._network), expected)
+        figures = serving.name, _name(self.dtype), cosine
+        log.info("%s: vectors in %s have cosines of at least %.5f to plain torch's in fp32", *figures)
+        return cosine >= precision.MIN_COSINE
+
+    def _samples(self) -> list[tuple[list[Row], list[int]]]:
+        """Return warm-up batches with their dimensions: random texts, two of which share a prefix, and images."""
+        draw = np.random.default_rng(0)
+        longest = min(self.model.max_tokens, 64)
+        ids = [draw.integers(self.model.vocab_size, size=n, dtype=np.int32) for n in {1, min(7, longest), longest}]
+        alike = Row(max(ids, key=len), shared=longest // 2)
+        batches = [[*map(Row, ids), alike, alike], self._network.sample_pictures()]
+        dims = self.model.dimensions
+        return [(rows, [max(1, dims // 2), *[dims] * (len(rows) - 1)]) for rows in batches if rows]
+
+
+@contextmanager
+def _explain(serving: ServingConfig) -> Iterator[None]:
+    """Turn an error of the kernels into a ConfigError that says what to do."""
+    try:
+        yield
+    except (ValueError, LookupError, ImportError) as error:
+        hint = f"; {WITHOUT}" if ops.used_on(serving.device) == "triton" else ""
+        raise ConfigError(f"{serving.name}: {error}{hint}") from error
+
+
+def _min_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Return the lowest cosine of unit vectors [...,n,E] and [n,E]; NaN if any is NaN."""
+    return float((vectors * expected).sum(axis=-1).min())
+
+
+def _keep_memory() -> None:
+    """Let glibc keep the memory a pass has freed for the next one.
+
+    Otherwise activations of megabytes are returned to the system and faulted in again page by page in every layer.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc only
+        for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            libc.mallopt(parameter, 2**30)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(serving: ServingConfig, kernels: str) -> torch.dtype:
+    if serving.dtype == "int8" and serving.device != "cpu":
+        raise ConfigError(f"{serving.name}/config.pbtxt: dtype is 'int8', which is supported on CPUs only")
+    if serving.dtype in ("auto", "int8"):
+        if serving.device != "cpu":
+            return torch.bfloat16
+        return precision.fast_dtype() if kernels == "torch" else torch.float32
+    dtype: torch.dtype = getattr(torch, serving.dtype)
+    return dtype

@@ -1,0 +1,149 @@
+"""Validation of tensors and parameters of a request: pure functions that raise BadRequest."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_embed.python_backend.checkpoint.config import ModelConfig
+from triton_embed.python_backend.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class Item:
+    """One input as received: a text, encoded image files, or both."""
+
+    text: str = ""
+    images: tuple[bytes, ...] = ()
+
+
+PARAMETERS = {
+    "dimensions": int,
+    "instruction": str,
+    "prompt_name": str,
+    "prompts": str,
+    "truncate": str,
+    "long_text": str,
+    "on_error": str,
+    "timeout_ms": int,
+}
+# Parameters with a fixed set of values; the first is the default.
+CHOICES = {"truncate": ("end", "start", "none"), "long_text": ("truncate", "mean"), "on_error": ("fail", "report")}
+PROMPT = ("instruction", "prompt_name")  # keys of an entry of prompts, which may have one of them
+PROMPTS = (*PROMPT, "prompts")
+
+
+def parse_parameters(text: str) -> dict[str, Any]:
+    """Parse the request parameters.
+
+    Raises:
+        BadRequest: for an unknown parameter or a wrong type or value.
+    """
+    parameters: dict[str, Any] = json.loads(text) if text else {}
+    if not parameters:
+        return parameters
+    for key, value in parameters.items():
+        if key not in PARAMETERS:
+            raise BadRequest(f"Unknown parameter '{key}'; known are {', '.join(PARAMETERS)}")
+        if type(value) is not PARAMETERS[key]:
+            kind = "a whole number" if PARAMETERS[key] is int else "a string"
+            raise BadRequest(f"Parameter '{key}' must be {kind}, got {value!r}")
+    for key, choices in CHOICES.items():
+        if parameters.get(key, choices[0]) not in choices:
+            words = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise BadRequest(f"{key} must be {words}, got '{parameters[key]}'")
+    if parameters.get("timeout_ms", 1) < 1:
+        raise BadRequest(f"timeout_ms must be greater than 0, got {parameters['timeout_ms']}")
+    if "prompts" in parameters and not parameters.keys().isdisjoint(PROMPT):
+        raise BadRequest("Send either prompts or one instruction or prompt_name for all rows")
+    return parameters
+
+
+def check_dimensions(dimensions: int | None, name: str, model: ModelConfig) -> None:
+    """Refuse dimensions the model was not trained for, by SGLang's rules and in its words."""
+    if dimensions is None or dimensions == model.dimensions:
+        return
+    if dimensions < 1:
+        raise BadRequest("Requested dimensions must be greater than 0")
+    if dimensions > model.dimensions:
+        raise BadRequest(f"Provided dimensions are greater than max embedding dimension: {model.dimensions}")
+    if model.matryoshka is None:
+        raise BadRequest(
+            f"Model '{name}' does not support matryoshka representation, "
+            "changing output dimensions will lead to poor results."
+        )
+    if model.matryoshka is not True and dimensions not in model.matryoshka:
+        raise BadRequest(
+            f"Model '{name}' only supports {list(model.matryoshka)} matryoshka dimensions, "
+            "using other output dimensions will lead to poor results."
+        )
+
+
+def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
+    """Parse the prompt of each row: empty, an instruction or a prompt_name.
+
+    Raises:
+        BadRequest: naming the row with an invalid prompt.
+    """
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRequest("prompts is not valid JSON") from None
+    if not isinstance(entries, list) or len(entries) != rows:
+        count = f"{len(entries)} entries" if isinstance(entries, list) else "no list"
+        raise BadRequest(f"prompts must be a list with an entry for each of the {rows} rows, got {count}")
+    prompts = [{} if prompt is None else prompt for prompt in entries]
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, dict) or not prompt.keys() <= set(PROMPT) or len(prompt) > 1:
+            raise BadRequest(f"An entry of prompts must hold an instruction or a prompt_name (input at index {i})")
+        for key, value in prompt.items():
+            if not isinstance(value, str):
+                raise BadRequest(f"Parameter '{key}' must be a string, got {value!r} (input at index {i})")
+            try:
+                value.encode()
+            except UnicodeEncodeError:  # a lone surrogate, which JSON can write
+                raise BadRequest(f"Parameter '{key}' is not valid Unicode (input at index {i})") from None
+    return prompts
+
+
+def count_rows(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object_] | None) -> int:
+    """Return the number of rows of TEXT and IMAGE.
+
+    Raises:
+        BadRequest: if both are missing, their numbers of rows differ, or TEXT has several columns.
+    """
+    tensors = [tensor for tensor in (text, image) if tensor is not None]
+    if not tensors:
+        raise BadRequest("Send either TEXT or INPUT_IDS")
+    if len({len(tensor) for tensor in tensors}) > 1:
+        raise BadRequest(f"TEXT has {len(tensors[0])} rows, IMAGE has {len(tensors[1])}")
+    if text is not None and text.size != len(text):
+        raise BadRequest(f"TEXT must be [rows, 1], got {list(text.shape)}")
+    return len(tensors[0])
+
+
+def read_item(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object_] | None, row: int) -> Item:
+    """Return a row of TEXT and IMAGE. A text of white space alone counts as empty.
+
+    Raises:
+        BadRequest: if the text is not UTF-8.
+    """
+    cell = b"" if text is None else text[row].reshape(-1)[0]
+    try:
+        decoded = cell.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRequest(f"Input at index {row} is not valid UTF-8") from None
+    images = () if image is None else tuple(x for x in image[row].reshape(-1) if x)
+    return Item(decoded if decoded.strip() else "", images)
+
+
+def unpad_ids(row: npt.NDArray[np.int32], index: int) -> npt.NDArray[np.int32]:
+    """Remove the -1s at the end. Other negative ids stay, and are refused as outside the vocabulary later."""
+    end = len(row)
+    while end and row[end - 1] == -1:
+        end -= 1
+    if not end:
+        raise BadRequest(f"Input at index {index} cannot be empty")
+    return row[:end]

@@ -1,0 +1,260 @@
+"""The rows of one request: from its tensors to rows of the network, and from vectors back to output tensors.
+
+An invalid row ends its request or, with on_error "report", only itself: `row_errors` has its message, nothing is
+computed for it, and its entry in every output is zero.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_embed.python_backend.errors import BadRequest
+from triton_embed.python_backend.inputs.chunking import Chunk, combine, first_chunks, split_ids, split_text
+from triton_embed.python_backend.inputs.parameters import PROMPTS, Item, count_rows, parse_prompts, read_item, unpad_ids
+from triton_embed.python_backend.inputs.processors import Template, TextProcessor
+from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
+
+MAX_PADDED_IDS = 2**24  # numbers in the output IDS, padding included: 64 MiB
+
+
+class RequestRows:
+    """What the rows of TEXT, IMAGE and INPUT_IDS have in common.
+
+    `rows` are to be computed: one for each valid input or, with long_text "mean", for each of its chunks.
+    """
+
+    def __init__(self, reader: TextProcessor, parameters: Mapping[str, Any], count: int) -> None:
+        self._reader = reader
+        self._truncate: str = parameters.get("truncate", "end")
+        self._mean = parameters.get("long_text") == "mean"
+        self._report = parameters.get("on_error") == "report"
+        self._count = count
+        self._ids: list[Ids] = [NO_IDS] * count  # as received or encoded, not truncated
+        self._weights: list[int] = []  # of each chunk
+        self._counts: list[int] = []  # chunks of each valid input
+        self.rows: list[Row] = []
+        self.row_errors: dict[int, str] = {}
+
+    @property
+    def averaged(self) -> bool:
+        """Whether any vector is the average of several, which must then have all dimensions."""
+        return len(self._weights) > len(self._counts)
+
+    def texts(self) -> list[str]:
+        """Return the texts to encode."""
+        return []
+
+    def set_ids(self, encoded: Iterator[Ids]) -> None:
+        """Set the token ids of each of `texts`."""
+
+    def make_rows(self, limit: int) -> None:
+        """Fill `rows`.
+
+        Raises:
+            BadRequest: for an invalid row, or for more than `limit` tokens together.
+        """
+        if self._mean:  # before the work of splitting
+            _check_total(sum(map(len, self._ids)), limit)
+        total = 0
+        for i in self._valid():
+            try:
+                chunks = self._split(i, limit - total) if self._mean else ((self._row(i), 1),)
+            except BadRequest as error:
+                self._add_error(i, error)
+                continue
+            for row, weight in chunks:
+                self.rows.append(row)
+                self._weights.append(weight)
+                total += row.tokens
+            self._counts.append(len(chunks))
+        _check_total(total, limit)
+
+    def padded_ids(self) -> npt.NDArray[np.int32]:
+        """Return [n,L]: the ids the model would read without a length limit, rows padded with -1.
+
+        Raises:
+            BadRequest: for an invalid row, a row with an image, or too much padding.
+        """
+        rows = [NO_IDS] * self._count
+        for i in self._valid():
+            try:
+                rows[i] = self._all_ids(i)
+            except BadRequest as error:
+                self._add_error(i, error)
+        longest = max(map(len, rows), default=0)
+        if self._count * longest > MAX_PADDED_IDS:
+            raise BadRequest(
+                f"{self._count} rows padded to the {longest} ids of the longest have more than {MAX_PADDED_IDS} ids: "
+                "send fewer rows at once"
+            )
+        padded = np.full((self._count, max(longest, 1)), -1, dtype=np.int32)
+        for row, ids in zip(padded, rows, strict=True):
+            row[: len(ids)] = ids
+        return padded
+
+    def embeddings(self, vectors: npt.NDArray[np.float32], dims: int) -> npt.NDArray[np.float32]:
+        """Return [n,dims] from the vectors of `rows`."""
+        return self._scatter(combine(vectors, self._weights, self._counts, dims) if self.averaged else vectors)
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """Return [n,1]: tokens computed."""
+        return self._column([row.tokens for row in self.rows])
+
+    def dropped(self) -> npt.NDArray[np.int32]:
+        """Return [n,1]: tokens removed by truncation."""
+        return self._column([row.dropped for row in self.rows])
+
+    def reused(self, sources: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Return [n,1] from the source of each of `rows`.
+
+        A chunked input gets the most expensive source of its chunks (computed > shared > cached).
+        """
+        column = sources[:, None]
+        return self._scatter(np.minimum.reduceat(column, first_chunks(self._counts)) if self.averaged else column)
+
+    def errors(self) -> npt.NDArray[np.object_]:
+        """Return [n,1]: the error of each row, empty for valid rows."""
+        return np.array([[self.row_errors.get(i, "").encode()] for i in range(self._count)], dtype=np.object_)
+
+    def _valid(self) -> Iterator[int]:
+        return (i for i in range(self._count) if i not in self.row_errors)
+
+    def _add_error(self, index: int, error: BadRequest) -> None:
+        if not self._report:
+            raise error
+        self.row_errors.setdefault(index, str(error))
+
+    def _scatter(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return an array of all rows from one of the valid rows; invalid rows are zero."""
+        if not self.row_errors:
+            return values
+        scattered = np.zeros((self._count, *values.shape[1:]), dtype=values.dtype)
+        scattered[list(self._valid())] = values
+        return scattered
+
+    def _column(self, values: list[int]) -> npt.NDArray[np.int32]:
+        """Return [n,1] from a number for each of `rows`; numbers of chunks are added up."""
+        column = np.array(values, dtype=np.int32)[:, None]
+        if self.averaged:
+            column = np.add.reduceat(column, first_chunks(self._counts), dtype=np.int32)
+        return self._scatter(column)
+
+    def _row(self, index: int) -> Row:
+        raise NotImplementedError
+
+    def _split(self, index: int, max_tokens: int) -> Sequence[Chunk]:
+        """Return the chunks of an input, up to the one that exceeds `max_tokens` together."""
+        raise NotImplementedError
+
+    def _all_ids(self, index: int) -> Ids:
+        raise NotImplementedError
+
+
+class ItemRows(RequestRows):
+    """Rows of TEXT and IMAGE."""
+
+    def __init__(
+        self,
+        reader: TextProcessor,
+        parameters: Mapping[str, Any],
+        text: npt.NDArray[np.object_] | None,
+        image: npt.NDArray[np.object_] | None,
+    ) -> None:
+        super().__init__(reader, parameters, count_rows(text, image))
+        self._items = [Item()] * self._count
+        for i in range(self._count):
+            try:
+                item = read_item(text, image, i)
+                reader.check(item, i)
+            except BadRequest as error:
+                self._add_error(i, error)
+            else:
+                self._items[i] = item
+        if "prompts" in parameters:
+            self._templates = [Template()] * self._count
+            for i, prompt in enumerate(parse_prompts(parameters["prompts"], self._count)):
+                try:
+                    self._templates[i] = reader.template(prompt)
+                except BadRequest as error:
+                    self._add_error(i, BadRequest(f"{error} (input at index {i})"))
+        else:
+            self._templates = [reader.template(parameters)] * self._count
+        self._encoded = [i for i in self._valid() if reader.has_ids(self._items[i])]
+        self._pixels: list[list[Future[Pixels]]] = []
+
+    def decode_images(self, pool: Executor) -> None:
+        """Start decoding the images; `make_rows` waits for them."""
+        decode = self._reader.decode_image
+        self._pixels = [
+            [] if i in self.row_errors else [pool.submit(decode, image, i) for image in item.images]
+            for i, item in enumerate(self._items)
+        ]
+
+    def texts(self) -> list[str]:
+        return [self._templates[i](self._items[i]) for i in self._encoded]
+
+    def set_ids(self, encoded: Iterator[Ids]) -> None:
+        for i in self._encoded:
+            self._ids[i] = next(encoded)
+
+    def _row(self, index: int) -> Row:
+        return self._fit(index, self._truncate)
+
+    def _fit(self, index: int, truncate: str) -> Row:
+        template = self._templates[index]
+        images = tuple(future.result() for future in self._pixels[index])
+        return self._reader.mark_shared_prefix(
+            self._reader.build_row(self._ids[index], images, template, truncate, index), template
+        )
+
+    def _split(self, index: int, max_tokens: int) -> Sequence[Chunk]:
+        item = self._items[index]
+        if item.images or len(self._ids[index]) <= self._reader.tokenizer.max_tokens:
+            return [(self._fit(index, "none"), 1)]
+        return _up_to(max_tokens, split_text(self._reader, item.text, self._templates[index], index))
+
+    def _all_ids(self, index: int) -> Ids:
+        if self._items[index].images:
+            raise BadRequest(f"Input at index {index} has an image, which has no token ids")
+        return self._ids[index]
+
+
+class IdRows(RequestRows):
+    """Rows of INPUT_IDS."""
+
+    def __init__(self, reader: TextProcessor, parameters: Mapping[str, Any], ids: npt.NDArray[np.int32]) -> None:
+        super().__init__(reader, parameters, len(ids))
+        if not parameters.keys().isdisjoint(PROMPTS):
+            raise BadRequest("instruction, prompt_name and prompts need TEXT: token ids are used as they are")
+        for i, row in enumerate(ids):
+            try:
+                self._ids[i] = unpad_ids(row, i)
+            except BadRequest as error:
+                self._add_error(i, error)
+
+    def _row(self, index: int) -> Row:
+        return self._reader.row_from_ids(self._ids[index], self._truncate, index)
+
+    def _split(self, index: int, max_tokens: int) -> Sequence[Chunk]:
+        return _up_to(max_tokens, split_ids(self._reader, self._ids[index], index))
+
+    def _all_ids(self, index: int) -> Ids:
+        return self._reader.check_token_ids(self._ids[index], index)
+
+
+def _check_total(tokens: int, limit: int) -> None:
+    if tokens > limit:
+        raise BadRequest(f"The request has {tokens} tokens, more than the {limit} a request may have")
+
+
+def _up_to(max_tokens: int, chunks: Iterator[Chunk]) -> list[Chunk]:
+    selected = []
+    for chunk in chunks:
+        selected.append(chunk)
+        max_tokens -= chunk[0].tokens
+        if max_tokens < 0:
+            break
+    return selected

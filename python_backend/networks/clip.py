@@ -1,0 +1,194 @@
+"""CLIP: a causal text tower and a vision tower, projected into one space.
+
+Modules are named as CLIP checkpoints name their tensors (`pre_layrnorm` is theirs).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from triton_embed.kernels import ops
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.checkpoint.config import ModelConfig
+from triton_embed.python_backend.checkpoint.hf_config import ClipConfig, TowerConfig
+from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Row
+from triton_embed.python_backend.networks.batch import Batch, Layout, one_each
+from triton_embed.python_backend.networks.layers import (
+    FusedLinear,
+    LayerNorm,
+    Linear,
+    PatchEmbedding,
+    Projection,
+    Table,
+)
+from triton_embed.python_backend.networks.patches import Patchify
+from triton_embed.python_backend.networks.weights import Naming
+
+
+class Clip(nn.Module):
+    """Rows of token ids that end at the pooled token, or rows of one image -> fp32 [B,E], and their layout."""
+
+    recordable, shareable = True, False
+    naming = Naming(
+        fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")},
+        # The training temperature, and constants in old files.
+        ignored=("logit_scale",),
+        ignored_endings=(".embeddings.position_ids",),
+    )
+
+    def __init__(self, model: ModelConfig, shape: ClipConfig, device: str) -> None:
+        super().__init__()
+        self._device, self._shape = device, shape
+        self._patches = Patchify(model, shape.patch_size, 1, 1, device)
+        self.text_model = TextTower(shape, device)
+        self.vision_model = VisionTower(shape)
+        self.text_projection = Projection(shape.text.hidden_size, shape.hidden_size, bias=False)
+        self.visual_projection = Projection(shape.vision.hidden_size, shape.hidden_size, bias=False)
+
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
+        texts = [i for i, row in enumerate(rows) if not row.pictures]
+        pictured = [i for i, row in enumerate(rows) if row.pictures]
+        y = torch.empty(len(rows), self.text_projection.weight.shape[0], device=self._device)
+        if texts:
+            batch = self.lay_out([rows[i] for i in texts]).to(self._device)
+            y[texts] = self.compute(batch)[: len(texts)]
+        if pictured:
+            patches = torch.cat([self._patches(rows[i].pictures[0]) for i in pictured])
+            y[pictured] = self.visual_projection(self.vision_model(patches, len(pictured)).float())
+        return y, one_each(len(rows), self._device)
+
+    def sample_pictures(self) -> list[Row]:
+        """Return a row for warm-up."""
+        size = self._shape.image_size
+        return [Row(NO_IDS, (np.full((size, size, 3), 127, dtype=np.uint8),), self._shape.vision_tokens)]
+
+    def lay_out(self, rows: Sequence[Row]) -> Layout:
+        """Lay out rows of text."""
+        return self.text_model.lay_out([row.ids for row in rows])
+
+    def compute(self, batch: Batch) -> Tensor:
+        y: Tensor = self.text_projection(self.text_model(batch).float())
+        return y
+
+
+class TextTower(nn.Module):
+    """A batch of texts -> the normalized state [B,E] of each last token."""
+
+    def __init__(self, shape: ClipConfig, device: str) -> None:
+        super().__init__()
+        size = shape.text.hidden_size
+        self._device, self._heads, self._size = device, shape.text.heads, size
+        self.embeddings = nn.ModuleDict(
+            {"token_embedding": Table(shape.vocab_size, size), "position_embedding": Table(shape.max_tokens, size)}
+        )
+        self.encoder = Stack(shape.text, causal=True)
+        self.final_layer_norm = LayerNorm(size, shape.text.norm_eps)
+
+    def lay_out(self, rows: Sequence[Ids]) -> Layout:
+        size, weight = self._size, self.embeddings["token_embedding"].get_parameter("weight")
+        tile = ops.tile_tokens(self._heads, self._heads, size // self._heads, weight.dtype, self._device)
+        return Layout.of(rows, "last", tile=tile)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.embeddings["token_embedding"](batch.ids)
+        x = x + self.embeddings["position_embedding"](batch.positions[0])
+        y: Tensor = self.final_layer_norm(*self.encoder(x, batch.packed, batch.pooled))[0]
+        return y
+
+
+class VisionTower(nn.Module):
+    """Patches of n images [n*g*g, 3*p*p] -> the normalized state [n,E] of each class token."""
+
+    def __init__(self, shape: ClipConfig) -> None:
+        super().__init__()
+        self._heads = shape.vision.heads
+        self.embeddings = VisionEmbeddings(shape)
+        self.pre_layrnorm = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
+        self.encoder = Stack(shape.vision, causal=False)
+        self.post_layernorm = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
+
+    def forward(self, patches: Tensor, count: int) -> Tensor:
+        x = self.embeddings(patches, count)
+        tile = ops.tile_tokens(self._heads, self._heads, x.shape[2] // self._heads, x.dtype, x.device)
+        packed = Packed.from_lengths([x.shape[1]] * count, x.device, tile)
+        x = self.pre_layrnorm(x.flatten(0, 1))[0]
+        y: Tensor = self.post_layernorm(*self.encoder(x, packed, packed.cu_seqlens[:-1]))[0]
+        return y
+
+
+class VisionEmbeddings(nn.Module):
+    """Class token and projected patches, plus learned positions: [n, 1+g*g, E]."""
+
+    def __init__(self, shape: ClipConfig) -> None:
+        super().__init__()
+        size = shape.vision.hidden_size
+        self.class_embedding = nn.Parameter(torch.empty(size))
+        self.patch_embedding = PatchEmbedding((shape.patch_size, shape.patch_size), size)
+        self.position_embedding = Table(shape.vision_tokens, size)
+
+    def forward(self, patches: Tensor, count: int) -> Tensor:
+        positions = self.position_embedding.weight
+        x = self.patch_embedding(patches.to(positions.dtype)).view(count, -1, len(self.class_embedding))
+        return torch.cat([self.class_embedding.expand(count, 1, -1), x], dim=1) + positions
+
+
+class Stack(nn.Module):
+    """Pre-norm blocks: [T,E] -> [B,E] of the pooled tokens, and the residual stream to add."""
+
+    def __init__(self, shape: TowerConfig, causal: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(shape, causal) for _ in range(shape.layers))
+
+    def forward(self, x: Tensor, packed: Packed, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        residual = None
+        *layers, last = self.layers
+        for layer in layers:
+            x, residual = layer(x, residual, packed)
+        y: tuple[Tensor, Tensor] = last(x, residual, packed, pooled)
+        return y
+
+
+class Block(nn.Module):
+    """Norm, attention, norm, MLP. Each norm adds its input to the residual stream."""
+
+    def __init__(self, shape: TowerConfig, causal: bool) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.self_attn = Attention(shape, causal)
+        self.layer_norm2 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.mlp = nn.ModuleDict(
+            {
+                "fc1": Linear(shape.hidden_size, shape.intermediate_size, shape.activation),
+                "fc2": Linear(shape.intermediate_size, shape.hidden_size),
+            }
+        )
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, packed: Packed, pooled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run one block. `pooled`: compute only these rows; later blocks do not use the rest."""
+        x, residual = self.layer_norm1(x, residual)
+        x, residual = self.layer_norm2(self.self_attn(x, packed, pooled), residual, pooled)
+        return self.mlp["fc2"](self.mlp["fc1"](x)), residual
+
+
+class Attention(nn.Module):
+    """Fused q/k/v projection, attention inside each sequence, projection."""
+
+    def __init__(self, shape: TowerConfig, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = shape.heads, causal
+        self.scale = (shape.hidden_size // shape.heads) ** -0.5
+        self.qkv_proj = FusedLinear(shape.hidden_size, (shape.hidden_size,) * 3)
+        self.out_proj = Linear(shape.hidden_size, shape.hidden_size)
+
+    def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None) -> Tensor:
+        q, k, v = self.qkv_proj(x).view(len(x), 3, self.heads, -1).unbind(1)
+        if pooled is None:
+            y = ops.varlen_attention(q, k, v, packed, self.causal, window=None, scale=self.scale)
+        else:
+            y = ops.pooled_attention(q, k, v, packed, pooled, window=None, scale=self.scale)
+        out: Tensor = self.out_proj(y.flatten(1))
+        return out

@@ -1,0 +1,112 @@
+"""Qwen2-VL's vision tower, over packed patches of images of any size, merged into tokens of the decoder.
+
+Modules are named as the checkpoints name their tensors.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_embed.kernels import ops
+from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.checkpoint.config import ModelConfig
+from triton_embed.python_backend.checkpoint.hf_config import Qwen2VLConfig, RopeConfig, TowerConfig
+from triton_embed.python_backend.inputs.row import Pixels
+from triton_embed.python_backend.networks.layers import LayerNorm, Linear, PatchEmbedding
+from triton_embed.python_backend.networks.patches import Patchify
+from triton_embed.python_backend.networks.rotary import frequencies
+
+Angles = tuple[Tensor, Tensor]
+
+
+class VisionTower(nn.Module):
+    """Images -> [tokens, E of the decoder], one image after another."""
+
+    def __init__(self, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
+        super().__init__()
+        self._device, self._heads = device, shape.vision.heads
+        self._patches = Patchify(model, shape.patch_size, shape.merge, shape.frames, device)
+        # Rows and columns rotate by the same frequencies, each in half of the head.
+        half = shape.vision.hidden_size // shape.vision.heads // 2
+        with torch.device("cpu"):
+            self._frequencies = frequencies(RopeConfig(theta=10_000.0, head_dim=half, positions=0)).to(device)
+        kernel = (shape.frames, shape.patch_size, shape.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": PatchEmbedding(kernel, shape.vision.hidden_size)})
+        self.blocks = nn.ModuleList(Block(shape.vision) for _ in range(shape.vision.layers))
+        self.merger = Merger(shape)
+
+    def forward(self, pictures: Sequence[Pixels]) -> Tensor:
+        patches = torch.cat([self._patches(picture) for picture in pictures])
+        grids = [self._patches.grid(picture) for picture in pictures]
+        positions = torch.cat([self._patches.positions(grid) for grid in grids], dim=1)
+        lengths = [grid.count for grid in grids]
+        proj: Any = self.patch_embed["proj"]
+        x: Tensor = proj(patches.to(proj.weight.dtype))
+        heads, size = self._heads, x.shape[1]
+        tile = ops.tile_tokens(heads, heads, size // heads, x.dtype, self._device)
+        packed = Packed.from_lengths(lengths, self._device, tile)
+        turns = (positions.T[..., None].float() * self._frequencies).flatten(1)  # [P, D/2]
+        angles = turns.cos(), turns.sin()
+        residual = None
+        for block in self.blocks:
+            x, residual = block(x, residual, angles, packed)
+        merged: Tensor = self.merger(x, residual)
+        return merged
+
+
+class Block(nn.Module):
+    """Norm, attention inside each image, norm, MLP. Each norm adds its input to the residual stream."""
+
+    def __init__(self, shape: TowerConfig) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.attn = Attention(shape)
+        self.norm2 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.mlp = nn.ModuleDict(
+            {
+                "fc1": Linear(shape.hidden_size, shape.intermediate_size, shape.activation),
+                "fc2": Linear(shape.intermediate_size, shape.hidden_size),
+            }
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None, angles: Angles, packed: Packed) -> tuple[Tensor, Tensor]:
+        x, residual = self.norm1(x, residual)
+        x, residual = self.norm2(self.attn(x, angles, packed), residual)
+        return self.mlp["fc2"](self.mlp["fc1"](x)), residual
+
+
+class Attention(nn.Module):
+    """Attention with q, k and v from one projection, rotated by row and column."""
+
+    def __init__(self, shape: TowerConfig) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.scale = (shape.hidden_size // shape.heads) ** -0.5
+        self.qkv = Linear(shape.hidden_size, 3 * shape.hidden_size)
+        self.proj = Linear(shape.hidden_size, shape.hidden_size)
+
+    def forward(self, x: Tensor, angles: Angles, packed: Packed) -> Tensor:
+        qkv = self.qkv(x)
+        ops.qk_norm_rope_(qkv, (self.heads, self.heads), *angles, None, None, 0.0)
+        q, k, v = qkv.view(len(x), 3, self.heads, -1).unbind(1)
+        y = ops.varlen_attention(q, k, v, packed, causal=False, window=None, scale=self.scale)
+        out: Tensor = self.proj(y.flatten(1))
+        return out
+
+
+class Merger(nn.Module):
+    """`merge` x `merge` neighboring patches -> one token of the decoder."""
+
+    def __init__(self, shape: Qwen2VLConfig) -> None:
+        super().__init__()
+        self.patches = shape.merge**2
+        wide = shape.vision.hidden_size * self.patches
+        self.ln_q = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
+        self.mlp = nn.ModuleDict({"0": Linear(wide, wide, "gelu_erf"), "2": Linear(wide, shape.hidden_size)})
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        normed = self.ln_q(x, residual)[0]
+        y: Tensor = self.mlp["2"](self.mlp["0"](normed.view(len(x) // self.patches, -1)))
+        return y

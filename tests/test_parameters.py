@@ -1,0 +1,252 @@
+"""What a caller may ask, and the exact sentence for each refusal."""
+
+import dataclasses
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import MINILM, serving
+from triton_embed.python_backend.checkpoint.config import ModelConfig
+from triton_embed.python_backend.errors import BadRequest
+from triton_embed.python_backend.inputs.parameters import (
+    Item,
+    check_dimensions,
+    count_rows,
+    parse_parameters,
+    parse_prompts,
+    read_item,
+    unpad_ids,
+)
+from triton_embed.python_backend.spec import EncoderSpec
+
+MODEL = ModelConfig.from_checkpoint(Path(MINILM), serving(), EncoderSpec())  # 384 dimensions
+KNOWN = {
+    "dimensions": st.integers(),
+    "instruction": st.text(),
+    "prompt_name": st.text(),
+    "truncate": st.sampled_from(["end", "start", "none"]),
+    "long_text": st.sampled_from(["truncate", "mean"]),
+    "on_error": st.sampled_from(["fail", "report"]),
+    "timeout_ms": st.integers(min_value=1),
+    "prompts": st.text(),
+}
+
+
+@settings(deadline=None)
+@given(st.fixed_dictionaries({}, optional=KNOWN))
+def test_parameters_are_read_as_json_says_them(parameters: dict[str, Any]) -> None:
+    if "prompts" in parameters and parameters.keys() & {"instruction", "prompt_name"}:
+        with pytest.raises(BadRequest, match="Send either prompts or one instruction or prompt_name for all rows"):
+            parse_parameters(json.dumps(parameters))
+        return
+    assert parse_parameters(json.dumps(parameters)) == parameters
+
+
+def test_no_parameters() -> None:
+    assert parse_parameters("") == parse_parameters("{}") == {}
+
+
+@settings(deadline=None)
+@given(st.text(string.ascii_letters + "_ ", min_size=1).filter(lambda key: key not in KNOWN), st.integers() | st.text())
+def test_any_other_parameter_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse_parameters(json.dumps({key: value}))
+    for word in (f"'{key}'", *KNOWN):
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"dimensions": "20"}, "Parameter 'dimensions' must be a whole number, got '20'"),
+        ({"dimensions": 20.0}, "Parameter 'dimensions' must be a whole number, got 20.0"),
+        ({"dimensions": True}, "Parameter 'dimensions' must be a whole number, got True"),
+        ({"dimensions": None}, "Parameter 'dimensions' must be a whole number, got None"),
+        ({"instruction": 3}, "Parameter 'instruction' must be a string, got 3"),
+        ({"prompt_name": ["query"]}, "Parameter 'prompt_name' must be a string, got ['query']"),
+        ({"truncate": False}, "Parameter 'truncate' must be a string, got False"),
+        ({"truncate": "END"}, "truncate must be end, start or none, got 'END'"),
+        ({"truncate": ""}, "truncate must be end, start or none, got ''"),
+        ({"long_text": "split"}, "long_text must be truncate or mean, got 'split'"),
+        ({"long_text": True}, "Parameter 'long_text' must be a string, got True"),
+        ({"on_error": "ignore"}, "on_error must be fail or report, got 'ignore'"),
+        ({"timeout_ms": "50"}, "Parameter 'timeout_ms' must be a whole number, got '50'"),
+        ({"timeout_ms": 0}, "timeout_ms must be greater than 0, got 0"),
+        ({"timeout_ms": -7}, "timeout_ms must be greater than 0, got -7"),
+        ({"prompts": [{}]}, "Parameter 'prompts' must be a string, got [{}]"),
+    ],
+    ids=str,
+)
+def test_a_parameter_of_the_wrong_kind(parameters: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse_parameters(json.dumps(parameters))
+    assert str(refused.value) == sentence
+
+
+UNTRAINED = (
+    "Model 'm' does not support matryoshka representation, changing output dimensions will lead to poor results."
+)
+LISTED = (
+    "Model 'm' only supports [64, 128] matryoshka dimensions, using other output dimensions will lead to poor results."
+)
+TOO_MANY = "Provided dimensions are greater than max embedding dimension: 384"
+TOO_FEW = "Requested dimensions must be greater than 0"
+
+
+@pytest.mark.parametrize(
+    ("trained", "dimensions", "sentence"),
+    [
+        (None, None, None),
+        (None, 384, None),
+        (None, 383, UNTRAINED),
+        (None, 1, UNTRAINED),
+        (None, 385, TOO_MANY),
+        (None, 0, TOO_FEW),
+        ((64, 128), 64, None),
+        ((64, 128), 128, None),
+        ((64, 128), 384, None),
+        ((64, 128), 65, LISTED),
+        ((64, 128), 385, TOO_MANY),
+        ((64, 128), -1, TOO_FEW),
+        (True, 1, None),
+        (True, 383, None),
+        (True, 385, TOO_MANY),
+        (True, 0, TOO_FEW),
+        (True, -(2**63), TOO_FEW),
+        (True, 2**63, TOO_MANY),
+    ],
+)
+def test_dimensions(trained: bool | tuple[int, ...] | None, dimensions: int | None, sentence: str | None) -> None:
+    model = dataclasses.replace(MODEL, matryoshka=trained)
+    if sentence is None:
+        assert check_dimensions(dimensions, "m", model) is None  # type: ignore[func-returns-value]
+        return
+    with pytest.raises(BadRequest) as refused:
+        check_dimensions(dimensions, "m", model)
+    assert str(refused.value) == sentence
+
+
+PROMPT = (
+    st.none()
+    | st.just({})
+    | st.fixed_dictionaries({"instruction": st.text()})
+    | st.fixed_dictionaries({"prompt_name": st.text()})
+)
+
+
+@settings(deadline=None)
+@given(st.lists(PROMPT, max_size=6))
+def test_each_row_may_have_a_prompt_of_its_own(prompts: list[dict[str, str] | None]) -> None:
+    assert parse_prompts(json.dumps(prompts), len(prompts)) == [prompt or {} for prompt in prompts]
+
+
+ENTRY = "An entry of prompts must hold an instruction or a prompt_name (input at index 1)"
+LIST = "prompts must be a list with an entry for each of the 2 rows, got "
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "prompts is not valid JSON"),
+        ("[{},", "prompts is not valid JSON"),
+        ("[" * 100_000, "prompts is not valid JSON"),
+        ("{}", f"{LIST}no list"),
+        ("null", f"{LIST}no list"),
+        ("[]", f"{LIST}0 entries"),
+        ("[{}]", f"{LIST}1 entries"),
+        ("[{}, {}, {}]", f"{LIST}3 entries"),
+        ('[{}, "query"]', ENTRY),
+        ("[{}, []]", ENTRY),
+        ("[null, false]", ENTRY),
+        ('[{}, {"instruct": "x"}]', ENTRY),
+        ('[{}, {"instruction": "x", "prompt_name": "y"}]', ENTRY),
+        ('[{}, {"instruction": 3}]', "Parameter 'instruction' must be a string, got 3 (input at index 1)"),
+        ('[{}, {"prompt_name": null}]', "Parameter 'prompt_name' must be a string, got None (input at index 1)"),
+        (r'[{}, {"instruction": "\ud800"}]', "Parameter 'instruction' is not valid Unicode (input at index 1)"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_prompts_that_are_none(text: str, sentence: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse_prompts(text, 2)
+    assert str(refused.value) == sentence
+
+
+def tensor(*rows: list[bytes]) -> np.ndarray:
+    return np.array(rows, dtype=np.object_)
+
+
+@settings(deadline=None)
+@given(st.text().filter(lambda text: text.strip()))
+def test_a_text_is_its_utf_8(text: str) -> None:
+    assert read_item(tensor([text.encode()]), None, 0) == Item(text)
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from(" \t\r\n\v\f\u00a0\u2003\u3000")))
+def test_a_text_of_nothing_but_white_space_is_none(text: str) -> None:
+    """Beside an image it is left out; alone the reader refuses it."""
+    assert read_item(tensor([text.encode()]), tensor([b"x"]), 0) == Item("", (b"x",))
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff", b"caf\xe9", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"ok\x80"], ids=str
+)
+def test_bytes_that_are_not_utf_8(data: bytes) -> None:
+    with pytest.raises(BadRequest) as refused:
+        read_item(tensor([b"a"], [b"b"], [data]), None, 2)
+    assert str(refused.value) == "Input at index 2 is not valid UTF-8"
+
+
+def test_a_row_is_a_text_or_images_or_both() -> None:
+    text = tensor(["caf\u00e9".encode()], [b""], [b" \n"], [b"both"])
+    image = tensor([b"", b""], [b"one", b"two"], [b"", b"late"], [b"first", b""])
+    assert count_rows(text, image) == 4
+    assert [read_item(text, image, i) for i in range(4)] == [
+        Item("caf\u00e9"),
+        Item("", (b"one", b"two")),
+        Item("", (b"late",)),
+        Item("both", (b"first",)),
+    ]
+    assert [read_item(text, None, i) for i in range(4)] == [Item("caf\u00e9"), Item(), Item(), Item("both")]
+    assert [read_item(None, tensor([b"\0"], [b""]), i) for i in range(2)] == [Item("", (b"\0",)), Item()]
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "sentence"),
+    [
+        (None, None, "Send either TEXT or INPUT_IDS"),
+        (tensor([b"a"], [b"b"]), tensor([b"x"]), "TEXT has 2 rows, IMAGE has 1"),
+        (tensor([b"a"]), tensor([b"x"], [b"y"], [b"z"]), "TEXT has 1 rows, IMAGE has 3"),
+        (tensor([b"a", b"b"]), None, "TEXT must be [rows, 1], got [1, 2]"),
+        (np.empty((3, 0), dtype=np.object_), None, "TEXT must be [rows, 1], got [3, 0]"),
+    ],
+    ids=["neither", "too few images", "too many images", "too wide", "too narrow"],
+)
+def test_rows_that_do_not_fit_together(text: np.ndarray | None, image: np.ndarray | None, sentence: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        count_rows(text, image)
+    assert str(refused.value) == sentence
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-5, 30000), max_size=20).filter(lambda v: v and v[-1] != -1), st.integers(0, 20))
+def test_padding_at_the_end_is_cut_and_nothing_else(values: list[int], padding: int) -> None:
+    assert unpad_ids(ids(*values, *[-1] * padding), 0).tolist() == values
+
+
+@pytest.mark.parametrize("padding", [0, 1, 9])
+def test_ids_that_are_all_padding(padding: int) -> None:
+    with pytest.raises(BadRequest) as refused:
+        unpad_ids(ids(*[-1] * padding), 11)
+    assert str(refused.value) == "Input at index 11 cannot be empty"
