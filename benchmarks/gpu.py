@@ -146,7 +146,7 @@ def main() -> None:
         torch.set_num_threads(1)
         from triton_embed.kernels import ops
 
-        ops.use("torch")  # as accurate as the kernels must be
+        ops.use("reference")  # as accurate as the kernels must be
     else:
         torch.cuda.set_device(device)
     from benchmarks import gpu_machine

@@ -1,7 +1,7 @@
 """Block sizes found by trying: the configs of a small grid that compile and are right, timed, the fastest written down.
 
-`kernels/gpu/tables/<architecture>.json` gets what is clearly faster than what stood there, and so does a copy beside the
-results, for a machine that is given back keeps nothing. A row an entry: the old config and the new one, milliseconds.
+`kernels/gpu/tables/<architecture>.json` gets what is clearly faster than what stood there, and so does a copy next to
+the results, because the machine itself keeps nothing. A row per entry: the old config, the new one, milliseconds.
 """
 
 import json

@@ -70,3 +70,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path}")
+    if path.parent == RESULTS:
+        from benchmarks import document  # it imports the modules that write results
+
+        document.write()

@@ -278,7 +278,9 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-mb", type=int, metavar="N", help="memory for vectors of repeated inputs, per model (default 0)"
     )
     command.add_argument(
-        "--kernels", choices=("auto", "torch"), help="auto: Triton kernels on a GPU; torch: none anywhere"
+        "--kernels",
+        choices=("auto", "reference", "torch"),
+        help="auto: Triton kernels on a GPU, compiled loops on a CPU; reference (or torch): plain torch everywhere",
     )
     command.add_argument(
         "--json-model-override-args",

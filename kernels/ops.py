@@ -21,7 +21,7 @@ from triton_embed.kernels.packed import Packed
 
 ACTIVATIONS = reference.ACTIVATIONS
 POOLING_MODES = ("cls", "last", "mean", "max")
-KERNELS = ("auto", "torch", "triton")
+KERNELS = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOOPED = (torch.float32, torch.bfloat16)  # dtypes of the CPU loops
 
@@ -32,7 +32,7 @@ def use(kernels: str) -> None:
     """Choose the kernels of this process.
 
     Args:
-        kernels: `auto` (Triton on a GPU, compiled loops and oneDNN on a CPU), `torch` (plain torch everywhere), or
+        kernels: `auto` (Triton on a GPU, compiled loops and oneDNN on a CPU), `reference` (plain torch everywhere), or
             `triton` (everywhere; on a CPU for tests under TRITON_INTERPRET=1).
     """
     global _chosen
@@ -41,9 +41,9 @@ def use(kernels: str) -> None:
 
 
 def used_on(device: torch.device | str) -> str:
-    """Return `triton` or `torch`: what runs ops on tensors of this device."""
+    """Return the backend of ops on tensors of this device: `triton`, `cpu` or `reference`."""
     if _chosen == "auto":
-        return "triton" if torch.device(device).type == "cuda" else "torch"
+        return "triton" if torch.device(device).type == "cuda" else "cpu"
     return _chosen
 
 
@@ -61,7 +61,7 @@ def require(device: torch.device | str, dtype: torch.dtype) -> None:
         try:
             _looped()
         except AttributeError as error:
-            hint = "the parameter kernels: torch does without"
+            hint = "set the parameter kernels to reference"
             raise ValueError(f"torch {torch.__version__} has no OpenMP for loops to run on; {hint}") from error
     if used_on(device) == "triton":
         if _chosen == "auto" and _triton().interpreted():
@@ -71,7 +71,7 @@ def require(device: torch.device | str, dtype: torch.dtype) -> None:
 
 def _for(x: Tensor) -> Any:
     """Return the module whose functions run ops on this tensor."""
-    if _chosen == "torch" or (_chosen == "auto" and not x.is_cuda):
+    if _chosen == "reference" or (_chosen == "auto" and not x.is_cuda):
         return _looped() if _chosen == "auto" and x.dtype in LOOPED else reference
     return _triton()
 
@@ -119,7 +119,7 @@ def varlen_attention(
 
 def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> int | None:
     """Return the tokens per tile of `varlen_attention`, which `Packed` lays out in advance; None without tiles."""
-    if used_on(device) == "torch":
+    if used_on(device) != "triton":
         return None
     result: int = _triton().tile_tokens(heads, kv_heads, head_dim, dtype, torch.device(device))
     return result
@@ -211,7 +211,7 @@ def add_layer_norm(
 
 def residual(x: Tensor) -> Tensor:
     """Return x as the first residual: fp32 on a CPU, where that is cheap and avoids a third of bf16's error."""
-    return x.float() if x.device.type == "cpu" and used_on("cpu") == "torch" and onednn.supports(x.dtype) else x
+    return x.float() if x.device.type == "cpu" and used_on("cpu") != "triton" and onednn.supports(x.dtype) else x
 
 
 def post_layer_norm(
@@ -293,7 +293,7 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, act: s
         if onednn.fuses(act):
             return onednn.linear(x, weight, bias, act)
         return activation(onednn.linear(x, weight, bias, None), act or "")
-    if act is None or used_on(x.device) == "torch":
+    if act is None or used_on(x.device) != "triton":
         return reference.linear(x, weight, bias, act)
     sizes = {"tokens": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1], "itemsize": x.itemsize}
     config = _triton().blocks.table_for(x.device).find_config("linear", **sizes)
@@ -305,7 +305,7 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, act: s
 
 def linear_sizes(device: torch.device | str) -> list[int]:
     """Return numbers of tokens for each of which `linear` runs a different kernel; empty if it is torch's."""
-    if used_on(device) == "torch":
+    if used_on(device) != "triton":
         return []
     limits: list[int] = _triton().blocks.table_for(torch.device(device)).limits("linear", "tokens")
     return [*limits, max(limits, default=0) + 1]
@@ -315,7 +315,7 @@ def pack_linear(weight: Tensor, in_int8: bool = False) -> Tensor | PackedWeight:
     """Return a weight [N,K] in the layout `linear` reads fastest, or rounded to int8. Called once, after loading."""
     if in_int8:
         return Int8Weight.pack(weight)
-    if weight.device.type != "cpu" or used_on("cpu") != "torch":
+    if weight.device.type != "cpu" or used_on("cpu") == "triton":
         return weight
     packed: PackedWeight | None = _looped().pack_linear(weight) if _chosen == "auto" else None
     return packed or onednn.pack(weight)

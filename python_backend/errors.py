@@ -1,4 +1,4 @@
-"""The errors that cross from the engine to whoever asked: each message is safe to show to its reader."""
+"""The errors that leave the engine; every message is safe to show to its reader."""
 
 
 class BadRequest(ValueError):  # noqa: N818 - the HTTP status it becomes

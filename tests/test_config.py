@@ -131,7 +131,7 @@ def test_parameters_of_the_model_repository_are_accepted(family: str) -> None:
         ({"checkpoint": "a/b", "is_matryoshka": "1"}, ["is_matryoshka", "'1'", "true or false"]),
         ({"checkpoint": "a/b", "matryoshka_dimensions": "64,x"}, ["matryoshka_dimensions", "'64,x'", "list"]),
         ({"checkpoint": "a/b", "image_positions": "grid"}, ["image_positions", "'grid'", "mrope, sequential"]),
-        ({"checkpoint": "a/b", "kernels": "triton"}, ["kernels", "'triton'", "auto, torch"]),
+        ({"checkpoint": "a/b", "kernels": "triton"}, ["kernels", "'triton'", "auto, reference"]),
         ({"checkpoint": "a/b", "cuda_graphs": "maybe"}, ["cuda_graphs", "'maybe'", "true or false"]),
         ({"checkpoint": "a/b", "prefix_reuse": "1"}, ["prefix_reuse", "'1'", "true or false"]),
         ({"checkpoint": "a/b", "image_positions": ""}, ["image_positions", "''", "mrope, sequential"]),

@@ -120,7 +120,7 @@ class _Current(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         models = GaugeMetricFamily(
             "triton_embed_model_info",
-            "Ready models: 1 each. kernels is triton, or torch (on a CPU, or if the operator has configured it)",
+            "Models that are ready: 1 each. kernels is triton, cpu, or reference (plain torch)",
             labels=("model", "family", "dtype", "device", "kernels"),
         )
         for model in self.models:

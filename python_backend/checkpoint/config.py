@@ -18,7 +18,8 @@ from triton_embed.python_backend.spec import Spec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 IMAGE_POSITIONS = ("mrope", "sequential")
-KERNELS = ("auto", "torch")
+KERNELS = ("auto", "reference")
+KERNEL_ALIASES = {"torch": "reference"}  # earlier spelling
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ServingConfig:
     min_image_tokens: int = 256  # per image, for models that preserve the aspect ratio
     max_image_tokens: int = 1_280
     threads: int = 0  # 0: every core this process may use
-    kernels: str = "auto"  # auto: Triton kernels on a GPU; torch: no Triton kernels
+    kernels: str = "auto"  # auto: Triton on a GPU, compiled loops on a CPU; reference: torch
     cuda_graphs: bool = True  # GPU only: replay small batches as one CUDA graph
     prefix_reuse: bool = True  # causal models only: compute a repeated instruction once
     cache_bytes: int = 0  # size of the cache of vectors for repeated inputs; 0: no cache
@@ -81,6 +82,8 @@ class ServingConfig:
                     f"known parameters: {', '.join(field_types)}"
                 )
             values[key] = _parse(f"{config['name']}/config.pbtxt: {key}", text, field_types[key])
+        if "kernels" in values:
+            values["kernels"] = KERNEL_ALIASES.get(values["kernels"], values["kernels"])
         for key, choices in (("dtype", DTYPES), ("image_positions", IMAGE_POSITIONS), ("kernels", KERNELS)):
             if values.get(key, choices[0]) not in choices:
                 raise ConfigError(

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # bf16; a wrong mask or a wrong head is far below.
 MIN_COSINE = 0.99
 
-WITHOUT = "the parameter kernels: torch does without our kernels"
+WITHOUT = "set the parameter kernels to reference to run without them"
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -143,7 +143,7 @@ class Embedder:
                 variants.append(forward := CudaGraphs(self._network, forward, self.device))
         vectors = [self._vectors(variant) for variant in variants]
         if self.kernels == "triton":
-            ops.use("torch")
+            ops.use("reference")
             expected = self._vectors(self._network)
             ops.use(serving.kernels)
             cosine = _min_cosine(np.stack(vectors), expected)
@@ -167,7 +167,7 @@ class Embedder:
 
     def _in_fp32(self, serving: ServingConfig) -> npt.NDArray[np.float32]:
         """Return the vectors of plain torch in fp32, whatever backend serves."""
-        ops.use("torch")
+        ops.use("reference")
         try:
             with precision.in_fp32(self._network):
                 return self._vectors(self._network)
@@ -227,6 +227,6 @@ def _dtype(serving: ServingConfig, kernels: str) -> torch.dtype:
     if serving.dtype in ("auto", "int8"):
         if serving.device != "cpu":
             return torch.bfloat16
-        return precision.fast_dtype() if kernels == "torch" else torch.float32
+        return precision.fast_dtype() if kernels != "triton" else torch.float32
     dtype: torch.dtype = getattr(torch, serving.dtype)
     return dtype

@@ -203,7 +203,7 @@ def test_layer_launches_are_bounded(family: Family, monkeypatch: pytest.MonkeyPa
 
 
 def test_unsupported_head_size_is_rejected_at_load(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"bge: .*head.*10.*; the parameter kernels: torch"):
+    with pytest.raises(ConfigError, match=r"bge: .*head.*10.*; set the parameter kernels to reference"):
         embedder("bge", write_xlm_roberta(tmp_path / "bge", hidden_size=60, num_attention_heads=6))
 
 
@@ -212,7 +212,7 @@ def test_kernels_that_disagree_with_torch_are_rejected(tmp_path: Path, monkeypat
     monkeypatch.setattr(
         accelerated, "varlen_attention", lambda q, k, v, packed, causal, *rest: kernel(q, k, v, packed, True, *rest)
     )
-    with pytest.raises(ConfigError, match=r"disagree on cpu: cosine 0\.\d+; the parameter kernels: torch"):
+    with pytest.raises(ConfigError, match=r"disagree on cpu: cosine 0\.\d+; set the parameter kernels to reference"):
         embedder("bge", write_xlm_roberta(tmp_path / "bge", hidden_size=96))
 
 
@@ -232,6 +232,6 @@ def test_interpreter_is_rejected_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     ops.use("auto")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         ops.require("cuda:0", torch.float32)
-    ops.use("torch")
+    ops.use("reference")
     ops.require("cuda:0", torch.float32)
     ops.use("auto")
