@@ -1,1 +1,1 @@
-"""What the README quotes: one command a table; results/ keeps JSON with hardware, versions and command."""
+"""Benchmarks behind docs/benchmarks.md. Each command writes a JSON file with hardware and versions to results/."""

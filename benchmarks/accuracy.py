@@ -1,4 +1,4 @@
-"""How far an engine's vectors are from the reference's: by angle, and by which texts they call alike."""
+"""Accuracy of an engine's vectors against a reference: cosine similarity and nearest-neighbor overlap."""
 
 from typing import NamedTuple
 
@@ -6,33 +6,35 @@ import numpy as np
 
 from benchmarks.worker import Vectors
 
-NEIGHBOURS = 10
+NEIGHBORS = 10
 
 
 class Accuracy(NamedTuple):
+    """Accuracy of a set of vectors against the reference vectors of the same texts."""
+
     cosine_mean: float
-    cosine_least: float
-    neighbours: float  # share of the nearest NEIGHBOURS other texts that are the same, mean over the texts
+    cosine_min: float
+    neighbors: float  # share of the NEIGHBORS nearest other texts that agree, mean over the texts
 
 
-def judge(found: Vectors, reference: Vectors) -> Accuracy:
-    """Of [texts, dimensions] against the same of the reference; at least NEIGHBOURS + 1 texts."""
-    found, reference = _normalised(found), _normalised(reference)
-    cosines = (found * reference).sum(axis=1)
-    same = [len(a & b) for a, b in zip(nearest(found), nearest(reference), strict=True)]
-    return Accuracy(float(cosines.mean()), float(cosines.min()), float(np.mean(same)) / NEIGHBOURS)
+def compare(vectors: Vectors, reference: Vectors) -> Accuracy:
+    """Compare two [texts, dimensions] arrays of the same texts; at least NEIGHBORS + 1 texts."""
+    vectors, reference = _normalize(vectors), _normalize(reference)
+    cosines = (vectors * reference).sum(axis=1)
+    overlaps = [len(a & b) for a, b in zip(nearest(vectors), nearest(reference), strict=True)]
+    return Accuracy(float(cosines.mean()), float(cosines.min()), float(np.mean(overlaps)) / NEIGHBORS)
 
 
 def nearest(vectors: Vectors) -> list[set[int]]:
-    """Of each text, which others are nearest; vectors of length 1."""
-    alike = vectors @ vectors.T
-    np.fill_diagonal(alike, -np.inf)
-    order = np.argpartition(-alike, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS]
+    """Return the indices of the NEIGHBORS nearest other texts of each text. Vectors must have length 1."""
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -np.inf)
+    order = np.argpartition(-cosines, NEIGHBORS - 1, axis=1)[:, :NEIGHBORS]
     return [set(row.tolist()) for row in order]
 
 
-def _normalised(vectors: Vectors) -> Vectors:
-    """In float64: a cosine of fp32 itself would differ from 1 by as much as what is looked for."""
+def _normalize(vectors: Vectors) -> Vectors:
+    """Normalize in float64: the rounding error of an fp32 cosine is as large as the differences measured."""
     exact = vectors.astype(np.float64)
-    normalised: Vectors = exact / np.linalg.norm(exact, axis=1, keepdims=True)
-    return normalised
+    normalized: Vectors = exact / np.linalg.norm(exact, axis=1, keepdims=True)
+    return normalized

@@ -1,7 +1,7 @@
-"""sentence-transformers or the server's own forward pass in-process, tokenising included.
+"""sentence-transformers or the server's own forward pass in-process, tokenization included.
 
-`python -m benchmarks.bare sentence-transformers|ours DTYPE CHECKPOINT TEXTS.json` is a worker: memory is each engine's
-own.
+`python -m benchmarks.bare sentence-transformers|ours DTYPE CHECKPOINT TEXTS.json` is a worker, so that the memory
+of each engine can be measured separately.
 """
 
 import sys
@@ -17,7 +17,7 @@ from benchmarks.worker import Vectors
 
 
 def sentence_transformers(dtype: str, checkpoint: Path) -> Encode:
-    """As its README says: batches of 32, sorted by length inside a call."""
+    """Encode as its README shows: batches of 32, sorted by length within a call."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -27,7 +27,10 @@ def sentence_transformers(dtype: str, checkpoint: Path) -> Encode:
 
 
 def ours(dtype: str, checkpoint: Path) -> Encode:
-    """The server's forward pass as config.pbtxt has it, without the scheduler: rows by length, a budget a pass."""
+    """Encode with the server's forward pass, configured by config.pbtxt but without the scheduler.
+
+    Rows are sorted by length; each pass holds up to the token budget.
+    """
     from google.protobuf.json_format import MessageToJson
 
     from triton_embed.python_backend.checkpoint.config import ServingConfig
@@ -45,29 +48,29 @@ def ours(dtype: str, checkpoint: Path) -> Encode:
     serving = ServingConfig.from_triton({"model_config": as_json, "model_repository": str(repository / MODEL)})
     embedder = Embedder(EncoderSpec(), checkpoint, serving)
     tokenizer = Tokenizer(checkpoint, embedder.model, None)
-    size = embedder.model.dimensions
+    dimensions = embedder.model.dimensions
 
     def encode(texts: list[str]) -> Vectors:
         rows = [tokenizer.truncate_text(ids, "end", i) for i, ids in enumerate(tokenizer.encode(texts))]
-        vectors = np.empty((len(rows), size), np.float32)
-        for some in _passes([row.cost for row in rows], embedder.budget.whole):
-            vectors[some] = embedder.embed([rows[i] for i in some], [size] * len(some))
+        vectors = np.empty((len(rows), dimensions), np.float32)
+        for batch in _passes([row.cost for row in rows], embedder.budget.pass_tokens):
+            vectors[batch] = embedder.embed([rows[i] for i in batch], [dimensions] * len(batch))
         return vectors
 
     return encode
 
 
 def _passes(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers of one pass after another, shortest first."""
-    some: list[int] = []
+    """Yield the row indices of each forward pass, shortest rows first."""
+    batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if some and tokens + lengths[i] > budget:
-            yield some
-            some, tokens = [], 0
-        some.append(i)
+        if batch and tokens + lengths[i] > budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
         tokens += lengths[i]
-    yield some
+    yield batch
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""An engine called in its own process, as a worker: texts in, vectors out, nothing served."""
+"""In-process engines: a worker that calls an engine directly, without a server in between."""
 
 import itertools
 import json
@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.summary import summary
-from benchmarks.worker import Vectors, answer, vectors_reply
+from benchmarks.worker import Vectors, serve_requests, vectors_reply
 
 Encode = Callable[[list[str]], Vectors]
-# How an engine takes calls of so many texts of a workload, and the name of that way where it has several.
-Engine = Callable[[str, int], tuple[Encode, str]]
+# (workload, texts per call) -> the function that encodes such calls, and the name of its execution mode or "".
+SelectEncode = Callable[[str, int], tuple[Encode, str]]
 Pools = dict[str, list[str]]  # texts by workload
 
 
 def read_pools(path: str) -> Pools:
+    """Read the texts of each workload from a JSON file."""
     pools: Pools = json.loads(Path(path).read_text())
     return pools
 
 
 def measure(encode: Encode, pool: list[str], inputs: int, seconds: float, start: int) -> dict[str, Any]:
-    """Calls of `inputs` texts, back to back, until `seconds` have passed; at least one."""
+    """Make calls of `inputs` texts back to back until `seconds` have passed; at least one. `start`: first text."""
     latencies: list[float] = []
     begin = now = time.perf_counter()
     for first in itertools.count(start, inputs):
@@ -34,16 +35,16 @@ def measure(encode: Encode, pool: list[str], inputs: int, seconds: float, start:
     return summary(latencies, inputs, now - begin)
 
 
-def serve(engine: Engine, pools: Pools) -> None:
-    """Answer until stdin closes: {"texts"} with vectors, a cell with its figures, {} once the engine is loaded."""
+def serve(select: SelectEncode, pools: Pools) -> None:
+    """Serve until stdin closes: {"texts"} returns vectors, a cell its figures, {} confirms that the engine is up."""
 
     def handle(*, texts: list[str] | None = None, workload: str = "", **cell: Any) -> dict[str, Any]:
         if texts is not None:
-            return vectors_reply(engine("mixed", len(texts))[0](texts))
+            return vectors_reply(select("mixed", len(texts))[0](texts))
         if not workload:
             return {}
-        del cell["concurrency"]  # in-process there is one caller
-        encode, way = engine(workload, cell["inputs"])
-        return measure(encode, pools[workload], **cell) | ({"way": way} if way else {})
+        del cell["concurrency"]  # always 1 in-process
+        encode, mode = select(workload, cell["inputs"])
+        return measure(encode, pools[workload], **cell) | ({"way": mode} if mode else {})
 
-    answer(handle)
+    serve_requests(handle)

@@ -1,10 +1,10 @@
-"""How much of what oneDNN's products reach by themselves a whole forward pass reaches, at 512 tokens a text.
+"""Throughput of a forward pass as a share of the throughput of oneDNN's matrix products, at 512 tokens per text.
 
     python -m benchmarks.ceiling [--quick] [--checkpoints DIRECTORY]
 
-Our engine with random weights of each shape, as `benchmarks.families` runs it, and the linears of the same layers, as
-`benchmarks.gemm` runs them, each in a process of its own, in turns. A token counts by its products with weights alone:
-what attention multiplies besides is told beside it.
+The engine with random weights of each shape (see `benchmarks.families`) and the linears of the same layers (see
+`benchmarks.gemm`) run in separate processes, in turns. The share counts only products with weights; a second figure
+includes the products of attention.
 """
 
 import argparse
@@ -19,18 +19,19 @@ from benchmarks import record
 from benchmarks.families import CELLS, FULL, QUICK, Plan, checkpoint, task
 from benchmarks.families_report import Engine
 from benchmarks.gemm import NETWORKS
-from benchmarks.processes import leave_on_signal
+from benchmarks.processes import exit_on_signal
 from benchmarks.worker import worker
 
 LENGTH = 512
 CELL = f"{LENGTH} tokens"
 TARGET = 0.85
 DTYPE = ("bfloat16", "bf16")
-WIDTHS = {"bge-large": 1_024, "qwen3-0.6b": 2_048}  # of all query heads: attention's products are that wide
+WIDTHS = {"bge-large": 1_024, "qwen3-0.6b": 2_048}  # sum over all query heads: the width of attention's products
 CAUSAL = {"bge-large": False, "qwen3-0.6b": True}
 
 
 def measure(name: str, plan: Plan, keep: Path | None) -> dict[str, Any]:
+    """Measure one shape and return its result row."""
     cells = [cell for cell in CELLS[name] if cell.workload == CELL]
     engine_dtype, gemm_dtype = DTYPE
     with ExitStack() as stack:
@@ -42,37 +43,39 @@ def measure(name: str, plan: Plan, keep: Path | None) -> dict[str, Any]:
         engine = stack.enter_context(worker("benchmarks.engines", "ours", str(file), logs=folder))
         gemm = stack.enter_context(worker("benchmarks.gemm", logs=folder))
         tokens = sum(map(len, work[CELL]["ids"]))
-        engine.ask(workload=CELL)
-        gemm.ask(workload=gemm_dtype, network=name)
+        engine.call(workload=CELL)
+        gemm.call(workload=gemm_dtype, network=name)
         rounds = []
         for _ in range(plan.rounds):
-            ceiling = gemm.ask(workload=gemm_dtype, network=name, seconds=plan.seconds)["gflop_per_s"]
-            seconds = engine.ask(workload=CELL, seconds=plan.seconds)["seconds"]
+            ceiling = gemm.call(workload=gemm_dtype, network=name, seconds=plan.seconds)["gflop_per_s"]
+            seconds = engine.call(workload=CELL, seconds=plan.seconds)["seconds"]
             rounds.append({"gemm_gflop_per_s": ceiling, "tokens_per_s": tokens / seconds})
     network = NETWORKS[name]
     attention = 4 * network.layers * WIDTHS[name] * LENGTH * (0.5 if CAUSAL[name] else 1.0)
-    for one in rounds:
-        one["share"] = one["tokens_per_s"] * network.flop_a_token / 1e9 / one["gemm_gflop_per_s"]
-        one["share_with_attention"] = one["share"] * (1 + attention / network.flop_a_token)
+    for figures in rounds:
+        figures["share"] = figures["tokens_per_s"] * network.flop_per_token / 1e9 / figures["gemm_gflop_per_s"]
+        figures["share_with_attention"] = figures["share"] * (1 + attention / network.flop_per_token)
     row: dict[str, Any] = {"shape": name, "workload": CELL, "dtype": gemm_dtype, "tokens_a_call": tokens}
     for key in rounds[0]:
-        values = [one[key] for one in rounds]
+        values = [figures[key] for figures in rounds]
         row[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    share, counted = row["share"], row["share_with_attention"]
+    share, share_with_attention = row["share"], row["share_with_attention"]
     print(
-        f"{name}: {row['tokens_per_s']['median']:.0f} tokens/s, products alone {row['gemm_gflop_per_s']['median']:.0f}"
-        f" GFLOP/s: {share['median']:.2f} of them ({share['min']:.2f} to {share['max']:.2f}), with attention's"
-        f" {counted['median']:.2f}; {'met' if share['median'] >= TARGET else f'below {TARGET}'}",
+        f"{name}: {row['tokens_per_s']['median']:.0f} tokens/s, linears alone {row['gemm_gflop_per_s']['median']:.0f}"
+        f" GFLOP/s: share {share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f}), with attention"
+        f" {share_with_attention['median']:.2f}; {'met' if share['median'] >= TARGET else f'below {TARGET}'}",
         flush=True,
     )
     return row
 
 
 def main() -> None:
-    leave_on_signal()
+    exit_on_signal()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of one text")
-    parser.add_argument("--checkpoints", type=Path, metavar="DIRECTORY", help="keep the checkpoints there")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="DIRECTORY", help="write the checkpoints to DIRECTORY and keep them"
+    )
     parser.add_argument("--out", type=Path, default=record.RESULTS / "ceiling.json")
     options = parser.parse_args()
     header = record.header()

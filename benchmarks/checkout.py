@@ -1,4 +1,4 @@
-"""The sources as `triton_embed` where nothing is installed: a bare checkout, on a machine without a package index."""
+"""Import a bare checkout as `triton_embed`, for machines without a package index."""
 
 import sys
 from importlib.util import find_spec
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def importable() -> None:
-    """Make `import triton_embed` find this checkout, unless it is installed or was made so already."""
+    """Make `import triton_embed` resolve to this checkout. No-op if the package is already importable."""
     if "triton_embed" in sys.modules or find_spec("triton_embed") is not None:
         return
     package = ModuleType("triton_embed")

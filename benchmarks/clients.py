@@ -1,4 +1,4 @@
-"""Clients that cost little: HTTP by hand over kept connections, gRPC by tritonclient."""
+"""Clients with low CPU cost: HTTP over raw keep-alive connections, gRPC with tritonclient."""
 
 import asyncio
 import base64
@@ -13,20 +13,26 @@ from tritonclient.utils import InferenceServerException
 from benchmarks.processes import MODEL
 from benchmarks.worker import Vectors
 
-KEPT = 2.0  # seconds: servers close idle connections after five, say, and a request would meet that
+# Seconds after which an idle connection is not reused. Servers close idle connections (often after 5 s), and a request
+# sent at that moment would fail.
+KEEP_ALIVE_SECONDS = 2.0
 
 
 class HttpConnection:
-    """One HTTP/1.1 connection to a loopback server, opened when needed."""
+    """One HTTP/1.1 connection to a loopback server, opened on demand."""
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self.used = 0.0
+        self.last_used = 0.0
         self.writer: asyncio.StreamWriter | None = None
 
     async def exchange(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body; ConnectionError when there is no whole answer, and the next call connects anew."""
-        if time.monotonic() - self.used > KEPT:
+        """Send a request and return the status and body.
+
+        Raises:
+            ConnectionError: No complete response arrived. The next call opens a new connection.
+        """
+        if time.monotonic() - self.last_used > KEEP_ALIVE_SECONDS:
             self.close()
         try:
             if self.writer is None:
@@ -40,7 +46,7 @@ class HttpConnection:
             raise ConnectionError(repr(error)) from error
         if b"\r\nconnection: close" in head:
             self.close()
-        self.used = time.monotonic()
+        self.last_used = time.monotonic()
         return int(head[9:12]), body
 
     def close(self) -> None:
@@ -50,7 +56,7 @@ class HttpConnection:
 
 
 class Http:
-    """POST /v1/embeddings, as many connections as there are calls in flight."""
+    """Client of POST /v1/embeddings, with one connection per call in flight."""
 
     def __init__(self, port: int, deadline: float = 600) -> None:
         self.port, self.deadline = port, deadline
@@ -58,12 +64,13 @@ class Http:
 
     @staticmethod
     def prepare(texts: list[str]) -> bytes:
+        """Encode an HTTP request for base64 vectors."""
         body = orjson.dumps({"model": MODEL, "input": texts, "encoding_format": "base64"})
         head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
         return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
     async def call(self, request: bytes) -> tuple[str, bytes]:
-        """("200", body), or what went wrong: another status, "connection" or "timeout"."""
+        """Return ("200", body), or (error, body or b"") where error is another status, "connection" or "timeout"."""
         connection = self.idle.pop() if self.idle else HttpConnection(self.port)
         try:
             async with asyncio.timeout(self.deadline):
@@ -79,12 +86,13 @@ class Http:
 
     @staticmethod
     def vectors(body: bytes) -> Vectors:
+        """Decode the vectors of a response body."""
         items = orjson.loads(body)["data"]
         return np.stack([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in items])
 
 
 class Grpc:
-    """Triton's own protocol. Calls are never cancelled: tritonserver 2.51 can die of it."""
+    """Client of Triton's gRPC endpoint. Calls are never canceled: that can crash tritonserver 2.51."""
 
     def __init__(self, port: int) -> None:
         self.client = triton.InferenceServerClient(f"127.0.0.1:{port}")
@@ -92,10 +100,12 @@ class Grpc:
 
     @staticmethod
     def prepare(texts: list[str]) -> triton.InferInput:
+        """Create the TEXT input tensor."""
         rows = np.array([[text.encode()] for text in texts], dtype=np.object_)
         return triton.InferInput("TEXT", rows.shape, "BYTES").set_data_from_numpy(rows)
 
     async def call(self, request: triton.InferInput) -> tuple[str, Any]:
+        """Return ("200", result), or (status, None) on an error."""
         try:
             return "200", await self.client.infer(MODEL, [request], outputs=self.outputs)
         except InferenceServerException as error:

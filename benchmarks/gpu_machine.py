@@ -1,4 +1,4 @@
-"""What the benchmark ran on: the device, the versions, and the two ceilings that nothing on it can break."""
+"""Machine description for GPU benchmarks: device, package versions, and the two ceilings (matmul rate, bandwidth)."""
 
 import platform
 import shutil
@@ -16,21 +16,21 @@ PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "numpy",
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed: on a GPU machine that need not be this project."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
+    """Return the versions of the installed packages; on a GPU machine this project itself may not be installed."""
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     if torch.cuda.is_available():
-        found["cudnn"] = str(torch.backends.cudnn.version())
+        versions["cudnn"] = str(torch.backends.cudnn.version())
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
-        return {"name": "none: a rehearsal on the CPU"}
+        return {"name": "none: dry run on the CPU"}
     properties: Any = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
@@ -43,7 +43,7 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    """Version, clocks and power limit, as the driver reports them."""
+    """Return driver version, clocks, power limit and temperature as nvidia-smi reports them."""
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     fields = "driver_version,clocks.max.sm,clocks.max.memory,power.limit,temperature.gpu"
@@ -57,7 +57,7 @@ def commit() -> str:
 
 @torch.inference_mode()
 def machine(run: Run) -> Iterator[Row]:
-    """Dense bf16 products of random matrices, and a copy, counted both ways."""
+    """Measure a dense bf16 product of random matrices, and a copy (bytes read plus bytes written)."""
     size = run.size(8_192, 128)
     a, b = (torch.randn(size, size, device=run.device).to(torch.bfloat16) for _ in range(2))
     times = run.timer.device_ms(lambda i: torch.mm(a, b), 1)

@@ -1,9 +1,9 @@
-"""The families end to end at their real shapes with random weights, beside transformers on the same weights.
+"""End-to-end benchmark of the families at their real shapes with random weights, compared with transformers.
 
-A row a model and figure. Our side is the engine as a server has it, from rows of token ids or pictures to vectors on
-the host; theirs gets padded batches, sorted by length as sentence-transformers does it, and pixel values made
-beforehand. Both sides leave tokenising and decoding out. Times are the wall clock's, host work included. Utilisation:
-the operations of the model without padding, over the time and over 800 TFLOP/s.
+One row per model and metric. Our side is the engine as the server runs it, from rows of token ids or images to vectors
+on the host. transformers runs the same weights on padded batches, sorted by length as sentence-transformers does, with
+pixel values computed beforehand. Neither side tokenizes text or decodes images. Times are wall-clock times and include
+host work. Utilization is the model's operations without padding, divided by the time and by 800 TFLOP/s.
 """
 
 import copy
@@ -36,18 +36,19 @@ from triton_embed.python_backend.inputs.row import NO_IDS  # noqa: E402
 from triton_embed.python_backend.inputs.row import Row as Input  # noqa: E402
 from triton_embed.python_backend.networks import weights  # noqa: E402
 
-DENSE_TFLOPS = 800  # bf16: what the utilisation is a share of
-BATCH = 32  # rows, of the padded side
-OTHER_BATCHES = (8, 128)  # of which the best counts, if it is better
-SECONDS = 5.0  # for a figure of the padded side, three repeats at least
-# 1 - cosine of ours to transformers in fp32, or so many times what transformers' own bf16 is away: through random
-# weights either can be further off than through trained ones.
-MOST_DISTANCE, MORE_THAN_THEIRS, NOTHING = 5e-4, 1.25, 3e-5
-MOST_BETWEEN_BF16 = 3e-3  # where only two roundings can be compared
-VARIANT_SECONDS = 20  # left, or a variant is not begun
+DENSE_TFLOPS = 800  # bf16 rate that counts as 100 % utilization
+BATCH = 32  # rows per padded batch of transformers
+OTHER_BATCHES = (8, 128)  # also tried; the best batch size counts
+SECONDS = 5.0  # per measurement, but at least three repeats
+# Limits for 1 - cosine between our vectors and transformers in fp32. With random weights both sides can be further off
+# than with trained ones, so the distance may also be MAX_RATIO times that of transformers in bf16. A mean
+# distance below NEGLIGIBLE_DISTANCE always passes.
+MAX_DISTANCE, MAX_RATIO, NEGLIGIBLE_DISTANCE = 5e-4, 1.25, 3e-5
+MAX_BF16_DISTANCE = 3e-3  # limit where only two bf16 results can be compared
+VARIANT_SECONDS = 20  # a variant is skipped if less time remains
 QUERY_TOKENS, PREFIX_TOKENS = 32, 20
 Vectors = npt.NDArray[np.float32]
-# What an operator can switch off -> what is then measured under the name. A setting this engine lacks is left out.
+# Variant name -> the settings that an operator changes for it. A setting that this engine lacks is skipped.
 VARIANTS: dict[str, dict[str, Any]] = {
     "torch kernels": {"kernels": "torch"},
     "no graphs": {"cuda_graphs": False},
@@ -56,24 +57,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Batch(NamedTuple):
-    """Rows as either side takes them: token ids, or pictures with the ids around them."""
+    """Input rows for both sides: token ids, or images with the token ids around them."""
 
     rows: list[Input]
     lengths: list[int]  # tokens of the text side
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A tensor in the place of one in a file: see `weights._Stored`."""
+class _TensorInMemory:
+    """A tensor in memory that replaces a tensor in a file; see `weights._Stored`."""
 
     tensor: Tensor
     key: str
     path: Path = Path("memory")
 
-    def copy_to(self, place: Tensor, name: str) -> None:
-        if self.tensor.shape != place.shape:
-            raise ValueError(f"tensor '{name}' has shape {list(self.tensor.shape)}, not {list(place.shape)}")
-        place.copy_(self.tensor)
+    def copy_to(self, target: Tensor, name: str) -> None:
+        if self.tensor.shape != target.shape:
+            raise ValueError(f"tensor '{name}' has shape {list(self.tensor.shape)}, expected {list(target.shape)}")
+        target.copy_(self.tensor)
 
 
 def models(run: Run) -> Iterator[Row]:
@@ -81,9 +82,9 @@ def models(run: Run) -> Iterator[Row]:
         about = {"model": model.name}
         needed = 0.0 if run.dry else model.parameters_b * 1e9 * (6.5 if model.large else 11)
         if run.seconds_left < run.size(model.seconds, 0):
-            yield about | {"metric": "all", "skipped": f"{run.seconds_left:.0f} s left, {model.seconds} wanted"}
+            yield about | {"metric": "all", "skipped": f"{run.seconds_left:.0f} s left, {model.seconds} s needed"}
         elif run.free_memory() < needed:
-            yield about | {"metric": "all", "skipped": f"{needed / 1e9:.0f} GB of memory wanted"}
+            yield about | {"metric": "all", "skipped": f"{needed / 1e9:.0f} GB of free memory needed"}
         else:
             yield from _guarded(about, _model(run, model))
         gc.collect()
@@ -91,7 +92,7 @@ def models(run: Run) -> Iterator[Row]:
 
 
 def _guarded(about: Row, rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows until one cannot be made, and why."""
+    """Yield the rows; if computing one fails, yield a row with the error and stop."""
     while True:
         row = attempt({}, lambda: next(rows, None) or {"end": True})
         if "end" in row:
@@ -110,53 +111,53 @@ def _model(run: Run, model: Model) -> Iterator[Row]:
         run.timer.wait()
         yield {"metric": "baseline load", "seconds": time.perf_counter() - begin}
         work = _work(run, model)
-        rivals = _Padded(run, model, network)
-        compared = _Compared(run, model, network, directory, rivals, work)
-        yield from _guarded({"engine": "ours"}, _ours_measured(compared))
-        yield from _padded_measured(compared, BATCH)
-        for name, changed in VARIANTS.items():
-            if not changed.keys() <= {field.name for field in fields(ServingConfig)}:
-                yield {"metric": "variant", "engine": name, "skipped": "the engine has no such setting"}
+        baseline = _Padded(run, model, network)
+        comparison = _Comparison(run, model, network, directory, baseline, work)
+        yield from _guarded({"engine": "ours"}, _ours_measured(comparison))
+        yield from _padded_measured(comparison, BATCH)
+        for name, settings in VARIANTS.items():
+            if not settings.keys() <= {field.name for field in fields(ServingConfig)}:
+                yield {"metric": "variant", "engine": name, "skipped": "this engine does not have the setting"}
             elif name in _variants(model):
-                yield from _guarded({"engine": name}, _variant_measured(compared, name, changed))
+                yield from _guarded({"engine": name}, _variant_measured(comparison, name, settings))
         if not model.large:
             for size in OTHER_BATCHES:
-                yield from _padded_measured(compared, size)
+                yield from _padded_measured(comparison, size)
 
 
 def _variants(model: Model) -> set[str]:
-    """What makes a difference to a model, or to the large ones, for which there is little time, most of one."""
-    found = {"torch kernels"}
+    """Return the variants that matter for a model; large models get only the most important one to save time."""
+    variants = {"torch kernels"}
     if model.text and not model.large:
-        found |= {"no graphs"} | ({"no prefix reuse"} if model.prefix else set())
-    return found
+        variants |= {"no graphs"} | ({"no prefix reuse"} if model.prefix else set())
+    return variants
 
 
-def _ours_measured(compared: "_Compared") -> Iterator[Row]:
-    run, model = compared.run, compared.model
-    with _ours(compared) as embedder:
+def _ours_measured(comparison: "_Comparison") -> Iterator[Row]:
+    run, model = comparison.run, comparison.model
+    with _ours(comparison) as embedder:
         yield {"metric": "load", "seconds": embedder.seconds, "kernels": embedder.kernels}
-        yield attempt({"metric": "correctness"}, lambda: _correctness(compared, embedder))
-        yield from _speed(compared, embedder)
+        yield attempt({"metric": "correctness"}, lambda: _correctness(comparison, embedder))
+        yield from _speed(comparison, embedder)
         if model.prefix:
-            yield attempt({"metric": "queries"}, lambda: _queries(compared, embedder, _prefixed(run, model)))
+            yield attempt({"metric": "queries"}, lambda: _queries(comparison, embedder, _prefixed(run, model)))
 
 
-def _variant_measured(compared: "_Compared", name: str, changed: dict[str, Any]) -> Iterator[Row]:
-    run, model = compared.run, compared.model
+def _variant_measured(comparison: "_Comparison", name: str, settings: dict[str, Any]) -> Iterator[Row]:
+    run, model = comparison.run, comparison.model
     if run.seconds_left < run.size(VARIANT_SECONDS, 0):
         yield {"metric": "variant", "skipped": "no time left"}
         return
-    with _ours(compared, **changed) as embedder:
+    with _ours(comparison, **settings) as embedder:
         if name == "no prefix reuse":
-            yield attempt({"metric": "queries"}, lambda: _queries(compared, embedder, _prefixed(run, model)))
+            yield attempt({"metric": "queries"}, lambda: _queries(comparison, embedder, _prefixed(run, model)))
         else:
-            yield from _speed(compared, embedder)
+            yield from _speed(comparison, embedder)
 
 
-def _speed(compared: "_Compared", embedder: "_Ours") -> Iterator[Row]:
-    """The corpus, and one query."""
-    run, model, work = compared.run, compared.model, compared.work
+def _speed(comparison: "_Comparison", embedder: "_Ours") -> Iterator[Row]:
+    """Measure the corpus and, for text models, one query."""
+    run, model, work = comparison.run, comparison.model, comparison.work
     yield attempt(
         {"metric": "corpus"},
         lambda: _throughput(model, work, run.timer.wall_ms(lambda: embedder(work), seconds=SECONDS)),
@@ -167,20 +168,20 @@ def _speed(compared: "_Compared", embedder: "_Ours") -> Iterator[Row]:
         yield attempt(about, lambda: run.timer.wall_ms(lambda: embedder(query), run.size(200, 5), SECONDS))
 
 
-def _padded_measured(compared: "_Compared", size: int) -> Iterator[Row]:
-    """transformers at a batch size; at the first, one query too."""
-    run, model, work, rivals = compared.run, compared.model, compared.work, compared.rivals
+def _padded_measured(comparison: "_Comparison", size: int) -> Iterator[Row]:
+    """Measure transformers at one batch size; at the default batch size also one query."""
+    run, model, work, baseline = comparison.run, comparison.model, comparison.work, comparison.baseline
     about = {"metric": "corpus", "engine": "transformers", "batch": size}
     if run.seconds_left < run.size(VARIANT_SECONDS, 0):
         yield about | {"skipped": "no time left"}
         return
     yield attempt(
-        about, lambda: _throughput(model, work, run.timer.wall_ms(lambda: rivals(work, size), seconds=SECONDS))
+        about, lambda: _throughput(model, work, run.timer.wall_ms(lambda: baseline(work, size), seconds=SECONDS))
     )
     if model.text and size == BATCH:
         query = _texts(run, model, [QUERY_TOKENS], seed=5)
         about = {"metric": "one query", "engine": "transformers", "tokens": QUERY_TOKENS}
-        yield attempt(about, lambda: run.timer.wall_ms(lambda: rivals(query, 1), run.size(50, 3), SECONDS))
+        yield attempt(about, lambda: run.timer.wall_ms(lambda: baseline(query, 1), run.size(50, 3), SECONDS))
 
 
 def _throughput(model: Model, work: Batch, times: Row) -> Row:
@@ -194,43 +195,43 @@ def _throughput(model: Model, work: Batch, times: Row) -> Row:
     return times | rate | {"rows": len(work.rows), "utilisation": flop / seconds / DENSE_TFLOPS / 1e12}
 
 
-def _queries(compared: "_Compared", embedder: "_Ours", work: Batch) -> Row:
-    """Queries a second that begin with one instruction, and whether reusing it gives what transformers gives."""
-    run, rivals = compared.run, compared.rivals
-    some = Batch(work.rows[: run.size(24, 4)], work.lengths[: run.size(24, 4)])
-    apart = float(_distances(embedder(some), rivals(some, 8)).max())
+def _queries(comparison: "_Comparison", embedder: "_Ours", work: Batch) -> Row:
+    """Measure queries per second that share an instruction prefix, and check them against transformers."""
+    run, baseline = comparison.run, comparison.baseline
+    sample = Batch(work.rows[: run.size(24, 4)], work.lengths[: run.size(24, 4)])
+    distance = float(_distances(embedder(sample), baseline(sample, 8)).max())
     times = run.timer.wall_ms(lambda: embedder(work), seconds=SECONDS)
     rate = len(work.rows) / times["median_ms"] * 1e3
-    found = times | {"unit": "queries/s", "rate": rate, "rows": len(work.rows), "shared": PREFIX_TOKENS}
-    return found | {"distance_to_bf16": apart, "right": apart <= MOST_BETWEEN_BF16}
+    row = times | {"unit": "queries/s", "rate": rate, "rows": len(work.rows), "shared": PREFIX_TOKENS}
+    return row | {"distance_to_bf16": distance, "right": distance <= MAX_BF16_DISTANCE}
 
 
-def _correctness(compared: "_Compared", embedder: "_Ours") -> Row:
-    """Distances, 1 - cosine, to transformers in fp32 on some rows: ours, and transformers' own in bf16."""
-    run, rivals, work = compared.run, compared.rivals, compared.work
-    some = Batch(work.rows[: run.size(24, 4)], work.lengths[: run.size(24, 4)])
-    ours, theirs = embedder(some), rivals(some, 8)
-    if compared.model.large:  # there is no memory, nor time, for fp32
-        apart = float(_distances(ours, theirs).max())
-        return {"rows": len(some.rows), "distance_to_bf16": apart, "right": apart <= MOST_BETWEEN_BF16}
-    exact = rivals.in_fp32()(some, 8)
+def _correctness(comparison: "_Comparison", embedder: "_Ours") -> Row:
+    """Compare some rows with transformers in fp32 by 1 - cosine: our vectors, and those of transformers in bf16."""
+    run, baseline, work = comparison.run, comparison.baseline, comparison.work
+    sample = Batch(work.rows[: run.size(24, 4)], work.lengths[: run.size(24, 4)])
+    ours, theirs = embedder(sample), baseline(sample, 8)
+    if comparison.model.large:  # fp32 does not fit in memory and time
+        distance = float(_distances(ours, theirs).max())
+        return {"rows": len(sample.rows), "distance_to_bf16": distance, "right": distance <= MAX_BF16_DISTANCE}
+    exact = baseline.in_fp32()(sample, 8)
     mine, other = _distances(ours, exact), _distances(theirs, exact)
     different = float((exact @ exact.T - 2 * np.eye(len(exact), dtype=np.float32)).max())
-    near = mine.max() <= max(MOST_DISTANCE, MORE_THAN_THEIRS * other.max())
+    near = mine.max() <= max(MAX_DISTANCE, MAX_RATIO * other.max())
     return {
-        "rows": len(some.rows),
+        "rows": len(sample.rows),
         "cosine": 1 - float(mine.max()),
         "distance": float(mine.mean()),
         "transformers_distance": float(other.mean()),
         "of_different_rows": different,
-        "right": bool(near and mine.mean() <= max(MORE_THAN_THEIRS * other.mean(), NOTHING)),
+        "right": bool(near and mine.mean() <= max(MAX_RATIO * other.mean(), NEGLIGIBLE_DISTANCE)),
     }
 
 
 def _distances(a: Vectors, b: Vectors) -> npt.NDArray[np.float64]:
     a, b = (x.astype(np.float64) for x in (a, b))
-    found: npt.NDArray[np.float64] = 1 - (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    return found
+    distances: npt.NDArray[np.float64] = 1 - (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return distances
 
 
 def _work(run: Run, model: Model) -> Batch:
@@ -238,14 +239,14 @@ def _work(run: Run, model: Model) -> Batch:
         return _texts(run, model, mixed(run.size(16_384 if model.large else 32_768, 96), longest=run.size(512, 40)))
     side, count = model.side(run.dry), run.size(model.images, 3)
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
-    ids, tokens = model.picture_ids(run.dry)
-    rows = [Input(ids if len(ids) else NO_IDS, (picture,), tokens) for picture in pictures]
+    images = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count)]
+    ids, tokens = model.image_ids(run.dry)
+    rows = [Input(ids if len(ids) else NO_IDS, (image,), tokens) for image in images]
     return Batch(rows, [max(len(ids), 1)] * count)
 
 
 def _texts(run: Run, model: Model, lengths: list[int], seed: int = 0) -> Batch:
-    """In no order of length, as requests come."""
+    """Return random token ids, shuffled by length like real requests."""
     rng = np.random.default_rng(seed)
     shuffled = [lengths[i] for i in rng.permutation(len(lengths))]
     high = model.vocabulary(run.dry)
@@ -253,15 +254,15 @@ def _texts(run: Run, model: Model, lengths: list[int], seed: int = 0) -> Batch:
 
 
 def _prefixed(run: Run, model: Model) -> Batch:
-    """Queries of 34 tokens, of which the first 20 are the same."""
+    """Return queries of 34 tokens that share their first 20 tokens."""
     work = _texts(run, model, [PREFIX_TOKENS + 14] * run.size(448, 4), seed=3)
     shared = work.rows[0].ids[:PREFIX_TOKENS]
     ids = [np.concatenate([shared, row.ids[PREFIX_TOKENS:]]) for row in work.rows]
-    return Batch([Input(one, shared=PREFIX_TOKENS) for one in ids], work.lengths)
+    return Batch([Input(row_ids, shared_prefix_tokens=PREFIX_TOKENS) for row_ids in ids], work.lengths)
 
 
 class _Ours:
-    """The engine: forward passes of as many rows as its token budget takes, one after the other."""
+    """Our engine: sequential forward passes, each with as many rows as the token budget admits."""
 
     def __init__(self, run: Run, model: Model, serving: ServingConfig, directory: Path) -> None:
         begin = time.perf_counter()
@@ -269,45 +270,45 @@ class _Ours:
         run.timer.wait()
         self.seconds = time.perf_counter() - begin
         self.kernels = str(self._embedder.kernels)
-        self._budget = self._embedder.budget.whole
+        self._budget = self._embedder.budget.pass_tokens
         self._size = self._embedder.model.dimensions
 
     def __call__(self, work: Batch) -> Vectors:
-        found: list[Vectors] = []
-        waiting: list[Input] = []
+        parts: list[Vectors] = []
+        pending: list[Input] = []
         cost = 0
         for row in work.rows:
-            if waiting and cost + row.cost > self._budget:
-                found.append(self._pass(waiting))
-                waiting, cost = [], 0
-            waiting.append(row)
+            if pending and cost + row.cost > self._budget:
+                parts.append(self._pass(pending))
+                pending, cost = [], 0
+            pending.append(row)
             cost += row.cost
-        found.append(self._pass(waiting))
-        return np.concatenate(found)
+        parts.append(self._pass(pending))
+        return np.concatenate(parts)
 
     def _pass(self, rows: list[Input]) -> Vectors:
-        """Sorted by cost, as the scheduler does."""
+        """Run one forward pass with rows sorted by cost, as the scheduler does; return vectors in input order."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].cost)
         vectors = self._embedder.embed([rows[i] for i in order], [self._size] * len(rows))
         return vectors[np.argsort(order)]
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """A model under measurement: transformers' network, whose weights ours takes, and the work for both."""
+class _Comparison:
+    """A model under measurement: transformers' network, whose weights our engine uses, and the work for both sides."""
 
     run: Run
     model: Model
     network: nn.Module
     directory: Path
-    rivals: "_Padded"
+    baseline: "_Padded"
     work: Batch
 
 
 @contextmanager
-def _ours(compared: _Compared, **changed: Any) -> Iterator[_Ours]:
-    """The engine on the network's own weights, which no file holds."""
-    run, model, directory = compared.run, compared.model, compared.directory
+def _ours(comparison: _Comparison, **settings: Any) -> Iterator[_Ours]:
+    """Load the engine with the network's weights directly from memory."""
+    run, model, directory = comparison.run, comparison.model, comparison.directory
     gc.collect()
     run.free_memory()
     serving = ServingConfig(
@@ -319,12 +320,12 @@ def _ours(compared: _Compared, **changed: Any) -> Iterator[_Ours]:
         dtype="bfloat16",
         pooling=model.pooling,
         threads=run.size(0, 1),
-        **changed,
+        **settings,
     )
-    state = compared.network.state_dict()
+    state = comparison.network.state_dict()
 
-    def index(_: Path, naming: weights.Naming) -> dict[str, _Held]:
-        return {weights._rename(key, naming.renames): _Held(tensor, key) for key, tensor in state.items()}
+    def index(_: Path, naming: weights.Naming) -> dict[str, _TensorInMemory]:
+        return {weights._rename(key, naming.renames): _TensorInMemory(tensor, key) for key, tensor in state.items()}
 
     try:
         with patch.object(weights, "_index", index):
@@ -332,11 +333,11 @@ def _ours(compared: _Compared, **changed: Any) -> Iterator[_Ours]:
         yield embedder
     finally:
         if hasattr(ops, "use"):
-            ops.use("auto")  # the operator's choice is the process's
+            ops.use("auto")  # the choice is global to the process, so restore it
 
 
 def _random_network(run: Run, model: Model, directory: Path) -> nn.Module:
-    """transformers' network in bf16 on the device, every weight drawn so that what it multiplies keeps its size."""
+    """Create transformers' bf16 network with random weights, scaled so that activations keep their magnitude."""
     config = model.config(run.dry)
     config.save_pretrained(directory)
     model.write_processor(directory)
@@ -353,7 +354,7 @@ def _random_network(run: Run, model: Model, directory: Path) -> nn.Module:
 
 
 class _Padded:
-    """transformers, with batches sorted by length and padded."""
+    """transformers baseline with padded batches sorted by length."""
 
     def __init__(self, run: Run, model: Model, network: nn.Module) -> None:
         self._run, self._model, self._network = run, model, network
@@ -364,39 +365,41 @@ class _Padded:
 
     def __call__(self, work: Batch, size: int) -> Vectors:
         order = sorted(range(len(work.rows)), key=lambda i: -work.lengths[i])
-        found: dict[int, Vectors] = {}
+        vectors_by_row: dict[int, Vectors] = {}
         for start in range(0, len(order), size):
-            some = order[start : start + size]
-            pooled = self._forward([work.rows[i] for i in some])
+            sample = order[start : start + size]
+            pooled = self._forward([work.rows[i] for i in sample])
             vectors = nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
-            found |= zip(some, vectors, strict=True)
-        return np.stack([found[i] for i in range(len(order))])
+            vectors_by_row |= zip(sample, vectors, strict=True)
+        return np.stack([vectors_by_row[i] for i in range(len(order))])
 
     def _forward(self, rows: Sequence[Input]) -> Tensor:
         model: Any = self._network
-        left = self._model.pooling == "last"
+        pad_left = self._model.pooling == "last"
         if self._model.text:
-            padded = _pad([row.ids for row in rows], left, self._run.device)
-            options = {"use_cache": False} if left else {}
+            padded = _pad([row.ids for row in rows], pad_left, self._run.device)
+            options = {"use_cache": False} if pad_left else {}
             states: Tensor = model(**padded, **options).last_hidden_state
-            return states[:, -1 if left else 0]
+            return states[:, -1 if pad_left else 0]
         pixels = torch.cat([self._pixel_values(row) for row in rows])
-        return self._model.see(model, pixels, _pad([row.ids for row in rows], True, self._run.device), len(rows))
+        return self._model.image_vectors(
+            model, pixels, _pad([row.ids for row in rows], True, self._run.device), len(rows)
+        )
 
     def _pixel_values(self, row: Input) -> Tensor:
-        """Made once: their way from a picture to pixel values is not what is measured."""
-        key = id(row.pictures[0])
+        """Return cached pixel values; transformers' image preprocessing is not measured."""
+        key = id(row.images[0])
         if key not in self._pixels:
-            image = torch.from_numpy(row.pictures[0]).to(self._run.device)
+            image = torch.from_numpy(row.images[0]).to(self._run.device)
             self._pixels[key] = self._model.pixels(image).to(next(self._network.parameters()).dtype)
         return self._pixels[key]
 
 
-def _pad(rows: Sequence[npt.NDArray[np.int32]], left: bool, device: torch.device) -> dict[str, Tensor]:
+def _pad(rows: Sequence[npt.NDArray[np.int32]], pad_left: bool, device: torch.device) -> dict[str, Tensor]:
     size = max(map(len, rows))
     ids = np.zeros((len(rows), size), dtype=np.int64)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
-        place = slice(size - len(row), size) if left else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, 1
+        span = slice(size - len(row), size) if pad_left else slice(0, len(row))
+        ids[i, span], mask[i, span] = row, 1
     return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}

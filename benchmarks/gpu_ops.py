@@ -1,7 +1,7 @@
-"""Every op at the sizes that the families have: is it right, and how near does it come to what the memory allows?
+"""Benchmark of every op at the families' sizes: its accuracy, and its share of the memory bandwidth.
 
-Rows of `kernels`: op, case, dtype, right, and the errors. Rows of `ops`: the case, milliseconds of each engine, and for
-what is bound by memory the bytes that must move and the share of the measured copy bandwidth.
+Rows of stage `kernels`: op, case, dtype, right, and the errors. Rows of stage `ops`: the case, milliseconds per engine,
+and for memory-bound ops the bytes that must move and the share of the measured copy bandwidth.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +21,14 @@ from triton_embed.kernels import ops, reference  # noqa: E402
 from triton_embed.kernels.packed import Packed  # noqa: E402
 
 OTHER_DTYPES = (torch.float16, torch.float32)
-SHARE = 0.25  # of the time that is left, for the stage `kernels`
+KERNELS_SHARE = 0.25  # of the remaining time, for the stage `kernels`
 Inputs = list[Any]
-Call = Callable[..., Any]  # call(kernels, *inputs), where kernels is `ops`, `reference` or the like
+Call = Callable[..., Any]  # call(kernels, *inputs), where kernels is `ops`, `reference` or an equivalent
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Random inputs, the same for the same seed, on the run's device."""
+    """Generator of random inputs on the run's device; the same seed gives the same values."""
 
     run: Run
     dtype: torch.dtype
@@ -38,8 +38,8 @@ class Maker:
         values = torch.randn(shape, generator=self._generator(len(shape)), device=self.run.device)
         return (values * by + about).to(dtype or self.dtype)
 
-    def below(self, most: int, *shape: int) -> Tensor:
-        return torch.randint(most, shape, generator=self._generator(7), device=self.run.device, dtype=torch.int32)
+    def below(self, limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, shape, generator=self._generator(7), device=self.run.device, dtype=torch.int32)
 
     def angles(self, tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
         turns = self.normal(tokens, head_dim // 2, by=3.0, dtype=torch.float32)
@@ -54,8 +54,13 @@ class Maker:
 
 @dataclass(frozen=True)
 class Case:
-    """`moved`: bytes that must go through memory, from the inputs and what came out; None: every tensor once.
-    `compute`: floating-point operations, for what is bound by them instead."""
+    """One op at one size.
+
+    Attributes:
+        moved: Returns the bytes that must move through memory for the inputs and the output; None: every tensor once.
+        compute: Returns the floating-point operations of a compute-bound op; None: the op is memory-bound.
+        first_of: The part of the op that needs a kernel of its own, such as a head dim or an activation.
+    """
 
     op: str
     name: str
@@ -64,21 +69,21 @@ class Case:
     moved: Callable[[Inputs, Any], int] | None = None
     compute: Callable[[Inputs], float] | None = None
     timed: bool = True
-    first_of: str = ""  # of one op, what is a kernel of its own: a head dim, an activation
+    first_of: str = ""
 
-    def bytes(self, inputs: Inputs, found: Any) -> int:
-        return nbytes([*inputs, found]) if self.moved is None else self.moved(inputs, found)
+    def bytes(self, inputs: Inputs, outputs: Any) -> int:
+        return nbytes([*inputs, outputs]) if self.moved is None else self.moved(inputs, outputs)
 
 
 def nbytes(values: Any) -> int:
-    """Of all tensors in there."""
+    """Return the size in bytes of all tensors in a nested list or tuple."""
     if isinstance(values, Tensor):
         return values.numel() * values.element_size()
     return sum(map(nbytes, values)) if isinstance(values, list | tuple) else 0
 
 
 def mixed(tokens: int, longest: int = 512) -> list[int]:
-    """Lengths of 8 to `longest` tokens, most of them short, that sum to `tokens`."""
+    """Return lengths of 8 to `longest` tokens, mostly short, that sum to `tokens`; the last may be shorter than 8."""
     lengths: list[int] = []
     for i in range(tokens):
         length = max(8, round(longest ** (((i * 0.618034) % 1.0) * 0.7 + 0.3)))
@@ -89,75 +94,77 @@ def mixed(tokens: int, longest: int = 512) -> list[int]:
 
 
 def cases(run: Run) -> list[Case]:
-    """The families' sizes; a rehearsal has few tokens and narrow rows."""
+    """Return cases at the families' sizes; a dry run has few tokens and narrow rows."""
     tokens, scale = run.size(16_384, 48), run.size(1, 16)
-    found: list[Case] = []
+    cases: list[Case] = []
     for family, size in (("0.6B", 1_024), ("1.5B", 1_536), ("7B", 4_096)):
-        found.append(rms(family, tokens, size // scale))
-    found += [norms("post_layer_norm", "bge-large", tokens, 1_024 // scale)]
-    found += [norms("add_layer_norm", "CLIP ViT-L", tokens, 1_024 // scale)]
+        cases.append(rms(family, tokens, size // scale))
+    cases += [norms("post_layer_norm", "bge-large", tokens, 1_024 // scale)]
+    cases += [norms("add_layer_norm", "CLIP ViT-L", tokens, 1_024 // scale)]
     heads: tuple[tuple[str, int, int, int, bool], ...] = (
         ("Qwen3-0.6B", 16, 8, 128, True),
         ("gte-1.5B", 12, 2, 128, False),
         ("7B", 32, 8, 128, False),
         ("Qwen2-VL vision", 16, 16, 80, False),
     )
-    found += [rope(*shape, tokens=tokens) for shape in (heads[2:] if run.dry else heads)]
-    found.append(embed("bge-large", tokens, 1_024 // scale))
+    cases += [rope(*shape, tokens=tokens) for shape in (heads[2:] if run.dry else heads)]
+    cases.append(embed("bge-large", tokens, 1_024 // scale))
     for family, size in (("0.6B", 3_072), ("1.5B", 8_960), ("7B", 14_336)):
-        found.append(gated(family, tokens, size // scale))
-    found += [activation_case(kind, tokens, 4_096 // scale) for kind in ("gelu_erf", "quick_gelu", "gelu_tanh")]
-    found += [pool(mode, tokens, 1_024 // scale) for mode in ("mean", "cls", "last")]
-    found.append(pooled("Qwen3-0.6B", tokens, 16, 8, 128))
-    found.append(pooled("bge-large", tokens, 16, 16, 64))
+        cases.append(gated(family, tokens, size // scale))
+    cases += [activation_case(kind, tokens, 4_096 // scale) for kind in ("gelu_erf", "quick_gelu", "gelu_tanh")]
+    cases += [pool(mode, tokens, 1_024 // scale) for mode in ("mean", "cls", "last")]
+    cases.append(pooled("Qwen3-0.6B", tokens, 16, 8, 128))
+    cases.append(pooled("bge-large", tokens, 16, 16, 64))
     side = run.size(1_344, 56)
-    found.append(patchify_case("Qwen2-VL", side, 14, 2, 2))
+    cases.append(patchify_case("Qwen2-VL", side, 14, 2, 2))
     for count in (tokens, max(tokens // 32, 8)):
         for family, outputs, size, act in (
             ("bge-large", 4_096, 1_024, "gelu_erf"),
             ("CLIP ViT-L", 4_096, 1_024, "quick_gelu"),
             ("Qwen2-VL vision", 5_120, 1_280, "quick_gelu"),
         ):
-            found.append(linear_case(family, count, outputs // scale, size // scale, act))
-    return found
+            cases.append(linear_case(family, count, outputs // scale, size // scale, act))
+    return cases
 
 
 def attention_cases(run: Run) -> list[Case]:
-    """For their correctness alone: head dims, masks and lengths that meet every branch of the kernel."""
+    """Return untimed correctness cases: head dims, masks and lengths that reach every branch of the kernel."""
     lengths = [1, 2, 15, 63, 64, 65] + ([] if run.dry else [127, 128, 129, 300, 511, 1_024, 2_500])
-    found = []
+    cases = []
     for heads, kv_heads, dim in ((16, 16, 64), (16, 8, 128), (12, 2, 128), (16, 16, 80), (4, 4, 256)):
         for causal, window, prefix in ((False, None, 0), (True, None, 0), (True, 48, 0), (True, None, 21)):
             if run.dry and (dim > 80 or window):
                 continue
-            found.append(attention_case(lengths, heads, kv_heads, dim, causal, window, prefix))
-    return found
+            cases.append(attention_case(lengths, heads, kv_heads, dim, causal, window, prefix))
+    return cases
 
 
 def kernels(run: Run) -> Iterator[Row]:
-    """Each op against float64: all sizes in bf16, then the first size of each in the other dtypes, for a kernel takes
-    seconds to compile."""
+    """Check each op against float64: all sizes in bf16, then the first size of each kernel in the other dtypes.
+
+    Other dtypes get one size only because a kernel takes seconds to compile.
+    """
     everything = [*attention_cases(run), *cases(run)]
     firsts = list({(case.op, case.first_of): case for case in reversed(everything)}.values())[::-1]
-    todo = [(case, torch.bfloat16) for case in everything]
-    todo += [(case, dtype) for dtype in OTHER_DTYPES for case in firsts]
-    stop = run.seconds_left * (1 - SHARE)
-    for case, dtype in todo:
+    checks = [(case, torch.bfloat16) for case in everything]
+    checks += [(case, dtype) for dtype in OTHER_DTYPES for case in firsts]
+    min_seconds_left = run.seconds_left * (1 - KERNELS_SHARE)
+    for case, dtype in checks:
         about = {"op": case.op, "case": case.name, "dtype": str(dtype).removeprefix("torch.")}
-        if run.seconds_left < stop:
+        if run.seconds_left < min_seconds_left:
             yield about | {"skipped": "no time left"}
         else:
             yield attempt(about, lambda case=case, dtype=dtype: check(run, case, dtype))  # type: ignore[misc]
 
 
 def check(run: Run, case: Case, dtype: torch.dtype) -> Row:
-    """In-place ops get copies, so that each starts from the same values."""
+    """Check one case against float64; in-place ops get copies so that each run starts from the same values."""
     with torch.inference_mode():
         inputs = case.make(Maker(run, dtype))
-        found = case.call(ops, *copies(inputs))
-        own = case.call(reference, *copies(inputs))
+        outputs = case.call(ops, *copies(inputs))
+        torch_outputs = case.call(reference, *copies(inputs))
         truth = exact(case.call, reference, *inputs)
-        return judge(found, truth, own, dtype)
+        return judge(outputs, truth, torch_outputs, dtype)
 
 
 def speeds(run: Run) -> Iterator[Row]:
@@ -167,7 +174,7 @@ def speeds(run: Run) -> Iterator[Row]:
 
 
 class LeftToTorch:
-    """What `ops.linear` does where the table has no config: cuBLAS, then the activation's own kernel."""
+    """The fallback of `ops.linear` when the table has no config: cuBLAS, then the activation kernel."""
 
     @staticmethod
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -178,7 +185,7 @@ class LeftToTorch:
 def _speed(run: Run, case: Case) -> Row:
     verdict = check(run, case, torch.bfloat16)
     inputs = case.make(Maker(run, torch.bfloat16))
-    found = case.call(ops, *copies(inputs))
+    outputs = case.call(ops, *copies(inputs))
     count = run.timer.sets(nbytes(inputs))
     sets = [inputs, *(case.make(Maker(run, torch.bfloat16, seed)) for seed in range(1, count))]
     engines: dict[str, Any] = {"ours": ops, "torch": reference}
@@ -194,7 +201,7 @@ def _speed(run: Run, case: Case) -> Row:
     row["ratio_to_torch"] = times["torch"]["median_ms"] / ours
     if case.compute is not None:
         return row | {"bound": "compute", "tflops": case.compute(inputs) / ours / 1e9}
-    moved = case.bytes(inputs, found)
+    moved = case.bytes(inputs, outputs)
     bandwidth = run.results["ceilings"].get("copy_gb_s")
     rate = moved / ours / 1e6
     share = rate / bandwidth if bandwidth else None
@@ -228,7 +235,7 @@ def rope(family: str, heads: int, kv_heads: int, dim: int, norm: bool, tokens: i
     def call(k: Any, qkv: Tensor, cos: Tensor, sin: Tensor, q: Tensor | None, w: Tensor | None) -> Any:
         return k.qk_norm_rope_(qkv, (heads, kv_heads), cos, sin, q, w, 1e-6)
 
-    def moved(inputs: Inputs, _: Any) -> int:  # q and k there and back, v not at all
+    def moved(inputs: Inputs, _: Any) -> int:  # q and k are read and written, v is untouched
         return 2 * nbytes(inputs[0]) * (heads + kv_heads) // (heads + 2 * kv_heads) + nbytes(inputs[1:])
 
     name = f"{family} {tokens} tokens, {heads}+{kv_heads} heads of {dim}{', normed' if norm else ''}"
@@ -236,17 +243,18 @@ def rope(family: str, heads: int, kv_heads: int, dim: int, norm: bool, tokens: i
 
 
 def embed(family: str, tokens: int, size: int) -> Case:
-    words, places = 30_522, 512
+    words, positions = 30_522, 512
 
     def make(m: Maker) -> Inputs:
-        tables = [m.normal(rows, size) for rows in (words, places, 2)]
-        return [m.below(words, tokens), m.below(places, tokens), *tables, m.normal(size, about=1.0), m.normal(size)]
+        tables = [m.normal(rows, size) for rows in (words, positions, 2)]
+        return [m.below(words, tokens), m.below(positions, tokens), *tables, m.normal(size, about=1.0), m.normal(size)]
 
     def call(k: Any, ids: Tensor, pos: Tensor, *tables: Tensor) -> Any:
         return k.embed_layer_norm(ids, pos, None, *tables, 1e-12)
 
-    def moved(inputs: Inputs, found: Any) -> int:  # a row of each table a token; positions and types stay in the cache
-        return 2 * nbytes(found) + nbytes(inputs[:2])
+    def moved(inputs: Inputs, outputs: Any) -> int:
+        # Per token one word row is read and one row written; positions and types stay in the cache.
+        return 2 * nbytes(outputs) + nbytes(inputs[:2])
 
     return Case("embed_layer_norm", f"{family} {tokens}x{size}", make, call, moved)
 
@@ -276,7 +284,7 @@ def pool(mode: str, tokens: int, size: int) -> Case:
         dims = [size] * (len(lengths) - 1) + [size // 2]
         return k.segment_pool(x, packed, mode, dims)
 
-    # Of the others a row a sequence is read, which is over before it began.
+    # The other modes read one row per sequence, which is too short to time.
     return Case("segment_pool", f"{mode} {tokens}x{size}", make, call, timed=mode == "mean", first_of=mode)
 
 
@@ -290,8 +298,8 @@ def pooled(family: str, tokens: int, heads: int, kv_heads: int, dim: int) -> Cas
     def call(k: Any, qkv: Tensor, packed: Packed, rows: Tensor) -> Any:
         return k.pooled_attention(*_heads(qkv, heads, kv_heads), packed, rows, None, dim**-0.5)
 
-    def moved(inputs: Inputs, found: Any) -> int:  # all keys and values, a query a sequence
-        return nbytes(inputs[0]) * 2 * kv_heads // (heads + 2 * kv_heads) + 2 * nbytes(found)
+    def moved(inputs: Inputs, outputs: Any) -> int:  # all keys and values, one query per sequence
+        return nbytes(inputs[0]) * 2 * kv_heads // (heads + 2 * kv_heads) + 2 * nbytes(outputs)
 
     name = f"{family} {tokens} tokens, {heads}/{kv_heads} heads of {dim}"
     return Case("pooled_attention", name, make, call, moved, first_of=str(dim))
@@ -307,8 +315,8 @@ def attention_case(
         return [m.normal(sum(lengths), (heads + 2 * kv_heads) * dim), m.packed(lengths), *shared]
 
     def call(k: Any, qkv: Tensor, packed: Packed, keys: Tensor | None, values: Tensor | None) -> Any:
-        before = None if keys is None else (keys, values)
-        return k.varlen_attention(*_heads(qkv, heads, kv_heads), packed, causal, window, dim**-0.5, before)
+        prefix_kv = None if keys is None else (keys, values)
+        return k.varlen_attention(*_heads(qkv, heads, kv_heads), packed, causal, window, dim**-0.5, prefix_kv)
 
     mask = "causal" if causal else "full"
     extra = (f", window {window}" if window else "") + (f", prefix {prefix}" if prefix else "")
@@ -317,7 +325,7 @@ def attention_case(
 
 
 def _heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
-    """q, k and v as views of one buffer, as the engine has them."""
+    """Split one buffer into views q, k and v, as the engine does."""
     return qkv.view(len(qkv), heads + 2 * kv_heads, -1).split((heads, kv_heads, kv_heads), dim=1)
 
 

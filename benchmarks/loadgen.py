@@ -1,7 +1,7 @@
-"""Load from a process of its own: a fixed number of callers, each sending its next request when answered.
+"""Closed-loop load generator: a fixed number of callers, each sending its next request after the last response.
 
-`python -m benchmarks.loadgen TEXTS.json` is a worker. Requests are encoded before the clock starts, and only
-the status of an answer is looked at, so that the client costs the machine little.
+`python -m benchmarks.loadgen TEXTS.json` is a worker. To keep client CPU time low, requests are encoded before the
+clock starts and only the status of each response is checked.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ import uvloop
 
 from benchmarks.clients import CLIENTS, Client
 from benchmarks.summary import summary
-from benchmarks.worker import answer, vectors_reply
+from benchmarks.worker import serve_requests, vectors_reply
 
 
 async def measure(
     client: Client, requests: list[Any], inputs: int, concurrency: int, seconds: float, start: int
 ) -> dict[str, Any]:
-    """No request starts after `seconds`; those in flight then are waited for, and count."""
+    """Measure one cell. No request starts after `seconds`; requests in flight at that time finish and count."""
     latencies: list[float] = []
     failures: collections.Counter[str] = collections.Counter()
     numbers = itertools.count(start // inputs)
@@ -43,7 +43,7 @@ async def measure(
 
 
 class Load:
-    """Clients and encoded requests, kept between questions."""
+    """Clients and encoded requests, cached across worker requests."""
 
     def __init__(self, pools: dict[str, list[str]]) -> None:
         self.pools = pools
@@ -53,7 +53,8 @@ class Load:
     async def handle(
         self, *, protocol: str = "", port: int = 0, texts: list[str] | None = None, workload: str = "", **cell: Any
     ) -> dict[str, Any]:
-        if not protocol:  # whether it is there
+        """Handle one worker request: return {} (ping), the vectors of `texts`, or the figures of a cell."""
+        if not protocol:
             return {}
         if (protocol, port) not in self.clients:
             self.clients[protocol, port] = CLIENTS[protocol](port)
@@ -61,11 +62,11 @@ class Load:
         if texts is not None:
             status, reply = await client.call(client.prepare(texts))
             if status != "200":
-                raise RuntimeError(f"{protocol}: {status}: {reply!r}")
+                raise RuntimeError(f"{protocol} request failed with status {status}: {reply!r}")
             return vectors_reply(client.vectors(reply))
-        return await measure(client, self._encoded(client, protocol, workload, cell["inputs"]), **cell)
+        return await measure(client, self._encoded_requests(client, protocol, workload, cell["inputs"]), **cell)
 
-    def _encoded(self, client: Client, protocol: str, workload: str, inputs: int) -> list[Any]:
+    def _encoded_requests(self, client: Client, protocol: str, workload: str, inputs: int) -> list[Any]:
         key = protocol, workload, inputs
         if key not in self.requests:
             pool = self.pools[workload]
@@ -77,7 +78,7 @@ class Load:
 def main() -> None:
     load = Load(json.loads(Path(sys.argv[1]).read_text()))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        answer(lambda **question: runner.run(load.handle(**question)))
+        serve_requests(lambda **request: runner.run(load.handle(**request)))
 
 
 if __name__ == "__main__":

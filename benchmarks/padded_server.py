@@ -1,7 +1,7 @@
-"""The yardstick: the embedding server a person writes with sentence-transformers and FastAPI.
+"""The baseline server: a minimal embedding server with sentence-transformers and FastAPI.
 
-Every request is one `model.encode` of its own texts, padded. A lock keeps concurrent requests from fighting
-over the cores: this server at its best. Run by `uvicorn benchmarks.padded_server:app`.
+Each request is one padded `model.encode` call. A lock prevents concurrent requests from competing for the cores, which
+gives this server its best throughput. Run it with `uvicorn benchmarks.padded_server:app`.
 """
 
 import base64
@@ -20,6 +20,8 @@ lock = threading.Lock()
 
 
 class EmbeddingRequest(BaseModel):
+    """The body of an embedding request."""
+
     input: str | list[str]
     model: str = "minilm"
     encoding_format: Literal["float", "base64"] = "float"
@@ -27,11 +29,13 @@ class EmbeddingRequest(BaseModel):
 
 @app.get("/ready")
 def ready() -> str:
+    """Return a readiness response."""
     return "ok"
 
 
 @app.post("/v1/embeddings")
 def embeddings(request: EmbeddingRequest) -> ORJSONResponse:
+    """Return the embeddings of the texts in the form of OpenAI's API."""
     texts = [request.input] if isinstance(request.input, str) else request.input
     with lock:
         vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)

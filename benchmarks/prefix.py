@@ -1,7 +1,8 @@
-"""What it is worth to compute an instruction once: queries of a Qwen3-Embedding-0.6B of random weights on a CPU.
+"""Benchmark of prefix reuse: queries with an instruction on a Qwen3-Embedding-0.6B with random weights, on a CPU.
 
-`python -m benchmarks.prefix [--dtypes float32 bfloat16] [--rounds 7]`: the same rows through the same weights, with the
-instruction in every row and behind its keys and values, in turns; medians, and how far apart the vectors are.
+`python -m benchmarks.prefix [--dtypes float32 bfloat16] [--rounds 7]` embeds the same rows with the same weights, in
+turns: with the instruction computed in every row, and with its cached keys and values. It reports medians and the
+lowest cosine between both vectors.
 """
 
 import argparse
@@ -36,31 +37,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     result = {**record.header(), "rows": []}
     with tempfile.TemporaryDirectory() as directory:
-        print("writing the checkpoint", flush=True)
+        print("writing the checkpoint …", flush=True)
         subprocess.run([sys.executable, "-m", "benchmarks.shapes", "qwen3-0.6b", directory], check=True)
         for dtype in options.dtypes:
-            ours = embedder(Path(directory), dtype)
+            embedder = load_embedder(Path(directory), dtype)
             for case in CASES:
-                row = {"dtype": dtype, **measure(ours, *case, options.rounds)}
+                row = {"dtype": dtype, **measure(embedder, *case, options.rounds)}
                 result["rows"].append(row)
-                print(line(row), flush=True)
+                print(progress_line(row), flush=True)
     record.write(options.out, result)
     print(table(result["rows"], options.dtypes))
 
 
 def table(rows: Sequence[dict[str, Any]], dtypes: Sequence[str]) -> str:
-    """As the README quotes it."""
+    """Return the results as a Markdown table."""
     cells = {(row["dtype"], row["instruction"], row["query"], row["queries"]): row for row in rows}
-    heads = [f"{dtype}, whole → behind, ms |" for dtype in dtypes]
+    heads = [f"{dtype}, computed in full → prefix reused, ms |" for dtype in dtypes]
     lines = [f"| queries × (instruction + query) tokens | {' | '.join(heads)} |", "|---" * (1 + 2 * len(dtypes)) + "|"]
     for instruction, query, queries in CASES:
-        found = [cells[dtype, instruction, query, queries] for dtype in dtypes]
-        times = [f"{row['whole_ms']:,.0f} → {row['behind_ms']:,.0f} | {row['ratio']:.2f}×" for row in found]
+        row_cells = [cells[dtype, instruction, query, queries] for dtype in dtypes]
+        times = [f"{row['whole_ms']:,.0f} → {row['behind_ms']:,.0f} | {row['ratio']:.2f}×" for row in row_cells]
         lines.append(f"| {queries} × ({instruction} + {query}) | {' | '.join(times)} |")
     return "\n".join(lines)
 
 
-def embedder(directory: Path, dtype: str) -> Embedder:
+def load_embedder(directory: Path, dtype: str) -> Embedder:
+    """Load the checkpoint with the family's model.py."""
     sys.modules.setdefault("triton_python_backend_utils", ModuleType("only inside Triton"))
     model = runpy.run_path(str(record.ROOT / "model_repository/qwen3_embedding/1/model.py"))["TritonPythonModel"]
     serving = ServingConfig(
@@ -69,38 +71,40 @@ def embedder(directory: Path, dtype: str) -> Embedder:
     return Embedder(model.spec, directory, serving)
 
 
-def measure(ours: Embedder, instruction: int, query: int, queries: int, rounds: int) -> dict[str, Any]:
-    draw = np.random.default_rng(0)
-    head = draw.integers(VOCABULARY, size=instruction, dtype=np.int32)
-    ids = [np.concatenate([head, draw.integers(VOCABULARY, size=query, dtype=np.int32)]) for _ in range(queries)]
-    plain, behind = [Row(one) for one in ids], [Row(one, shared=instruction) for one in ids]
-    dims = [ours.model.dimensions] * queries
-    for _ in range(2):  # the second time the instruction is known
-        apart = ours.embed(behind, dims)
-    whole = ours.embed(plain, dims)
-    seconds: dict[str, list[float]] = {"whole": [], "behind": []}
+def measure(embedder: Embedder, instruction: int, query: int, queries: int, rounds: int) -> dict[str, Any]:
+    """Measure one case and return its result row. `instruction`, `query`: tokens; `queries`: rows per call."""
+    rng = np.random.default_rng(0)
+    prefix = rng.integers(VOCABULARY, size=instruction, dtype=np.int32)
+    ids = [np.concatenate([prefix, rng.integers(VOCABULARY, size=query, dtype=np.int32)]) for _ in range(queries)]
+    full_rows, prefix_rows = [Row(row) for row in ids], [Row(row, shared_prefix_tokens=instruction) for row in ids]
+    dims = [embedder.model.dimensions] * queries
+    for _ in range(2):  # the second call reuses the instruction
+        prefix_vectors = embedder.embed(prefix_rows, dims)
+    full_vectors = embedder.embed(full_rows, dims)
+    seconds: dict[str, list[float]] = {"full": [], "prefix": []}
     for _ in range(rounds):
-        for name, rows in (("whole", plain), ("behind", behind)):
+        for name, rows in (("full", full_rows), ("prefix", prefix_rows)):
             start = time.perf_counter()
-            ours.embed(rows, dims)
+            embedder.embed(rows, dims)
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "instruction": instruction,
         "query": query,
         "queries": queries,
-        "whole_ms": round(1e3 * medians["whole"], 1),
-        "behind_ms": round(1e3 * medians["behind"], 1),
-        "ratio": round(medians["whole"] / medians["behind"], 2),
+        "whole_ms": round(1e3 * medians["full"], 1),
+        "behind_ms": round(1e3 * medians["prefix"], 1),
+        "ratio": round(medians["full"] / medians["prefix"], 2),
         "ratio_range": [
-            round(limit(w / b for w, b in zip(seconds["whole"], seconds["behind"], strict=True)), 2)
-            for limit in (min, max)
+            round(bound(f / p for f, p in zip(seconds["full"], seconds["prefix"], strict=True)), 2)
+            for bound in (min, max)
         ],
-        "least_cosine": round(float((whole * apart).sum(axis=1).min()), 6),
+        "least_cosine": round(float((full_vectors * prefix_vectors).sum(axis=1).min()), 6),
     }
 
 
-def line(row: dict[str, Any]) -> str:
+def progress_line(row: dict[str, Any]) -> str:
+    """Format a row as a line of progress output."""
     low, high = row["ratio_range"]
     return (
         f"{row['dtype']:>8}  {row['queries']:>2} x ({row['instruction']} + {row['query']}) tokens  "

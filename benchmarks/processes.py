@@ -1,4 +1,4 @@
-"""Processes of a benchmark: started, weighed, and gone when the benchmark is, Ctrl-C included."""
+"""Start, measure and stop the processes of a benchmark, including on Ctrl-C."""
 
 import os
 import signal
@@ -21,13 +21,14 @@ from benchmarks.record import ROOT
 MODEL = "minilm"
 
 
-def leave_on_signal() -> None:
-    """Ctrl-C and SIGTERM unwind the stack without a traceback, so that every `with` ends its processes."""
+def exit_on_signal() -> None:
+    """Make Ctrl-C and SIGTERM raise SystemExit, so that every `with` block stops its processes without a traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+        signal.signal(number, lambda signum, _: sys.exit(128 + signum))
 
 
 def free_port() -> int:
+    """Return a free loopback TCP port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -35,7 +36,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: Sequence[str], log: Path, **popen: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own (Ctrl-C reaches us alone), stopped with its children."""
+    """Run a process in a new session, so that Ctrl-C reaches only the benchmark. Stop it and its children at exit."""
     with log.open("w") as sink:
         options: dict[str, Any] = {"stdout": sink, "stderr": sink, "text": True, "cwd": ROOT}
         process = subprocess.Popen(command, start_new_session=True, **options | popen)
@@ -46,22 +47,22 @@ def running(command: Sequence[str], log: Path, **popen: Any) -> Iterator[subproc
 
 
 def stop(process: subprocess.Popen[str], seconds: float = 15) -> float:
-    """SIGTERM, and SIGKILL for whatever is left after `seconds`. Returns how long the process itself took."""
+    """Send SIGTERM, then SIGKILL to processes still alive after `seconds`. Return how long the process itself took."""
     family = tree(process.pid)
     start = time.monotonic()
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    taken = time.monotonic() - start
+    elapsed = time.monotonic() - start
     for member in psutil.wait_procs(family, timeout=1)[1]:
         with suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
-    return taken
+    return elapsed
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """The process and all its descendants; empty once it is gone."""
+    """Return the process and all its descendants; empty if it has ended."""
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -69,7 +70,7 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def role(process: psutil.Process) -> str:
-    """What a process is, in a word or two: `tritonserver`, `stub minilm`, `uvicorn`, `triton-embed`."""
+    """Return a short label of a process: `tritonserver`, `stub minilm`, `uvicorn`, `triton-embed`."""
     try:
         command = process.cmdline() or [process.name()]
     except psutil.NoSuchProcess:
@@ -83,48 +84,55 @@ def role(process: psutil.Process) -> str:
 
 
 def memory(pid: int) -> dict[str, dict[str, float]]:
-    """MB of each process of a tree: resident at its peak and now, and proportional (shared pages split)."""
-    weights: dict[str, dict[str, float]] = {}
+    """Return peak RSS, RSS and PSS (shared pages split) in MB of each process of a tree, by role."""
+    usage: dict[str, dict[str, float]] = {}
     for process in tree(pid):
         with suppress(psutil.NoSuchProcess, FileNotFoundError):
             now = process.memory_full_info()
             status = Path(f"/proc/{process.pid}/status").read_text()
             peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
             name = role(process)
-            name = f"{name} #{process.pid}" if name in weights else name
-            weights[name] = {"peak_rss": peak / 1024, "rss": now.rss / 2**20, "pss": now.pss / 2**20}
-    return weights
+            name = f"{name} #{process.pid}" if name in usage else name
+            usage[name] = {"peak_rss": peak / 1024, "rss": now.rss / 2**20, "pss": now.pss / 2**20}
+    return usage
 
 
 def cpu_seconds_elsewhere() -> float:
-    """CPU time spent so far on this machine by all but this process and its descendants, stolen time included."""
+    """Return the CPU seconds used so far by other processes than this one and its descendants, stolen time included."""
     times = psutil.cpu_times()
-    everyone = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+    total = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
     ours = 0.0
     for process in tree(os.getpid()):
         with suppress(psutil.NoSuchProcess):
             spent = process.cpu_times()
             ours += spent.user + spent.system + spent.children_user + spent.children_system
-    return float(everyone - ours)
+    return float(total - ours)
 
 
-def wait_for(url: str, process: subprocess.Popen[str], log: Path, seconds: float = 180) -> float:
-    """Until a GET answers 200; how long that took. RuntimeError with the log's end when it never does."""
+def wait_until_ready(url: str, process: subprocess.Popen[str], log: Path, seconds: float = 180) -> float:
+    """Wait until a GET of `url` succeeds and return how long that took.
+
+    Raises:
+        RuntimeError: The process ended or `seconds` passed; the message holds the end of its log.
+    """
     start = time.monotonic()
     while process.poll() is None and time.monotonic() - start < seconds:
         with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             urllib.request.urlopen(url, timeout=5).close()
             return time.monotonic() - start
         time.sleep(0.1)
-    raise RuntimeError(f"{log.stem} did not answer {url}; its log ends\n{tail(log)}")
+    raise RuntimeError(f"{log.stem} did not answer {url}. End of its log:\n{tail(log)}")
 
 
 def tail(log: Path) -> str:
+    """Return the last 30 lines of a log."""
     return "\n".join(log.read_text().splitlines()[-30:])
 
 
 @dataclass(frozen=True)
 class Stack:
+    """A running `triton-embed serve`: gateway and tritonserver."""
+
     process: subprocess.Popen[str]
     port: int
     grpc_port: int
@@ -132,8 +140,8 @@ class Stack:
 
 
 @contextmanager
-def our_stack(logs: Path) -> Iterator[Stack]:
-    """`triton-embed serve` with one model on free loopback ports, ready when the block begins."""
+def serve_minilm(logs: Path) -> Iterator[Stack]:
+    """Run `triton-embed serve` with one model on free loopback ports; it is ready when the block begins."""
     http, grpc = free_port(), free_port()
     command = [
         *(
@@ -149,5 +157,5 @@ def our_stack(logs: Path) -> Iterator[Stack]:
     ]
     log = logs / "triton-embed.log"
     with running(command, log) as process:
-        seconds = wait_for(f"http://127.0.0.1:{http}/ready", process, log)
+        seconds = wait_until_ready(f"http://127.0.0.1:{http}/ready", process, log)
         yield Stack(process, http, grpc, seconds)

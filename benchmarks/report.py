@@ -1,9 +1,8 @@
-"""From measured rounds to rows, and from rows to the tables.
+"""Convert measured rounds to result rows, and rows to Markdown tables.
 
-A row: engine, where, workload, inputs (texts a call), concurrency (calls in flight), failures by status, way (how the
-engine took the texts, where it has several), the metric's median, min, max and its value in each round,
-ratio_to_st_fp32 with ratio_min and ratio_max: the median and the spread of the ratios of each round. Memory rows name
-the process.
+Keys of a row: engine, where, workload, inputs (texts per call), concurrency (calls in flight), failures by status, way
+(execution mode, if the engine has several), the metric, its median, min, max and value per round, and ratio_to_st_fp32
+with ratio_min and ratio_max: the median and the spread of the per-round ratios. Memory rows also name the process.
 """
 
 import math
@@ -12,104 +11,124 @@ from statistics import median
 from typing import Any, NamedTuple
 
 BASELINE = "sentence-transformers-fp32"
-MANY = 128  # texts a call in-process: sentence-transformers sorts them by length, which is its best
-FEW = 32  # where all texts have the same length, or are long
+LARGE_CALL = 128  # texts per in-process call: sentence-transformers sorts them by length, which suits it best
+SMALL_CALL = 32  # texts per call if all have the same length or are long
 METRICS = ("sentences_per_s", "p50_ms", "p99_ms", "gflop_per_s")
 
 
 class Cell(NamedTuple):
+    """One point of measurement: a workload and how it is sent."""
+
     workload: str
-    inputs: int  # texts a call
-    concurrency: int
+    inputs: int  # texts per call
+    concurrency: int  # calls in flight
 
 
-class Place(NamedTuple):
+class Contender(NamedTuple):
+    """An engine and how it is reached."""
+
     engine: str
     where: str  # "bare", "http" or "grpc"
 
 
-MACHINE = Place("machine", "bare")  # no engine: what its cores multiply at most
+MACHINE = Contender("machine", "bare")  # not an engine: the ceiling of its matrix products
 
 Row = dict[str, Any]
-Rounds = dict[tuple[Place, Cell], list[dict[str, Any]]]
+Rounds = dict[tuple[Contender, Cell], list[dict[str, Any]]]
 
 
-def many(place: Place, workload: str) -> Cell:
-    """The cell that a place's throughput is judged by."""
-    if place.where != "bare":
+def throughput_cell(contender: Contender, workload: str) -> Cell:
+    """Return the cell in which the throughput of a contender is compared."""
+    if contender.where != "bare":
         return Cell(workload, 32, 8)
-    return Cell(workload, FEW if workload == "full" else MANY, 1)
+    return Cell(workload, SMALL_CALL if workload == "full" else LARGE_CALL, 1)
 
 
-def row(place: Place, metric: str, values: Iterable[float], **about: Any) -> Row:
-    """`values`: one a round; NaN where a round gave none, but not in all."""
+def make_row(contender: Contender, metric: str, values: Iterable[float], **fields: Any) -> Row:
+    """Return the row of a metric. `values`: one per round, NaN for a round without a value; at least one number."""
     values = list(values)
-    known = [value for value in values if not math.isnan(value)]
-    spread = {"median": median(known), "min": min(known), "max": max(known)}
-    who = {"engine": place.engine, "where": place.where, "workload": "all"}
+    numbers = [value for value in values if not math.isnan(value)]
+    spread = {"median": median(numbers), "min": min(numbers), "max": max(numbers)}
+    identity = {"engine": contender.engine, "where": contender.where, "workload": "all"}
     rounds = [None if math.isnan(value) else value for value in values]
     ratios = {"ratio_to_st_fp32": None, "ratio_min": None, "ratio_max": None}
-    return who | about | {"metric": metric} | spread | {"rounds": rounds} | ratios
+    return identity | fields | {"metric": metric} | spread | {"rounds": rounds} | ratios
 
 
-def rows(rounds: Rounds) -> list[Row]:
-    """One row a cell and metric. Ratios: throughput to the baseline's in-process on the same workload, the latency of
-    single texts to the baseline's."""
-    made = []
-    for (place, cell), results in rounds.items():
+def make_rows(rounds: Rounds) -> list[Row]:
+    """Return one row per cell and metric.
+
+    Throughput is divided by the baseline's in-process throughput on the same workload, and the p50 latency of single
+    texts by the baseline's.
+    """
+    rows = []
+    for (contender, cell), results in rounds.items():
         failures: dict[str, int] = {}
         for result in results:
             for status, count in result.get("failures", {}).items():
                 failures[status] = failures.get(status, 0) + count
-        about = {**cell._asdict(), "failures": failures}
+        fields = {**cell._asdict(), "failures": failures}
         if way := results[-1].get("way"):
-            about["way"] = way
+            fields["way"] = way
         for metric in METRICS:
             values = [result.get(metric, math.nan) for result in results]
             if not all(map(math.isnan, values)):
-                made.append(row(place, metric, values, **about))
-    baseline = Place(BASELINE, "bare")
-    for r in made:
-        single = r["inputs"] == 1 and r["concurrency"] == 1
-        reference = Cell(r["workload"], 1, 1) if r["metric"] == "p50_ms" else many(baseline, r["workload"])
-        if r["metric"] == "sentences_per_s" or (single and r["metric"] == "p50_ms"):
-            found = ratios(r, find(made, baseline, r["metric"], reference))
-            if found:
-                r["ratio_to_st_fp32"] = median(found)
-                r["ratio_min"], r["ratio_max"] = min(found), max(found)
-    return made
+                rows.append(make_row(contender, metric, values, **fields))
+    baseline = Contender(BASELINE, "bare")
+    for row in rows:
+        single = row["inputs"] == 1 and row["concurrency"] == 1
+        reference = (
+            Cell(row["workload"], 1, 1) if row["metric"] == "p50_ms" else throughput_cell(baseline, row["workload"])
+        )
+        if row["metric"] == "sentences_per_s" or (single and row["metric"] == "p50_ms"):
+            values = ratios(row, find_row(rows, baseline, row["metric"], reference))
+            if values:
+                row["ratio_to_st_fp32"] = median(values)
+                row["ratio_min"], row["ratio_max"] = min(values), max(values)
+    return rows
 
 
-def pairs(one: Row | None, other: Row | None) -> list[tuple[float, float]]:
-    """The values of two rows, round by round; empty where either is missing."""
-    if not one or not other:
+def pairs(a: Row | None, b: Row | None) -> list[tuple[float, float]]:
+    """Return the values of two rows, paired by round; empty if either row is missing."""
+    if not a or not b:
         return []
-    both = zip(one["rounds"], other["rounds"], strict=True)
-    return [(a, b) for a, b in both if a is not None and b is not None]
+    values = zip(a["rounds"], b["rounds"], strict=True)
+    return [(x, y) for x, y in values if x is not None and y is not None]
 
 
-def ratios(one: Row | None, other: Row | None) -> list[float]:
-    return [a / b for a, b in pairs(one, other) if b]
+def ratios(a: Row | None, b: Row | None) -> list[float]:
+    """Return a / b of each round."""
+    return [x / y for x, y in pairs(a, b) if y]
 
 
-def find(rows: Sequence[Row], place: Place, metric: str, cell: Cell | None = None, **about: Any) -> Row | None:
-    wanted = place._asdict() | {"metric": metric} | (cell._asdict() if cell else {}) | about
-    return next((r for r in rows if wanted.items() <= r.items()), None)
+def find_row(
+    rows: Sequence[Row], contender: Contender, metric: str, cell: Cell | None = None, **fields: Any
+) -> Row | None:
+    """Return the first row that matches, or None."""
+    criteria = contender._asdict() | {"metric": metric} | (cell._asdict() if cell else {}) | fields
+    return next((row for row in rows if criteria.items() <= row.items()), None)
 
 
-def places(rows: Sequence[Row]) -> list[Place]:
-    found = dict.fromkeys(Place(r["engine"], r["where"]) for r in rows)
-    return [place for place in found if place != MACHINE]
+def list_contenders(rows: Sequence[Row]) -> list[Contender]:
+    """Return the contenders of the rows, without the machine itself."""
+    unique = dict.fromkeys(Contender(row["engine"], row["where"]) for row in rows)
+    return [contender for contender in unique if contender != MACHINE]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a line an engine. Served: 32 inputs a request, 8 in flight; one text: one in flight."""
+    """Return the Markdown table of all contenders.
+
+    Served throughput: 32 inputs per request, 8 requests in flight. Single texts: one request in flight.
+    """
     columns = ["engine", "short, sentences/s", "mixed", "256 tokens", "512 tokens"]
     columns += ["one short query, p50 ms", "one of 256 tokens", "cosine, mean", "least", "neighbours", "peak MB"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for place in places(rows):
-        cells = [find(rows, place, "sentences_per_s", many(place, w)) for w in ("short", "mixed", "long", "full")]
-        cells += [find(rows, place, "p50_ms", Cell(w, 1, 1)) for w in ("short", "long")]
+    for contender in list_contenders(rows):
+        cells = [
+            find_row(rows, contender, "sentences_per_s", throughput_cell(contender, w))
+            for w in ("short", "mixed", "long", "full")
+        ]
+        cells += [find_row(rows, contender, "p50_ms", Cell(w, 1, 1)) for w in ("short", "long")]
         figures = [_figure(cell) for cell in cells]
         for metric, form in (
             ("cosine_mean", ".6f"),
@@ -117,37 +136,38 @@ def table(rows: Sequence[Row]) -> str:
             ("neighbours_10", ".3f"),
             ("peak_rss_mb_total", ",.0f"),
         ):
-            found = find(rows, place, metric, **({"when": "after"} if metric == "peak_rss_mb_total" else {}))
-            figures.append(format(found["median"], form) if found else "–")
-        lines.append(f"| {place.engine}, {place.where} | {' | '.join(figures)} |")
+            row = find_row(rows, contender, metric, **({"when": "after"} if metric == "peak_rss_mb_total" else {}))
+            figures.append(format(row["median"], form) if row else "–")
+        lines.append(f"| {contender.engine}, {contender.where} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
 def served_table(rows: Sequence[Row]) -> str:
-    """Markdown, a line a server: one short text a request, by requests in flight."""
-    concurrencies = sorted({r["concurrency"] for r in rows if r["where"] != "bare" and r.get("inputs") == 1})
+    """Return the Markdown table of the servers: one short text per request, by requests in flight."""
+    concurrencies = sorted({row["concurrency"] for row in rows if row["where"] != "bare" and row.get("inputs") == 1})
     columns = ["server, one short text a request"]
     columns += [f"{c} in flight: requests/s, p50 / p99 ms" for c in concurrencies]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for place in (place for place in places(rows) if place.where != "bare"):
+    for contender in (contender for contender in list_contenders(rows) if contender.where != "bare"):
         figures = []
         for c in concurrencies:
-            found = [find(rows, place, metric, Cell("short", 1, c)) for metric in METRICS[:3]]
-            speed, p50, p99 = (amount(r["median"]) if r else "–" for r in found)
+            cells = [find_row(rows, contender, metric, Cell("short", 1, c)) for metric in METRICS[:3]]
+            speed, p50, p99 = (format_number(cell["median"]) if cell else "–" for cell in cells)
             figures.append(f"{speed}, {p50} / {p99}")
-        lines.append(f"| {place.engine}, {place.where} | {' | '.join(figures)} |")
+        lines.append(f"| {contender.engine}, {contender.where} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
-def _figure(r: Row | None) -> str:
-    """The median, and its ratio to sentence-transformers with the spread over the rounds."""
-    if r is None:
+def _figure(row: Row | None) -> str:
+    """Format the median, and its ratio to sentence-transformers with the spread over the rounds."""
+    if row is None:
         return "–"
-    if r["ratio_to_st_fp32"] is None:
-        return amount(r["median"])
-    return f"{amount(r['median'])} ({r['ratio_to_st_fp32']:.2f}×, {r['ratio_min']:.2f}–{r['ratio_max']:.2f})"
+    if row["ratio_to_st_fp32"] is None:
+        return format_number(row["median"])
+    ratio = f"{row['ratio_to_st_fp32']:.2f}×, {row['ratio_min']:.2f}–{row['ratio_max']:.2f}"
+    return f"{format_number(row['median'])} ({ratio})"
 
 
-def amount(value: float) -> str:
-    """Three figures, or all before the point."""
+def format_number(value: float) -> str:
+    """Format with three significant digits, or without decimals from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,8 +1,8 @@
-"""The families at their real shapes: checkpoints of random weights as transformers saves them.
+"""Checkpoints with random weights at the real shapes of the families, as saved by transformers.
 
-`python -m benchmarks.shapes NAME DIRECTORY` writes one, in a process that takes its memory with it. The sizes are those
-of the released models' config.json; only GME's text decoder is cut, to 2 layers and the tokenizer's own vocabulary, for
-it is its vision tower that is measured.
+`python -m benchmarks.shapes NAME DIRECTORY` writes one in a separate process, so that its memory is freed. Sizes are
+those of the config.json of the released models, except for GME's text decoder: only its vision tower is measured, so
+the decoder is reduced to 2 layers and to the vocabulary of the tokenizer written here.
 """
 
 import shutil
@@ -20,11 +20,11 @@ SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "
 
 @dataclass(frozen=True)
 class Shape:
-    """`family` is the model directory that serves it; `save` writes config, weights and processor."""
+    """A checkpoint. `family`: the model directory that serves it. `save`: writes config, weights and processor."""
 
     family: str
     save: Callable[[Path], None]
-    parameters_m: int  # millions of weights, about: what the disk must have room for
+    parameters_m: int  # approximate, in millions; determines the required disk space
     wordpiece: bool = False
 
 
@@ -61,7 +61,7 @@ def _qwen3(directory: Path) -> None:
 def _clip(directory: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-    _save(CLIPModel, CLIPConfig(), directory)  # its defaults are ViT-B/32's sizes
+    _save(CLIPModel, CLIPConfig(), directory)  # the defaults are the sizes of ViT-B/32
     CLIPImageProcessorPil().save_pretrained(directory)
 
 
@@ -98,7 +98,7 @@ SHAPES = {
 
 
 def byte_level() -> Tokenizer:
-    """A token a byte and the special ones: what is measured is not how texts are cut into tokens."""
+    """Return a tokenizer with one token per byte, plus special tokens: tokenization is not part of the measurement."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -107,7 +107,7 @@ def byte_level() -> Tokenizer:
 
 
 def write(name: str, directory: Path) -> None:
-    """The checkpoint of a shape, in fp32."""
+    """Write the fp32 checkpoint of a shape."""
     shape = SHAPES[name]
     directory.mkdir(parents=True, exist_ok=True)
     shape.save(directory)
@@ -118,10 +118,12 @@ def write(name: str, directory: Path) -> None:
 
 
 def _save(network_class: Any, config: Any, directory: Path, **options: Any) -> None:
-    """Every weight drawn so that what it multiplies keeps its size; norms near 1, biases near 0."""
+    """Save a network with random weights that preserve the scale of activations; norms near 1, biases near 0."""
     import torch
 
-    normal = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))  # drawing every number takes a minute
+    normal = torch.randn(
+        1 << 24, generator=torch.Generator().manual_seed(0)
+    )  # reused: drawing every weight takes a minute
     with torch.device("meta"):
         network = network_class(config, **options)
     network.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""Good traffic: every form of a request that the gateway takes, drawn from a seed, each with what must come back."""
+"""Valid traffic of the soak: seeded random requests of every form that the gateway accepts, with their checks."""
 
 import base64
 import random
@@ -10,50 +10,50 @@ import orjson
 
 from benchmarks import soak_judge
 from benchmarks.processes import MODEL
-from benchmarks.soak_http import Ask, Http
+from benchmarks.soak_http import Http, SoakCase
 from benchmarks.soak_inputs import Input, Inputs, data_uri
-from benchmarks.soak_judge import Check, Fault, Judge
+from benchmarks.soak_judge import Check, Checker, ExpectedError
 from benchmarks.soak_models import GME, QWEN3, QWEN3_TOKENS
-from benchmarks.soak_site import Site
+from benchmarks.soak_site import ImageSite
 
-# What each model may be called; the answer must repeat it.
-CALLED = {
+# Accepted names of each model; the response must repeat the requested name.
+MODEL_NAMES = {
     MODEL: ("minilm", "MiniLM", "sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"),
     QWEN3: ("qwen3_embedding", "Qwen3_Embedding"),
     GME: ("gme_qwen2_vl", "gme"),
 }
 LENGTHS = {MODEL: 256, QWEN3: QWEN3_TOKENS}
-SIZES = (1, 8, 20, 32, 63, 64)  # of the tiny Qwen3's 64
-BULK = (100, 400)  # inputs of a request that can wait
-# Seconds: of who can wait while everybody else goes first, and of who cannot wait at all.
-PATIENT = 300.0
-HURRIED = (0.0005, 0.002, 0.02)
+DIMENSIONS = (1, 8, 20, 32, 63, 64)  # the tiny Qwen3 has 64
+BULK_INPUTS = (100, 400)  # minimum and maximum inputs of a request with priority batch
+BULK_DEADLINE_SECONDS = 300.0  # long enough to wait for all interactive requests
+SHORT_DEADLINES_SECONDS = (0.0005, 0.002, 0.02)  # too short for most requests
 OVERLONG = "word " * 700
 BROKEN_IMAGE = base64.b64encode(b"\x89PNG\r\n\x1a\nno picture").decode()
 
 
-class Good:
-    def __init__(self, http: Http, inputs: Inputs, site: Site, judge: Judge) -> None:
-        self.http, self.inputs, self.site, self.judge = http, inputs, site, judge
-        # how often, name, how one is made
+class ValidTraffic:
+    """Creates valid requests. `forms`: (weight, name, function that creates a case) of each form of traffic."""
+
+    def __init__(self, http: Http, inputs: Inputs, site: ImageSite, checker: Checker) -> None:
+        self.http, self.inputs, self.site, self.checker = http, inputs, site, checker
         self.forms = (
             (14, "lists of strings", self.strings),
             (8, "a string", self.string),
             (6, "token ids", self.ids),
             (5, "objects", self.items),
             (4, "content parts", self.parts),
-            (5, "pictures", self.pictures),
+            (5, "pictures", self.images),
             (4, "pictures and text together", self.fused),
             (4, "one instruction", self.instruction),
-            (2, "an instruction in the input", self.wrapped),
+            (2, "an instruction in the input", self.wrapped_instruction),
             (3, "input_type query", self.queries),
             (4, "an instruction an item", self.instructions),
             (3, "dimensions", self.dimensions),
-            (3, "several dimensions", self.several),
-            (5, "int8, uint8, binary, ubinary", self.quantised),
-            (3, "long texts cut", self.cut),
+            (3, "several dimensions", self.several_dimensions),
+            (5, "int8, uint8, binary, ubinary", self.quantized),
+            (3, "long texts cut", self.truncated),
             (3, "long texts averaged", self.averaged),
-            (5, "bad items reported", self.reported),
+            (5, "bad items reported", self.reported_errors),
             (1, "priority batch", self.bulk),
             (4, "/encode", self.encode),
             (4, "/v1/rerank", self.rerank),
@@ -61,7 +61,7 @@ class Good:
             (3, "/tokenize", self.tokenize),
             (3, "GET", self.get),
             (2, "slow senders", self.slow),
-            (1, "a deadline too short", self.hurried),
+            (1, "a deadline too short", self.short_deadline),
         )
 
     def embeddings(
@@ -69,216 +69,223 @@ class Good:
         rng: random.Random,
         form: str,
         model: str,
-        wanted: Sequence[Input | Fault],
-        given: Any,
+        expected: Sequence[Input | ExpectedError],
+        payload: Any,
         **fields: Any,
-    ) -> Ask:
-        """A POST of `given`, with some of the fields that change nothing of the vectors."""
-        asked = {"model": rng.choice(CALLED[model]), "input": given, **fields}
+    ) -> SoakCase:
+        """Create a POST of `payload`, with random fields that do not affect the vectors."""
+        body = {"model": rng.choice(MODEL_NAMES[model]), "input": payload, **fields}
         if rng.random() < 0.7:
-            asked["encoding_format"] = rng.choice(["base64", "base64", "float", ["float"], None])
+            body["encoding_format"] = rng.choice(["base64", "base64", "float", ["float"], None])
         if rng.random() < 0.2:
-            asked["return_receipt"] = True
+            body["return_receipt"] = True
         if rng.random() < 0.1:
-            asked |= {
+            body |= {
                 "user": "somebody",
                 "unknown": [1, {"two": None}],
                 "priority": rng.choice(["batch", "interactive"]),
             }
         path = rng.choice(("/v1/embeddings", "/v1/embeddings", "/embeddings"))
-        return self.post(form, path, asked, self.judge.embeddings(wanted, asked), len(wanted))
+        return self.post(form, path, body, self.checker.embeddings(expected, body), len(expected))
 
-    def post(self, form: str, path: str, asked: Any, check: Check, inputs: int = 1) -> Ask:
-        request = self.http.request("POST", path, orjson.dumps(asked))
-        return Ask(form, lambda: self.http.whole(request), {200: check}, inputs, request)
+    def post(self, form: str, path: str, body: Any, check: Check, inputs: int = 1) -> SoakCase:
+        """Create a POST with a JSON body. `check`: the check of a response with status 200."""
+        request = self.http.request("POST", path, orjson.dumps(body))
+        return SoakCase(form, lambda: self.http.send(request), {200: check}, inputs, request)
 
-    def strings(self, rng: random.Random, form: str) -> Ask:
+    def strings(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, MODEL, QWEN3, GME))
-        wanted = self.inputs.draw(rng, model, "texts")
-        return self.embeddings(rng, form, model, wanted, [one.text for one in wanted])
+        expected = self.inputs.draw(rng, model, "texts")
+        return self.embeddings(rng, form, model, expected, [item.text for item in expected])
 
-    def string(self, rng: random.Random, form: str) -> Ask:
+    def string(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, MODEL, QWEN3, GME))
-        wanted = self.inputs.draw(rng, model, "texts", 1)
-        return self.embeddings(rng, form, model, wanted, wanted[0].text)
+        expected = self.inputs.draw(rng, model, "texts", 1)
+        return self.embeddings(rng, form, model, expected, expected[0].text)
 
-    def ids(self, rng: random.Random, form: str) -> Ask:
+    def ids(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3))
-        wanted = self.inputs.draw(rng, model, "texts")
-        rows = [one.ids for one in wanted]
-        return self.embeddings(rng, form, model, wanted, rows[0] if len(rows) == 1 and rng.random() < 0.7 else rows)
+        expected = self.inputs.draw(rng, model, "texts")
+        rows = [item.ids for item in expected]
+        return self.embeddings(rng, form, model, expected, rows[0] if len(rows) == 1 and rng.random() < 0.7 else rows)
 
-    def items(self, rng: random.Random, form: str) -> Ask:
+    def items(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3, GME))
-        wanted = self.inputs.draw(rng, model, "texts")
-        given: list[Any] = [self.item(rng, one) for one in wanted]
-        if len(given) > 1 and rng.random() < 0.3:
-            given[0] = wanted[0].text  # strings and objects mix
-        return self.embeddings(rng, form, model, wanted, given[0] if len(given) == 1 else given)
+        expected = self.inputs.draw(rng, model, "texts")
+        payload: list[Any] = [self.item(rng, item) for item in expected]
+        if len(payload) > 1 and rng.random() < 0.3:
+            payload[0] = expected[0].text  # strings and objects can be mixed
+        return self.embeddings(rng, form, model, expected, payload[0] if len(payload) == 1 else payload)
 
-    def parts(self, rng: random.Random, form: str) -> Ask:
-        wanted = self.inputs.draw(rng, GME, rng.choice(("texts", "pictures", "fused")), 4)
-        given = [self.content(rng, one) for one in wanted]
-        return self.embeddings(rng, form, GME, wanted, given[0] if len(given) == 1 else given)
+    def parts(self, rng: random.Random, form: str) -> SoakCase:
+        expected = self.inputs.draw(rng, GME, rng.choice(("texts", "images", "fused")), 4)
+        payload = [self.content(rng, item) for item in expected]
+        return self.embeddings(rng, form, GME, expected, payload[0] if len(payload) == 1 else payload)
 
-    def pictures(self, rng: random.Random, form: str) -> Ask:
-        wanted = self.inputs.draw(rng, GME, "pictures", 8)
-        return self.embeddings(rng, form, GME, wanted, [self.item(rng, one) for one in wanted])
+    def images(self, rng: random.Random, form: str) -> SoakCase:
+        expected = self.inputs.draw(rng, GME, "images", 8)
+        return self.embeddings(rng, form, GME, expected, [self.item(rng, item) for item in expected])
 
-    def fused(self, rng: random.Random, form: str) -> Ask:
-        kinds = rng.choice((("fused",), ("fused", "texts", "pictures")))
-        wanted = [one for kind in kinds for one in self.inputs.draw(rng, GME, kind, 4)]
-        return self.embeddings(rng, form, GME, wanted, [self.item(rng, one) for one in wanted])
+    def fused(self, rng: random.Random, form: str) -> SoakCase:
+        kinds = rng.choice((("fused",), ("fused", "texts", "images")))
+        expected = [item for kind in kinds for item in self.inputs.draw(rng, GME, kind, 4)]
+        return self.embeddings(rng, form, GME, expected, [self.item(rng, item) for item in expected])
 
-    def instruction(self, rng: random.Random, form: str) -> Ask:
+    def instruction(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((QWEN3, QWEN3, GME))
-        wanted = self._alike(rng, model)
-        given = [self.item(rng, one, keys=False) if one.images else one.text for one in wanted]
-        return self.embeddings(rng, form, model, wanted, given, **wanted[0].keys)
+        expected = self._draw_same_instruction(rng, model)
+        payload = [self.item(rng, item, keys=False) if item.images else item.text for item in expected]
+        return self.embeddings(rng, form, model, expected, payload, **expected[0].keys)
 
-    def wrapped(self, rng: random.Random, form: str) -> Ask:
-        wanted = self._alike(rng, QWEN3)
-        texts = [one.text for one in wanted]
-        return self.embeddings(rng, form, QWEN3, wanted, {"input": texts, **wanted[0].keys})
+    def wrapped_instruction(self, rng: random.Random, form: str) -> SoakCase:
+        expected = self._draw_same_instruction(rng, QWEN3)
+        texts = [item.text for item in expected]
+        return self.embeddings(rng, form, QWEN3, expected, {"input": texts, **expected[0].keys})
 
-    def queries(self, rng: random.Random, form: str) -> Ask:
-        wanted = self.inputs.draw(rng, QWEN3, "queries")
+    def queries(self, rng: random.Random, form: str) -> SoakCase:
+        expected = self.inputs.draw(rng, QWEN3, "queries")
         keys = rng.choice(({"input_type": "query"}, {"prompt_name": "query"}, {"input_type": "search_query"}))
-        return self.embeddings(rng, form, QWEN3, wanted, [one.text for one in wanted], **keys)
+        return self.embeddings(rng, form, QWEN3, expected, [item.text for item in expected], **keys)
 
-    def instructions(self, rng: random.Random, form: str) -> Ask:
+    def instructions(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((QWEN3, QWEN3, GME))
-        wanted = self.inputs.draw(rng, model, "instructed", 8) + self.inputs.draw(rng, model, "texts", 4)
-        rng.shuffle(wanted)
-        return self.embeddings(rng, form, model, wanted, [self.item(rng, one) for one in wanted])
+        expected = self.inputs.draw(rng, model, "instructed", 8) + self.inputs.draw(rng, model, "texts", 4)
+        rng.shuffle(expected)
+        return self.embeddings(rng, form, model, expected, [self.item(rng, item) for item in expected])
 
-    def dimensions(self, rng: random.Random, form: str) -> Ask:
-        wanted = self.inputs.draw(rng, QWEN3, "texts")
+    def dimensions(self, rng: random.Random, form: str) -> SoakCase:
+        expected = self.inputs.draw(rng, QWEN3, "texts")
         return self.embeddings(
-            rng, form, QWEN3, wanted, [one.text for one in wanted], dimensions=rng.choice((*SIZES, None))
+            rng, form, QWEN3, expected, [item.text for item in expected], dimensions=rng.choice((*DIMENSIONS, None))
         )
 
-    def several(self, rng: random.Random, form: str) -> Ask:
-        wanted = self.inputs.draw(rng, QWEN3, "texts", 8)
-        sizes = rng.sample(SIZES, rng.choice((1, 2, 3)))
+    def several_dimensions(self, rng: random.Random, form: str) -> SoakCase:
+        expected = self.inputs.draw(rng, QWEN3, "texts", 8)
+        dimensions = rng.sample(DIMENSIONS, rng.choice((1, 2, 3)))
         if rng.random() < 0.3:
-            return self.quantised(rng, form, sizes)
-        return self.embeddings(rng, form, QWEN3, wanted, [one.text for one in wanted], dimensions=sizes)
+            return self.quantized(rng, form, dimensions)
+        return self.embeddings(rng, form, QWEN3, expected, [item.text for item in expected], dimensions=dimensions)
 
-    def quantised(self, rng: random.Random, form: str, sizes: Any = None) -> Ask:
-        model = QWEN3 if sizes else rng.choice((MODEL, QWEN3, GME))
-        wanted = self.inputs.draw(rng, model, "texts")
+    def quantized(self, rng: random.Random, form: str, dimensions: Any = None) -> SoakCase:
+        model = QWEN3 if dimensions else rng.choice((MODEL, QWEN3, GME))
+        expected = self.inputs.draw(rng, model, "texts")
         dtype = rng.choice(("int8", "uint8", "binary", "ubinary"))
-        texts = [one.text for one in wanted]
-        return self.embeddings(rng, form, model, wanted, texts, output_dtype=dtype, dimensions=sizes)
+        texts = [item.text for item in expected]
+        return self.embeddings(rng, form, model, expected, texts, output_dtype=dtype, dimensions=dimensions)
 
-    def cut(self, rng: random.Random, form: str) -> Ask:
+    def truncated(self, rng: random.Random, form: str) -> SoakCase:
         model, fit = rng.choice((MODEL, QWEN3)), rng.choice(("end", "start"))
-        wanted = self.inputs.draw(rng, model, fit, 4) + self.inputs.draw(rng, model, "texts", 2)
-        rng.shuffle(wanted)
-        stated = rng.choice(({"truncate": fit}, {"truncate": True}, {})) if fit == "end" else {"truncate": fit}
-        return self.embeddings(rng, form, model, wanted, [one.text for one in wanted], **stated)
+        expected = self.inputs.draw(rng, model, fit, 4) + self.inputs.draw(rng, model, "texts", 2)
+        rng.shuffle(expected)
+        fields = rng.choice(({"truncate": fit}, {"truncate": True}, {})) if fit == "end" else {"truncate": fit}
+        return self.embeddings(rng, form, model, expected, [item.text for item in expected], **fields)
 
-    def averaged(self, rng: random.Random, form: str) -> Ask:
+    def averaged(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3))
         kind = rng.choice(("mean", "instructed mean")) if model == QWEN3 else "mean"
-        wanted = self.inputs.draw(rng, model, kind, 4)
-        fields: dict[str, Any] = dict(wanted[0].keys)
+        expected = self.inputs.draw(rng, model, kind, 4)
+        fields: dict[str, Any] = dict(expected[0].keys)
         if kind == "mean":
-            wanted += self.inputs.draw(rng, model, "texts", 2)
-        rng.shuffle(wanted)
+            expected += self.inputs.draw(rng, model, "texts", 2)
+        rng.shuffle(expected)
         if model == QWEN3 and rng.random() < 0.3:
             fields["dimensions"] = rng.choice((8, 32))
-        texts = [one.text for one in wanted]
-        return self.embeddings(rng, form, model, wanted, texts, long_text="mean", **fields)
+        texts = [item.text for item in expected]
+        return self.embeddings(rng, form, model, expected, texts, long_text="mean", **fields)
 
-    def reported(self, rng: random.Random, form: str) -> Ask:
-        """Good inputs with bad ones in between."""
+    def reported_errors(self, rng: random.Random, form: str) -> SoakCase:
+        """Mix valid and invalid inputs, with on_error "report"."""
         model = rng.choice((MODEL, QWEN3, GME))
         if model != GME and rng.random() < 0.3:
-            found = self.inputs.draw(rng, model, "texts")
-            rows = [*((one.ids, one) for one in found), ([999_999], Fault("check_embedding_ctx_length"))]
-            rows.append(([], Fault("cannot be empty")))
+            texts = self.inputs.draw(rng, model, "texts")
+            rows = [*((item.ids, item) for item in texts), ([999_999], ExpectedError("check_embedding_ctx_length"))]
+            rows.append(([], ExpectedError("cannot be empty")))
             rng.shuffle(rows)
-            return self._reported(rng, form, model, rows)
-        kinds = ("texts", "pictures", "fused") if model == GME else ("texts",)
-        wanted = [one for kind in kinds for one in self.inputs.draw(rng, model, kind, 4)]
-        bad: list[tuple[Any, Fault]] = [
-            ({"text": ""}, Fault("cannot be empty")),
-            (" \n", Fault("cannot be empty")),
-            (None, Fault("must be")),
-            ({"text": "a", "instruction": 1}, Fault("instruction must be a string")),
-            ({"text": "a", "colour": "red"}, Fault("unknown key")),
+            return self._report_errors(rng, form, model, rows)
+        kinds = ("texts", "images", "fused") if model == GME else ("texts",)
+        expected = [item for kind in kinds for item in self.inputs.draw(rng, model, kind, 4)]
+        invalid: list[tuple[Any, ExpectedError]] = [
+            ({"text": ""}, ExpectedError("cannot be empty")),
+            (" \n", ExpectedError("cannot be empty")),
+            (None, ExpectedError("must be")),
+            ({"text": "a", "instruction": 1}, ExpectedError("instruction must be a string")),
+            ({"text": "a", "colour": "red"}, ExpectedError("unknown key")),
         ]
         if model == GME:
-            bad += [
-                ({"image": "???"}, Fault("base64")),
-                ({"image": BROKEN_IMAGE}, Fault("image")),
-                ({"image": self.site.url("missing.png")}, Fault("could not be fetched")),
-                ({"image": self.site.forbidden}, Fault("could not be fetched")),
+            invalid += [
+                ({"image": "???"}, ExpectedError("base64")),
+                ({"image": BROKEN_IMAGE}, ExpectedError("image")),
+                ({"image": self.site.url("missing.png")}, ExpectedError("could not be fetched")),
+                ({"image": self.site.forbidden}, ExpectedError("could not be fetched")),
             ]
         else:
-            bad.append(({"text": OVERLONG}, Fault("longer than the model's context length")))
-            bad.append(({"image": BROKEN_IMAGE}, Fault("image")))
-        items = [*((self.item(rng, one), one) for one in wanted), *rng.sample(bad, rng.choice((1, 2, 3)))]
+            invalid.append(({"text": OVERLONG}, ExpectedError("longer than the model's context length")))
+            invalid.append(({"image": BROKEN_IMAGE}, ExpectedError("image")))
+        items = [*((self.item(rng, item), item) for item in expected), *rng.sample(invalid, rng.choice((1, 2, 3)))]
         rng.shuffle(items)
-        return self._reported(rng, form, model, items)
+        return self._report_errors(rng, form, model, items)
 
-    def bulk(self, rng: random.Random, form: str) -> Ask:
+    def bulk(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3, QWEN3))
-        pool = [one for one in self.inputs.pools[model, "texts"] if one.tokens < 40]
-        wanted = rng.choices(pool, k=rng.randint(*BULK))
-        ask = self.embeddings(rng, form, model, wanted, [one.text for one in wanted], priority="batch")
-        return self._with_deadline(ask, PATIENT)
+        pool = [item for item in self.inputs.pools[model, "texts"] if item.tokens < 40]
+        expected = rng.choices(pool, k=rng.randint(*BULK_INPUTS))
+        case = self.embeddings(rng, form, model, expected, [item.text for item in expected], priority="batch")
+        return self._with_deadline(case, BULK_DEADLINE_SECONDS)
 
-    def encode(self, rng: random.Random, form: str) -> Ask:
+    def encode(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3, GME))
-        wanted = self.inputs.draw(rng, model, "pictures" if model == GME else rng.choice(("texts", "end")), 4)
-        single = len(wanted) == 1
+        expected = self.inputs.draw(rng, model, "images" if model == GME else rng.choice(("texts", "end")), 4)
+        single = len(expected) == 1
         if model == GME:
-            asked: dict[str, Any] = {"image_data": [self.references(rng, one) for one in wanted]}
-        elif all(not one.dropped for one in wanted) and rng.random() < 0.5:
-            asked = {"input_ids": [one.ids for one in wanted]}
+            body: dict[str, Any] = {"image_data": [self.references(rng, item) for item in expected]}
+        elif all(not item.dropped for item in expected) and rng.random() < 0.5:
+            body = {"input_ids": [item.ids for item in expected]}
         else:
-            asked = {"text": [one.text for one in wanted]}
+            body = {"text": [item.text for item in expected]}
         if single:
-            asked = {key: values[0] for key, values in asked.items()}
-        asked["model"] = rng.choice(CALLED[model])
-        return self.post(form, "/encode", asked, self.judge.encoded(wanted, single), len(wanted))
+            body = {key: values[0] for key, values in body.items()}
+        body["model"] = rng.choice(MODEL_NAMES[model])
+        return self.post(form, "/encode", body, self.checker.encoded(expected, single), len(expected))
 
-    def rerank(self, rng: random.Random, form: str) -> Ask:
+    def rerank(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3))
         query = rng.choice(self.inputs.pools[model, "queries" if model == QWEN3 else "texts"])
         documents = self.inputs.draw(rng, model, "texts")
-        asked = {
-            "model": rng.choice(CALLED[model]),
+        body = {
+            "model": rng.choice(MODEL_NAMES[model]),
             "query": query.text,
-            "documents": [one.text for one in documents],
+            "documents": [item.text for item in documents],
             "top_n": rng.choice((None, 1, 3, 20)),
             "return_documents": rng.choice((None, True, False)),
         }
         path = rng.choice(("/v1/rerank", "/rerank"))
-        return self.post(form, path, asked, soak_judge.ranking(query, documents, asked), len(documents) + 1)
+        return self.post(form, path, body, soak_judge.ranking(query, documents, body), len(documents) + 1)
 
-    def score(self, rng: random.Random, form: str) -> Ask:
+    def score(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3))
         right = self.inputs.draw(rng, model, "texts", 8)
         left = rng.choices(self.inputs.pools[model, "texts"], k=rng.choice((1, len(right))))
-        one, other = [each.text for each in left], [each.text for each in right]
-        asked = {"model": rng.choice(CALLED[model]), "text_1": one[0] if len(one) == 1 else one, "text_2": other}
+        text_1, text_2 = [item.text for item in left], [item.text for item in right]
+        body = {
+            "model": rng.choice(MODEL_NAMES[model]),
+            "text_1": text_1[0] if len(text_1) == 1 else text_1,
+            "text_2": text_2,
+        }
         path = rng.choice(("/v1/score", "/score"))
-        return self.post(form, path, asked, soak_judge.scores(left, right), len(left) + len(right))
+        return self.post(form, path, body, soak_judge.scores(left, right), len(left) + len(right))
 
-    def tokenize(self, rng: random.Random, form: str) -> Ask:
+    def tokenize(self, rng: random.Random, form: str) -> SoakCase:
         model, kind = rng.choice(((MODEL, "texts"), (MODEL, "end"), (QWEN3, "texts"), (QWEN3, "instructed")))
-        wanted = self._alike(rng, model) if kind == "instructed" else self.inputs.draw(rng, model, kind, 4)
-        texts: Any = [one.text for one in wanted]
+        expected = (
+            self._draw_same_instruction(rng, model) if kind == "instructed" else self.inputs.draw(rng, model, kind, 4)
+        )
+        texts: Any = [item.text for item in expected]
         single = len(texts) == 1
         field = rng.choice(("prompt", "input", "text"))
-        asked = {"model": rng.choice(CALLED[model]), field: texts[0] if single else texts, **wanted[0].keys}
-        return self.post(form, "/tokenize", asked, soak_judge.tokens(wanted, single), 0)
+        body = {"model": rng.choice(MODEL_NAMES[model]), field: texts[0] if single else texts, **expected[0].keys}
+        return self.post(form, "/tokenize", body, soak_judge.tokens(expected, single), 0)
 
-    def get(self, rng: random.Random, form: str) -> Ask:
+    def get(self, rng: random.Random, form: str) -> SoakCase:
         paths = (
             "/health",
             "/ready",
@@ -291,61 +298,63 @@ class Good:
         )
         path = rng.choice(paths)
         request = self.http.request("GET", path)
-        return Ask(form, lambda: self.http.whole(request), {200: soak_judge.anything}, request=request)
+        return SoakCase(form, lambda: self.http.send(request), {200: soak_judge.any_body}, request=request)
 
-    def slow(self, rng: random.Random, form: str) -> Ask:
-        ask = self.strings(rng, form)
+    def slow(self, rng: random.Random, form: str) -> SoakCase:
+        case = self.strings(rng, form)
         seconds = rng.uniform(0.2, 2)
-        return replace(ask, send=lambda: self.http.drip(ask.request, seconds))
+        return replace(case, send=lambda: self.http.send_slowly(case.request, seconds))
 
-    def hurried(self, rng: random.Random, form: str) -> Ask:
-        """In time or not: the only requests that may be answered 504."""
-        ask = self.strings(rng, form)
-        ask = self._with_deadline(ask, rng.choice(HURRIED))
-        return replace(ask, answers={**ask.answers, 504: soak_judge.refusal(504, None)})
+    def short_deadline(self, rng: random.Random, form: str) -> SoakCase:
+        """Create a request with a short deadline: the only form for which a 504 is acceptable."""
+        case = self.strings(rng, form)
+        case = self._with_deadline(case, rng.choice(SHORT_DEADLINES_SECONDS))
+        return replace(case, checks={**case.checks, 504: soak_judge.expect_error(504, None)})
 
-    def burst(self, rng: random.Random) -> Ask:
-        """A request that, with others of its kind, is more than may wait."""
-        wanted = rng.choices(self.inputs.pools[QWEN3, "texts"], k=300)
-        ask = self.embeddings(rng, "burst", QWEN3, wanted, [one.text for one in wanted])
-        return replace(ask, answers={**ask.answers, 429: soak_judge.full})
+    def burst(self, rng: random.Random) -> SoakCase:
+        """Create one of several simultaneous requests that together exceed the limit of pending tokens."""
+        expected = rng.choices(self.inputs.pools[QWEN3, "texts"], k=300)
+        case = self.embeddings(rng, "burst", QWEN3, expected, [item.text for item in expected])
+        return replace(case, checks={**case.checks, 429: soak_judge.queue_full})
 
-    def item(self, rng: random.Random, one: Input, *, keys: bool = True) -> dict[str, Any]:
-        """An input as an object."""
-        given: dict[str, Any] = {"text": one.text} if one.text else {}
-        if one.images:
-            references = self.references(rng, one)
+    def item(self, rng: random.Random, item: Input, *, keys: bool = True) -> dict[str, Any]:
+        """Return an input as an object. `keys`: include its instruction."""
+        obj: dict[str, Any] = {"text": item.text} if item.text else {}
+        if item.images:
+            references = self.references(rng, item)
             key = rng.choice(("image", "image_url"))
-            given[key] = references[0] if len(references) == 1 else references
-        return {**given, **(one.keys if keys else {})}
+            obj[key] = references[0] if len(references) == 1 else references
+        return {**obj, **(item.keys if keys else {})}
 
-    def content(self, rng: random.Random, one: Input) -> list[dict[str, Any]]:
-        """An input as OpenAI's content parts."""
+    def content(self, rng: random.Random, item: Input) -> list[dict[str, Any]]:
+        """Return an input as content parts of OpenAI's API."""
         parts: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": reference if isinstance(reference, dict) else {"url": reference}}
-            for reference in self.references(rng, one)
+            for reference in self.references(rng, item)
         ]
-        return parts + ([{"type": "text", "text": one.text}] if one.text else [])
+        return parts + ([{"type": "text", "text": item.text}] if item.text else [])
 
-    def references(self, rng: random.Random, one: Input) -> list[Any]:
-        """The images of an input: data URIs, base64 or URLs, as they are or in an object."""
-        found: list[Any] = []
-        for name in one.images:
-            stored = self.inputs.pictures[name][1]
-            choice = rng.choice((data_uri(stored), base64.b64encode(stored).decode(), self.site.url(name)))
-            found.append(rng.choice((choice, choice, {"url": choice, "detail": "auto"})))
-        return found
+    def references(self, rng: random.Random, item: Input) -> list[Any]:
+        """Return the images of an input as data URIs, base64 or URLs, plain or in an object."""
+        references: list[Any] = []
+        for name in item.images:
+            file_bytes = self.inputs.image_files[name][1]
+            choice = rng.choice((data_uri(file_bytes), base64.b64encode(file_bytes).decode(), self.site.url(name)))
+            references.append(rng.choice((choice, choice, {"url": choice, "detail": "auto"})))
+        return references
 
-    def _with_deadline(self, ask: Ask, seconds: float) -> Ask:
-        request = ask.request.replace(b"\r\n", f"\r\nx-request-timeout: {seconds}\r\n".encode(), 1)
-        return replace(ask, send=lambda: self.http.whole(request), request=request)
+    def _with_deadline(self, case: SoakCase, seconds: float) -> SoakCase:
+        request = case.request.replace(b"\r\n", f"\r\nx-request-timeout: {seconds}\r\n".encode(), 1)
+        return replace(case, send=lambda: self.http.send(request), request=request)
 
-    def _alike(self, rng: random.Random, model: str) -> list[Input]:
-        """Inputs that have one instruction."""
+    def _draw_same_instruction(self, rng: random.Random, model: str) -> list[Input]:
+        """Draw inputs that share one instruction."""
         first = rng.choice(self.inputs.pools[model, "instructed"])
-        alike = [one for one in self.inputs.pools[model, "instructed"] if one.keys == first.keys]
-        return [first, *rng.choices(alike, k=rng.choice((0, 0, 1, 3, 7)))]
+        same = [item for item in self.inputs.pools[model, "instructed"] if item.keys == first.keys]
+        return [first, *rng.choices(same, k=rng.choice((0, 0, 1, 3, 7)))]
 
-    def _reported(self, rng: random.Random, form: str, model: str, items: Sequence[tuple[Any, Input | Fault]]) -> Ask:
-        given, wanted = [given for given, _ in items], [want for _, want in items]
-        return self.embeddings(rng, form, model, wanted, given, on_error="report", truncate="none")
+    def _report_errors(
+        self, rng: random.Random, form: str, model: str, items: Sequence[tuple[Any, Input | ExpectedError]]
+    ) -> SoakCase:
+        payload, expected = [value for value, _ in items], [result for _, result in items]
+        return self.embeddings(rng, form, model, expected, payload, on_error="report", truncate="none")

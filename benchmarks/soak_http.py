@@ -1,4 +1,4 @@
-"""HTTP by hand, well-behaved and not: whole requests, dripping ones, half ones, and callers that hang up."""
+"""Raw HTTP client for the soak: complete, slow and partial requests, and callers that disconnect."""
 
 import asyncio
 import time
@@ -9,15 +9,16 @@ from typing import Any
 
 import orjson
 
-from benchmarks.clients import KEPT
+from benchmarks.clients import KEEP_ALIVE_SECONDS
 
 KEY = "soak-key"
-BROKEN = (EOFError, OSError, ValueError)  # what a connection that ends raises, or an answer that is none
+# Raised by a closed connection or an invalid response.
+CONNECTION_ERRORS = (EOFError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came back: of HTTP, or from Triton, whose tensors stand in `tensors`."""
+class Response:
+    """A response: of HTTP, or of Triton with its output in `tensors`."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
@@ -25,73 +26,87 @@ class Answer:
     tensors: dict[str, Any] = field(default_factory=dict)
 
     def json(self) -> Any:
+        """Parse the body."""
         return orjson.loads(self.body)
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A request, and what is right for each status that its answer may have: none at all where none can come."""
+class SoakCase:
+    """One request and the check for each acceptable status. `checks` is empty if no response can arrive.
+
+    `form` is the kind of traffic. A check returns a description of the problem, or "" if the response is correct.
+    """
 
     form: str
-    send: Callable[[], Awaitable[Answer | None]]
-    answers: dict[int, Callable[[Answer], str]]
+    send: Callable[[], Awaitable[Response | None]]
+    checks: dict[int, Callable[[Response], str]]
     inputs: int = 0
     request: bytes = b""
 
 
 class Connection:
+    """A connection to the gateway."""
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self.used = time.monotonic()
+        self.last_used = time.monotonic()
 
-    async def answer(self) -> Answer:
+    async def receive(self) -> Response:
+        """Read one response."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         first, *lines = head.strip().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         body = await self.reader.readexactly(int(headers["content-length"]))
-        self.used = time.monotonic()
-        return Answer(int(first.split()[1]), headers, body)
+        self.last_used = time.monotonic()
+        return Response(int(first.split()[1]), headers, body)
 
     def close(self) -> None:
+        """Close the connection."""
         self.writer.close()
 
 
 class Http:
-    """One gateway. ConnectionError: there was no whole answer; TimeoutError: none within `deadline` seconds."""
+    """A client of one gateway.
+
+    Methods raise ConnectionError if no complete response arrives, and TimeoutError if none arrives within `deadline`
+    seconds.
+    """
 
     def __init__(self, port: int, deadline: float = 330) -> None:
         self.port, self.deadline = port, deadline
         self._idle: list[Connection] = []
 
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
-        given = {"Host": "localhost", "Authorization": f"Bearer {KEY}", "Content-Length": str(len(body))}
-        given |= {name.replace("_", "-"): value for name, value in headers.items()}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in given.items() if value)
+        """Encode a request. Underscores in header names become hyphens; headers with an empty value are omitted."""
+        fields = {"Host": "localhost", "Authorization": f"Bearer {KEY}", "Content-Length": str(len(body))}
+        fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value)
         return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
-    async def whole(self, request: bytes) -> Answer:
-        """Over a kept connection, as clients do."""
-        while self._idle and time.monotonic() - self._idle[-1].used > KEPT:
+    async def send(self, request: bytes) -> Response:
+        """Send a complete request over a keep-alive connection."""
+        while self._idle and time.monotonic() - self._idle[-1].last_used > KEEP_ALIVE_SECONDS:
             self._idle.pop().close()
         connection = self._idle.pop() if self._idle else await self._connect()
         return await self._exchange(connection, [(request, 0.0)])
 
-    async def pieces(self, pieces: Iterable[tuple[bytes, float]]) -> Answer:
-        """Each piece and the seconds to wait after it, over a connection of their own; the answer may come before."""
+    async def send_pieces(self, pieces: Iterable[tuple[bytes, float]]) -> Response:
+        """Send pieces (bytes, seconds to wait afterwards) over a new connection. The response may arrive early."""
         return await self._exchange(await self._connect(), pieces)
 
-    async def drip(self, request: bytes, seconds: float, count: int = 6) -> Answer:
+    async def send_slowly(self, request: bytes, seconds: float, count: int = 6) -> Response:
+        """Send a request in `count` pieces over `seconds`."""
         size = max(1, -(-len(request) // count))
-        drops = [request[i : i + size] for i in range(0, len(request), size)]
-        return await self.pieces([(drop, seconds / len(drops)) for drop in drops])
+        pieces = [request[i : i + size] for i in range(0, len(request), size)]
+        return await self.send_pieces([(piece, seconds / len(pieces)) for piece in pieces])
 
-    async def hang_up(self, sent: bytes, after: float) -> None:
-        """No more than `sent`, and gone after so many seconds."""
+    async def disconnect(self, request: bytes, delay: float) -> None:
+        """Send `request`, which may be incomplete, and close the connection after `delay` seconds."""
         connection = await self._connect()
-        with suppress(*BROKEN):
-            connection.writer.write(sent)
+        with suppress(*CONNECTION_ERRORS):
+            connection.writer.write(request)
             await connection.writer.drain()
-            await asyncio.sleep(after)
+            await asyncio.sleep(delay)
         connection.close()
 
     async def _connect(self) -> Connection:
@@ -100,28 +115,28 @@ class Http:
         except OSError as error:
             raise ConnectionError(repr(error)) from error
 
-    async def _exchange(self, connection: Connection, pieces: Iterable[tuple[bytes, float]]) -> Answer:
+    async def _exchange(self, connection: Connection, pieces: Iterable[tuple[bytes, float]]) -> Response:
         sending = asyncio.create_task(_send(connection.writer, list(pieces)))
-        kept = False
+        reusable = False
         try:
             async with asyncio.timeout(self.deadline):
-                answer = await connection.answer()
-            kept = sending.done() and answer.headers.get("connection") != "close"
-            return answer
-        except TimeoutError:  # one of OSError's own
+                response = await connection.receive()
+            reusable = sending.done() and response.headers.get("connection") != "close"
+            return response
+        except TimeoutError:  # a subclass of OSError
             raise
-        except BROKEN as error:
+        except CONNECTION_ERRORS as error:
             raise ConnectionError(repr(error)) from error
         finally:
             sending.cancel()
-            if kept:
+            if reusable:
                 self._idle.append(connection)
             else:
                 connection.close()
 
 
 async def _send(writer: asyncio.StreamWriter, pieces: Sequence[tuple[bytes, float]]) -> None:
-    with suppress(*BROKEN):  # it was answered before it was all sent
+    with suppress(*CONNECTION_ERRORS):  # the server may respond and close before everything is sent
         for piece, pause in pieces:
             writer.write(piece)
             await writer.drain()

@@ -1,6 +1,7 @@
-"""The soak's model repository: minilm with its real weights, a random, tiny Qwen3 and GME that transformers writes.
+"""The model repository of the soak: minilm with its real weights, and a tiny Qwen3 and GME with random weights.
 
-Tiny, so that what is measured is the server around them; random, so that a wrong token or layer shows in the vector.
+The models are tiny so that the soak exercises the server around them, and random so that a wrong token or layer changes
+the vector.
 """
 
 import json
@@ -18,26 +19,30 @@ from triton_embed.python_backend.checkpoint.repository import write_model
 
 QWEN3, GME = "qwen3_embedding", "gme_qwen2_vl"
 NAMES = (MODEL, QWEN3, GME)
-QWEN3_TOKENS = 256  # the longest text it takes
+QWEN3_TOKENS = 256  # context length
 GME_TOKENS = 512
-IMAGE_TOKENS = (4, 16)  # the least and the most tokens of a picture
+IMAGE_TOKENS = (4, 16)  # minimum and maximum tokens per image
 END = "<|endoftext|>"
 CHAT = (END, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-QUERY = "Given a web search query, retrieve relevant passages that answer the query"  # config.pbtxt's own
+QUERY = "Given a web search query, retrieve relevant passages that answer the query"  # the default in config.pbtxt
 
 
 def write_repository(folder: Path, texts: Sequence[str]) -> Path:
-    """The repository, and beside it the checkpoints of the tiny two, whose tokenizers are learned from `texts`."""
+    """Write the repository and the checkpoints of the tiny models; return its path. `texts` train the tokenizers."""
     transformers.utils.logging.disable_progress_bar()
     _write_qwen3(folder / QWEN3, texts)
     _write_gme(folder / GME, texts)
     source, target = ROOT / "model_repository", folder / "models"
     write_model(source, MODEL, target, MODEL, {})
     write_model(source, QWEN3, target, QWEN3, {"checkpoint": str(folder / QWEN3), "threads": "1"})
-    least, most = map(str, IMAGE_TOKENS)
+    min_tokens, max_tokens = map(str, IMAGE_TOKENS)
     parameters = {"checkpoint": str(folder / GME), "threads": "1", "max_tokens": ""}
     write_model(
-        source, GME, target, GME, parameters | {"min_image_tokens": least, "max_image_tokens": most, "aliases": "gme"}
+        source,
+        GME,
+        target,
+        GME,
+        parameters | {"min_image_tokens": min_tokens, "max_image_tokens": max_tokens, "aliases": "gme"},
     )
     return target
 
@@ -107,7 +112,7 @@ def _write_gme(directory: Path, texts: Sequence[str]) -> None:
 
 
 def _tokenizer(texts: Sequence[str], specials: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE learned from `texts`; its offsets leave no space out."""
+    """Train a byte-level BPE tokenizer on `texts`. Its offsets include leading spaces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()

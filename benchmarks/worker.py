@@ -1,4 +1,4 @@
-"""A Python module in a process of its own that answers questions: JSON lines in, JSON lines out."""
+"""Worker processes: a Python module run in a separate process that reads JSON lines and writes JSON lines."""
 
 import base64
 import json
@@ -19,46 +19,54 @@ Vectors = npt.NDArray[np.float32]  # [texts, dimensions]
 
 
 class Worker:
+    """A running worker process, as seen by the benchmark."""
+
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process, self.log = process, log
 
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """RuntimeError with the end of its log when the worker has ended."""
+    def call(self, **request: Any) -> dict[str, Any]:
+        """Send one request and return the reply.
+
+        Raises:
+            RuntimeError: The worker has ended; the message holds the end of its log.
+        """
         assert self.process.stdin
         assert self.process.stdout
         with suppress(BrokenPipeError):
-            print(json.dumps(question), file=self.process.stdin, flush=True)
+            print(json.dumps(request), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.log.stem} ended; its log ends\n{tail(self.log)}")
+            raise RuntimeError(f"Worker {self.log.stem} ended unexpectedly. End of its log:\n{tail(self.log)}")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def vectors(self, texts: list[str], **question: Any) -> Vectors:
-        encoded = self.ask(texts=texts, **question)["vectors"]
+    def vectors(self, texts: list[str], **request: Any) -> Vectors:
+        """Return the [texts, dimensions] vectors of one call."""
+        encoded = self.call(texts=texts, **request)["vectors"]
         return np.stack([np.frombuffer(base64.b64decode(vector), "<f4") for vector in encoded])
 
-    def many_vectors(self, texts: list[str], at_a_time: int, **question: Any) -> Vectors:
-        """In several questions: a server limits the texts of one."""
-        parts = (texts[first : first + at_a_time] for first in range(0, len(texts), at_a_time))
-        return np.concatenate([self.vectors(part, **question) for part in parts])
+    def batched_vectors(self, texts: list[str], batch_size: int, **request: Any) -> Vectors:
+        """Return the vectors of `texts`, `batch_size` texts per call: servers limit the texts of one request."""
+        batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
+        return np.concatenate([self.vectors(batch, **request) for batch in batches])
 
 
 def vectors_reply(vectors: Vectors) -> dict[str, Any]:
+    """Encode vectors as a JSON-serializable reply: one base64 string of little-endian float32 per vector."""
     return {"vectors": [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]}
 
 
 @contextmanager
 def worker(module: str, *arguments: str, logs: Path, python: str = sys.executable) -> Iterator[Worker]:
-    """`python -m module arguments`, ended with the block; `python` may be that of another environment."""
+    """Run `python -m module arguments` until the block ends. `python` may belong to another environment."""
     log = logs / f"{'-'.join([module, *(Path(a).stem for a in arguments)])}.log"
     command = [python, "-m", module, *arguments]
     with running(command, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         yield Worker(process, log)
 
 
-def answer(handle: Callable[..., dict[str, Any]]) -> None:
-    """The worker's side: one reply a question until stdin closes. What libraries print goes to stderr."""
+def serve_requests(handle: Callable[..., dict[str, Any]]) -> None:
+    """Serve inside the worker: write one reply per request until stdin closes. Output of libraries goes to stderr."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

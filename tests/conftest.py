@@ -148,7 +148,7 @@ class Triton:
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
-        for _ in range(600):
+        for _ in range(1_200):  # loops are compiled once, for every model at the same time
             try:
                 with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=1):
                     return

@@ -1,4 +1,4 @@
-"""The benchmark on a CPU, rehearsed: what is judged by whom, what becomes of the rounds, and one run of the command."""
+"""The CPU benchmark: accuracy figures, ratios, targets, rival engines, and a short run of the command."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig, BertModel, Qwen3Config
 
 from benchmarks import accuracy, calls, contenders, cpu, gemm, plots, report, targets, workloads
-from benchmarks.report import BASELINE, MACHINE, Cell, Place, Row
+from benchmarks.report import BASELINE, MACHINE, Cell, Contender, Row
 from benchmarks.rivals import padded
 from benchmarks.worker import Vectors
 from conftest import MINILM, ROOT
 
-ST = Place(BASELINE, "bare")
-BF16 = Place("ours-bf16", "bare")
-HTTP = Place("ours", "http")
+ST = Contender(BASELINE, "bare")
+BF16 = Contender("ours-bf16", "bare")
+HTTP = Contender("ours", "http")
 TEXTS = ["a", "what is packed, and why?", "one two three " * 30, "vectors", "Ein Satz auf Deutsch.", "x " * 700]
 
 
@@ -34,28 +34,26 @@ def sentences() -> SentenceTransformer:
 
 
 def bert() -> padded.Infer:
-    """transformers as an engine for padded batches."""
+    """Return transformers as an engine for padded batches."""
     network = BertModel.from_pretrained(MINILM).eval()
 
     @torch.inference_mode()
-    def infer(batches: Iterable[padded.Batch], take: Callable[[padded.Batch, Vectors], None]) -> None:
-        for batch in list(batches)[::-1]:  # the order is the engine's own
-            given = {name: torch.from_numpy(ids) for name, ids in padded.feed(batch).items()}
-            take(batch, network(**given).last_hidden_state.numpy())
+    def infer(batches: Iterable[padded.Batch], deliver: Callable[[padded.Batch, Vectors], None]) -> None:
+        for batch in list(batches)[::-1]:  # engines may run batches in any order
+            inputs = {name: torch.from_numpy(ids) for name, ids in padded.feed(batch).items()}
+            deliver(batch, network(**inputs).last_hidden_state.numpy())
 
     return infer
 
 
 @pytest.mark.parametrize("budget", [1, 64, 100_000])
-def test_rivals_pad_pool_and_normalise_as_sentence_transformers_does(
-    sentences: SentenceTransformer, budget: int
-) -> None:
+def test_padded_rivals_match_sentence_transformers(sentences: SentenceTransformer, budget: int) -> None:
     engine = padded.Padded(padded.Texts(MINILM / "tokenizer.json", 256), {"torch": bert()}, {})
-    found = engine.encode("torch", budget)(TEXTS)
-    np.testing.assert_allclose(found, sentences.encode(TEXTS, normalize_embeddings=True), atol=2e-6)
+    vectors = engine.encode("torch", budget)(TEXTS)
+    np.testing.assert_allclose(vectors, sentences.encode(TEXTS, normalize_embeddings=True), atol=2e-6)
 
 
-def test_a_batch_of_several_keeps_to_its_budget_with_the_padding_counted() -> None:
+def test_batches_stay_within_the_budget_including_padding() -> None:
     batches = list(padded.Texts(MINILM / "tokenizer.json", 256).batches(TEXTS * 5, 100))
     assert sorted(row for batch in batches for row in batch.rows) == list(range(30))
     assert all(batch.ids.size <= 100 for batch in batches if len(batch.rows) > 1)
@@ -63,31 +61,31 @@ def test_a_batch_of_several_keeps_to_its_budget_with_the_padding_counted() -> No
     assert max(batch.ids.shape[1] for batch in batches) == 256
 
 
-def test_a_rival_takes_the_way_and_the_budget_that_were_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = {"LATENCY": bert(), "THROUGHPUT": bert()}
-    engine = padded.Padded(padded.Texts(MINILM / "tokenizer.json", 256), ways, {"mixed": TEXTS})
+def test_rival_selects_the_fastest_mode_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = {"LATENCY": bert(), "THROUGHPUT": bert()}
+    engine = padded.Padded(padded.Texts(MINILM / "tokenizer.json", 256), modes, {"mixed": TEXTS})
     times = {("LATENCY", 1024): 1.0, ("THROUGHPUT", 1024): 0.5, ("THROUGHPUT", 256): 0.1}
-    monkeypatch.setattr(engine, "_seconds", lambda way, budget, texts: times.get((way, budget), 2.0))
-    assert engine("mixed", 128)[1] == "THROUGHPUT, 1024 tokens a batch"
-    assert engine("mixed", 1)[1] == "LATENCY"  # of a single text latency is what counts
+    monkeypatch.setattr(engine, "_seconds", lambda mode, budget, texts: times.get((mode, budget), 2.0))
+    assert engine("mixed", 128)[1] == "THROUGHPUT, 1024 tokens per batch"
+    assert engine("mixed", 1)[1] == "LATENCY"  # single texts always use the latency mode
 
 
-def test_neighbours_and_cosines_are_those_that_sentence_transformers_finds() -> None:
-    draw = np.random.default_rng(0)
-    truth = draw.normal(size=(60, 8)).astype(np.float32)
-    found = (truth + 0.4 * draw.normal(size=truth.shape)).astype(np.float32) * 3  # of whatever length
+def test_neighbors_and_cosines_match_sentence_transformers() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(60, 8)).astype(np.float32)
+    approximate = (reference + 0.4 * rng.normal(size=reference.shape)).astype(np.float32) * 3  # not unit length
     nearest = []
-    for vectors in (found, truth):
+    for vectors in (approximate, reference):
         hits = semantic_search(torch.from_numpy(vectors), torch.from_numpy(vectors), top_k=11)
         nearest.append([{int(hit["corpus_id"]) for hit in hits[i]} - {i} for i in range(60)])
     expected = np.mean([len(a & b) / 10 for a, b in zip(*nearest, strict=True)])
-    cosines = torch.cosine_similarity(torch.from_numpy(found).double(), torch.from_numpy(truth).double())
-    judged = accuracy.judge(found, truth)
+    cosines = torch.cosine_similarity(torch.from_numpy(approximate).double(), torch.from_numpy(reference).double())
+    result = accuracy.compare(approximate, reference)
     assert 0.3 < expected < 0.95
-    assert judged.neighbours == pytest.approx(expected)
-    assert judged.cosine_mean == pytest.approx(float(cosines.mean()), abs=1e-12)
-    assert judged.cosine_least == pytest.approx(float(cosines.min()), abs=1e-12)
-    assert accuracy.judge(truth * 2, truth) == pytest.approx((1, 1, 1), abs=1e-12)
+    assert result.neighbors == pytest.approx(expected)
+    assert result.cosine_mean == pytest.approx(float(cosines.mean()), abs=1e-12)
+    assert result.cosine_min == pytest.approx(float(cosines.min()), abs=1e-12)
+    assert accuracy.compare(reference * 2, reference) == pytest.approx((1, 1, 1), abs=1e-12)
 
 
 CONFIGS = {
@@ -107,7 +105,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", gemm.NETWORKS)
-def test_the_ceiling_counts_the_operations_of_the_networks_own_linears(name: str) -> None:
+def test_ceiling_counts_the_operations_of_the_linears(name: str) -> None:
     with torch.device("meta"):
         network = AutoModel.from_config(CONFIGS[name](), attn_implementation="eager")
         ids = torch.ones(1, 64, dtype=torch.long)
@@ -115,65 +113,66 @@ def test_the_ceiling_counts_the_operations_of_the_networks_own_linears(name: str
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(input_ids=ids)
     linears = sum(flop for op, flop in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op))
-    assert linears == 64 * gemm.NETWORKS[name].flop_a_token
+    assert linears == 64 * gemm.NETWORKS[name].flop_per_token
 
 
 @pytest.mark.parametrize("dtype", gemm.DTYPES)
-def test_a_ceiling_is_what_the_clock_says_of_its_operations(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceiling_is_operations_per_measured_time(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "TOKENS", 8)
     ticks = iter([0.0, 0.5, 1.5, 2.0])
     linears = gemm.Linears(gemm.NETWORKS["minilm"], gemm.DTYPES[dtype])
     monkeypatch.setattr(gemm.time, "perf_counter", lambda: next(ticks))
     with torch.inference_mode():
-        found = gemm.measure(linears, 1.0)["gflop_per_s"]  # two networks, two seconds
-    assert found == pytest.approx(8 * gemm.NETWORKS["minilm"].flop_a_token / 1e9)
+        rate = gemm.measure(linears, 1.0)["gflop_per_s"]  # two runs in two seconds
+    assert rate == pytest.approx(8 * gemm.NETWORKS["minilm"].flop_per_token / 1e9)
 
 
-def results(*speeds: float, p50: float = 5.0, **more: Any) -> list[dict[str, Any]]:
-    return [{"sentences_per_s": speed, "p50_ms": p50, "p99_ms": 2 * p50, **more} for speed in speeds]
+def results(*speeds: float, p50: float = 5.0, **fields: Any) -> list[dict[str, Any]]:
+    """Return the results of one round per speed."""
+    return [{"sentences_per_s": speed, "p50_ms": p50, "p99_ms": 2 * p50, **fields} for speed in speeds]
 
 
 def rounds() -> report.Rounds:
-    """Three rounds, in the second of which the whole machine was half as fast."""
+    """Return three rounds; in the second, the machine was half as fast."""
     http = Cell("mixed", 32, 8)
     return {
         (MACHINE, Cell("bf16", 1024, 1)): [{"gflop_per_s": rate} for rate in (400.0, 200.0, 400.0)],
-        (ST, report.many(ST, "mixed")): results(50, 25, 50),
+        (ST, report.throughput_cell(ST, "mixed")): results(50, 25, 50),
         (ST, Cell("short", 1, 1)): results(100, 100, 100, p50=10),
-        (BF16, report.many(BF16, "mixed")): results(200, 110, 190, way="as it comes"),
+        (BF16, report.throughput_cell(BF16, "mixed")): results(200, 110, 190, way="as it comes"),
         (BF16, Cell("short", 1, 1)): results(500, 500, 500, p50=2),
         (HTTP, http): results(180, 90, 160, failures={"503": 1}),
         (HTTP, Cell("short", 1, 1)): results(300, 300, 300, p50=3.5),
     }
 
 
-def test_a_ratio_is_of_two_figures_of_one_round() -> None:
-    rows = report.rows(rounds())
-    row = report.find(rows, BF16, "sentences_per_s", report.many(BF16, "mixed"))
+def test_ratios_compare_values_of_the_same_round() -> None:
+    rows = report.make_rows(rounds())
+    row = report.find_row(rows, BF16, "sentences_per_s", report.throughput_cell(BF16, "mixed"))
     assert row
     assert (row["median"], row["min"], row["max"], row["rounds"]) == (190, 110, 200, [200, 110, 190])
     assert (row["ratio_to_st_fp32"], row["ratio_min"], row["ratio_max"]) == (4, 3.8, 4.4)
     assert row["way"] == "as it comes"
-    single = report.find(rows, BF16, "p50_ms", Cell("short", 1, 1))
+    single = report.find_row(rows, BF16, "p50_ms", Cell("short", 1, 1))
     assert single
     assert single["ratio_to_st_fp32"] == pytest.approx(0.2)
-    many = report.find(rows, BF16, "p50_ms", report.many(BF16, "mixed"))
-    assert many
-    assert many["ratio_to_st_fp32"] is None  # calls of 128 texts have no latency to speak of
+    large_call = report.find_row(rows, BF16, "p50_ms", report.throughput_cell(BF16, "mixed"))
+    assert large_call
+    assert large_call["ratio_to_st_fp32"] is None  # latency ratios are only for single texts
 
 
-def test_a_round_without_an_answer_is_left_out_of_the_figures_and_of_ratios() -> None:
-    nothing = results(0, p50=float("nan"))
-    both = {(ST, Cell("short", 1, 1)): results(1, 1, 1, p50=8), (HTTP, Cell("short", 1, 1)): results(1, p50=4)}
-    both[HTTP, Cell("short", 1, 1)] += nothing + results(1, p50=2)
-    row = report.find(report.rows(both), HTTP, "p50_ms")
+def test_rounds_without_a_response_are_excluded() -> None:
+    no_response = results(0, p50=float("nan"))
+    measured = {(ST, Cell("short", 1, 1)): results(1, 1, 1, p50=8), (HTTP, Cell("short", 1, 1)): results(1, p50=4)}
+    measured[HTTP, Cell("short", 1, 1)] += no_response + results(1, p50=2)
+    row = report.find_row(report.make_rows(measured), HTTP, "p50_ms")
     assert row
     assert (row["median"], row["rounds"], row["ratio_to_st_fp32"]) == (3, [4, None, 2], 0.375)
     json.dumps(row, allow_nan=False)
 
 
 @pytest.mark.parametrize(
-    ("values", "most", "begins"),
+    ("values", "upper", "prefix"),
     [
         ([], False, "not measured: x (must 2.0, goal 3.0)"),
         ([1.9, 1.9, 5.0], False, "NOT MET: x: 1.9 (1.9 to 5.0)"),
@@ -183,17 +182,17 @@ def test_a_round_without_an_answer_is_left_out_of_the_figures_and_of_ratios() ->
         ([2.0], True, "met: x: 2.0"),
     ],
 )
-def test_the_median_is_held_against_the_target(values: list[float], most: bool, begins: str) -> None:
-    line = targets.Target("x", values, 2, 1 if most else 3, "{:.1f}", most=most).line()
-    assert line.replace("goal 1.0", "goal 3.0").startswith(begins)
+def test_target_is_compared_with_the_median(values: list[float], upper: bool, prefix: str) -> None:
+    line = targets.Target("x", values, 2, 1 if upper else 3, "{:.1f}", upper=upper).line()
+    assert line.replace("goal 1.0", "goal 3.0").startswith(prefix)
 
 
-def test_every_target_has_its_line() -> None:
-    rows = report.rows(rounds())
-    rows.append(report.row(HTTP, "peak_rss_mb_total", [500.0], when="before"))
-    rows.append(report.row(HTTP, "peak_rss_mb_total", [901.0], when="after"))
+def test_every_target_has_a_line() -> None:
+    rows = report.make_rows(rounds())
+    rows.append(report.make_row(HTTP, "peak_rss_mb_total", [500.0], when="before"))
+    rows.append(report.make_row(HTTP, "peak_rss_mb_total", [901.0], when="after"))
     lines = targets.expectations(rows, {"features": ["avx512_bf16"]})
-    found = {line.partition(": ")[2].partition(":")[0]: line for line in lines}
+    by_name = {line.partition(": ")[2].partition(":")[0]: line for line in lines}
     assert len(lines) == 19
 
     def verdict(part: str) -> str:
@@ -206,65 +205,65 @@ def test_every_target_has_its_line() -> None:
     assert verdict("above the bare forward") == "met"
     assert verdict("peak memory") == "NOT MET"
     assert verdict("requests failed") == "NOT MET"
-    # 200 sentences of 66.6 tokens at 21.2 MFLOP in a second, of 400 GFLOP
+    # 200 sentences/s of 66.6 tokens at 21.2 MFLOP per token, compared with 400 GFLOP/s
     share = 200 * workloads.mean_tokens("mixed") * 21.234e6 / 400e9
-    assert f" {share:.2f} (" in found["ours bare bf16, mixed, tokens/s ÷ what the linears alone would take"]
-    elsewhere = targets.expectations(rows, {"features": ["avx2"]})
-    assert sum("bare forward (ours-fp32)" in line for line in elsewhere) == 6
+    assert f" {share:.2f} (" in by_name["ours bare bf16, mixed, tokens/s ÷ what the linears alone would take"]
+    without_bf16 = targets.expectations(rows, {"features": ["avx2"]})
+    assert sum("bare forward (ours-fp32)" in line for line in without_bf16) == 6
 
 
-def test_the_ceiling_of_texts_is_that_of_their_tokens() -> None:
+def test_texts_have_the_declared_mean_token_count() -> None:
     tokenizer = padded.Texts(MINILM / "tokenizer.json", 512).tokenizer
     for name, mean in (("short", 12.5), ("mixed", workloads.mean_tokens("mixed")), ("full", 512)):
         block = workloads.texts(1, names=[name])[name]
         assert sum(len(e.ids) for e in tokenizer.encode_batch(block)) / len(block) == mean
 
 
-def test_the_longer_checkpoint_is_the_same_but_for_its_limit(tmp_path: Path, sentences: SentenceTransformer) -> None:
+def test_longer_checkpoint_differs_only_in_the_limit(tmp_path: Path, sentences: SentenceTransformer) -> None:
     longer = SentenceTransformer(str(contenders.longer_checkpoint(tmp_path / "longer")), device="cpu")
     assert (sentences.max_seq_length, longer.max_seq_length) == (256, 512)
     short = TEXTS[:5]
     np.testing.assert_array_equal(longer.encode(short), sentences.encode(short))
 
 
-def test_a_rival_without_an_environment_is_told(
+def test_rival_without_an_environment_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(contenders, "RIVALS", ROOT / "nowhere")
     with contenders.ExitStack() as stack:
-        start = contenders.Start(stack, tmp_path / "texts.json", tmp_path)
-        assert start.engines(["ov-bf16", "infinity"]) == []
-    assert start.missing == {
-        "ov-bf16": "no environment in nowhere/openvino: make rivals",
-        "infinity": "no environment in nowhere/infinity: make rivals",
+        launcher = contenders.Launcher(stack, tmp_path / "texts.json", tmp_path)
+        assert launcher.engines(["ov-bf16", "infinity"]) == []
+    assert launcher.missing == {
+        "ov-bf16": "no environment in nowhere/openvino: run `make rivals`",
+        "infinity": "no environment in nowhere/infinity: run `make rivals`",
     }
     assert "NOT MEASURED: openvino-bf16, bare: no environment" in capsys.readouterr().out
 
 
-def test_calls_are_measured_over_the_whole_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
+def test_calls_wrap_around_the_pool_and_yield_percentiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls_made: list[list[str]] = []
 
     def encode(texts: list[str]) -> Vectors:
-        asked.append(texts)
+        calls_made.append(texts)
         return np.zeros((len(texts), 2), np.float32)
 
     ticks = iter([0.0, 1.0, 1.0, 3.0, 3.0])
     monkeypatch.setattr(calls.time, "perf_counter", lambda: next(ticks))
-    found = calls.measure(encode, ["a", "b", "c"], 2, 2.0, 2)
-    assert asked == [["c", "a"], ["b", "c"]]
-    assert found == {"sentences_per_s": 4 / 3, "p50_ms": 1000, "p99_ms": 2000}
+    result = calls.measure(encode, ["a", "b", "c"], 2, 2.0, 2)
+    assert calls_made == [["c", "a"], ["b", "c"]]
+    assert result == {"sentences_per_s": 4 / 3, "p50_ms": 1000, "p99_ms": 2000}
 
 
-def test_no_place_is_measured_in_a_cell_that_it_does_not_take() -> None:
+def test_contenders_are_measured_only_in_supported_cells() -> None:
     served = cpu.FULL.cells(HTTP)
     assert Cell("short", 1, 32) in served
     assert all(cell.workload != "full" for cell in served)
-    assert report.many(ST, "full") in cpu.FULL.cells(ST)
+    assert report.throughput_cell(ST, "full") in cpu.FULL.cells(ST)
     assert {cell.workload for cell in cpu.FULL.cells(MACHINE)} == set(gemm.DTYPES)
 
 
-# The command, but with little to do and on one core: the tests beside it need theirs.
-REHEARSAL = """
+# Runs the command with little work and on one core, so that tests running in parallel are not slowed down.
+SHORT_RUN = """
 import os, sys
 from benchmarks import cpu
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -273,24 +272,24 @@ cpu.main()
 """
 
 
-def test_one_command_makes_the_result_and_its_pictures(tmp_path: Path) -> None:
-    """With the engines that need no environment of their own."""
+def test_command_writes_the_result_file_and_plots(tmp_path: Path) -> None:
+    """Run the command with the engines that need no separate environment."""
     out = tmp_path / "cpu.json"
-    command = [sys.executable, "-c", REHEARSAL, "--quick", "--engines", "machine,st-fp32,ours-fp32", "--out", str(out)]
+    command = [sys.executable, "-c", SHORT_RUN, "--quick", "--engines", "machine,st-fp32,ours-fp32", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert process.returncode == 0, process.stderr
     result = json.loads(out.read_text())
     assert {"machine", "versions", "command", "rows", "not_measured", "texts"} <= result.keys()
     required = {"engine", "where", "workload", "metric", "median", "min", "max", "ratio_to_st_fp32"}
     assert all(required <= row.keys() for row in result["rows"])
-    places = {Place(row["engine"], row["where"]) for row in result["rows"]}
-    assert places == {MACHINE, ST, Place("ours-fp32", "bare")}
+    contenders_measured = {Contender(row["engine"], row["where"]) for row in result["rows"]}
+    assert contenders_measured == {MACHINE, ST, Contender("ours-fp32", "bare")}
     rows: list[Row] = result["rows"]
-    least = report.find(rows, Place("ours-fp32", "bare"), "cosine_least")
-    assert least
-    assert least["median"] > 0.999999
-    assert "met: ours fp32, least cosine" in done.stdout
-    assert "| ours-fp32, bare | " in done.stdout
+    lowest = report.find_row(rows, Contender("ours-fp32", "bare"), "cosine_least")
+    assert lowest
+    assert lowest["median"] > 0.999999
+    assert "met: ours fp32, least cosine" in process.stdout
+    assert "| ours-fp32, bare | " in process.stdout
     for plot in (plots.throughput, plots.latency, plots.accuracy):
         assert (tmp_path / f"cpu-{plot.__name__}.png").stat().st_size > 10_000

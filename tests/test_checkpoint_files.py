@@ -42,7 +42,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.asked: list[tuple[str, str, str]] = []  # method, file, Range
+        self.requests: list[tuple[str, str, str]] = []  # method, file, Range
         self.cut = 0  # how many transfers of the weights break off half-way
         self.broken = ""  # a file that is answered with 403
         self.hangs_up = False
@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str) -> None:
         data, asked = FILES[name], self.headers.get("Range", "")
-        self.server.asked.append((self.command, name, asked))
+        self.server.requests.append((self.command, name, asked))
         if name == self.server.broken:
             self._send(403, b"no")
             return
@@ -153,7 +153,7 @@ def test_a_download_fetches_weights_and_json_but_neither_pickles_nor_code(hub: H
     assert found.stdout.strip() == str(directory)
     assert files_in(directory) == WANTED
     assert {name: (directory / name).read_bytes() for name in WANTED} == {name: FILES[name] for name in WANTED}
-    assert {name for _, name, _ in hub.asked} <= WANTED
+    assert {name for _, name, _ in hub.requests} <= WANTED
     assert "Fetching" in found.stderr or "Downloading" in found.stderr  # its progress bars
 
 
@@ -162,7 +162,7 @@ def test_a_connection_cut_half_way_is_resumed_where_it_broke(hub: Hub, tmp_path:
     found = download("org/tiny", tmp_path, hub.url)
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "org" / "tiny" / "model.safetensors").read_bytes() == WEIGHTS
-    transfers = [asked for method, name, asked in hub.asked if (method, name) == ("GET", "model.safetensors")]
+    transfers = [asked for method, name, asked in hub.requests if (method, name) == ("GET", "model.safetensors")]
     assert len(transfers) == 2
     assert transfers[0] == ""
     assert int(re.fullmatch(r"bytes=(\d+)-", transfers[1])[1]) > 0  # type: ignore[index]
@@ -173,12 +173,12 @@ def test_a_download_that_failed_goes_on_with_what_is_missing(hub: Hub, tmp_path:
     failed = download("org/tiny", tmp_path, hub.url)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("ConfigError: cannot download org/tiny: ")
-    fetched = Counter(name for method, name, _ in hub.asked if method == "GET" and name != hub.broken)
+    fetched = Counter(name for method, name, _ in hub.requests if method == "GET" and name != hub.broken)
     hub.broken = ""
     again = download("org/tiny", tmp_path, hub.url)
     assert again.returncode == 0, again.stderr
     assert files_in(tmp_path / "org" / "tiny") == WANTED
-    whole = Counter(name for method, name, _ in hub.asked if method == "GET")
+    whole = Counter(name for method, name, _ in hub.requests if method == "GET")
     assert {name: whole[name] for name in fetched} == fetched
 
 

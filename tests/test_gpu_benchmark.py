@@ -1,4 +1,4 @@
-"""The GPU benchmark where there is no GPU: rehearsed whole on the CPU, and what it judges, counts and writes."""
+"""Tests of the GPU benchmark without a GPU: a full dry run on the CPU, its accuracy checks, counts and outputs."""
 
 import json
 import random
@@ -31,71 +31,71 @@ TEXTS = [model for model in MODELS if model.text]
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
-    """The results, what was printed, and the folder of `--dry-run`."""
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """Run `--dry-run`; return the results, the printed output, and the output folder."""
     out = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads((out / "results.json").read_text()), done.stdout, out
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    return json.loads((out / "results.json").read_text()), completed.stdout, out
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of tensors so small more would only wait for each other
+    torch.set_num_threads(1)  # more threads only wait for each other on such small tensors
     device = torch.device("cpu")
-    found = Run(device, tmp_path, True, Timer(device, 1), time.monotonic() + 60)
-    found.results |= {"stages": {}, "ceilings": {}}
-    yield found
+    result = Run(device, tmp_path, True, Timer(device, 1), time.monotonic() + 60)
+    result.results |= {"stages": {}, "ceilings": {}}
+    yield result
     torch.set_num_threads(threads)
 
 
-def test_a_rehearsal_goes_through_every_stage_without_a_fault(rehearsal: tuple[dict[str, Any], str, Path]) -> None:
-    results, printed, out = rehearsal
+def test_dry_run_completes_every_stage_without_failures(dry_run: tuple[dict[str, Any], str, Path]) -> None:
+    results, printed, out = dry_run
     assert tuple(results["stages"]) == STAGES
     assert all(stage["rows"] for stage in results["stages"].values())
-    assert gpu_report.faults(results) == []
-    assert results["seconds"] < 120  # about 20 where nothing else runs
+    assert gpu_report.failures(results) == []
+    assert results["seconds"] < 120  # about 20 on an idle machine
     assert {"machine", "gpu", "versions", "command", "commit", "ceilings"} <= results.keys()
     assert results["versions"]["torch"] == torch.__version__
     assert "benchmarks.gpu --dry-run" in results["command"]
     assert {path.name for path in out.glob("*.png")} == {
         f"results-{name}.png" for name in ("attention", "ops", "models")
     }
-    assert "a rehearsal: these figures mean nothing" in printed
+    assert "dry run: these figures mean nothing" in printed
 
 
-def test_a_rehearsal_measures_every_op_and_every_model(rehearsal: tuple[dict[str, Any], str, Path]) -> None:
-    stages = rehearsal[0]["stages"]
+def test_dry_run_measures_every_op_and_every_model(dry_run: tuple[dict[str, Any], str, Path]) -> None:
+    stages = dry_run[0]["stages"]
     judged = {(row["op"], row["dtype"]) for row in stages["kernels"]["rows"] if row["right"]}
     ops = {*gpu_report.FUSED, "varlen_attention", "pooled_attention", "linear"}
     assert judged == {(op, dtype) for op in ops for dtype in ("bfloat16", "float16", "float32")}
     assert {row["op"] for row in stages["ops"]["rows"]} == ops - {"varlen_attention"}
-    found = {(row["model"], row.get("engine")) for row in stages["models"]["rows"] if "rate" in row}
-    assert {(model.name, engine) for model in MODELS for engine in ("ours", "transformers")} <= found
-    assert {engine for _, engine in found} >= {"torch kernels", "no graphs", "no prefix reuse"}
-    right = {row["model"] for row in stages["models"]["rows"] if row["metric"] == "correctness" and row["right"]}
-    assert right == {model.name for model in MODELS}
+    result = {(row["model"], row.get("engine")) for row in stages["models"]["rows"] if "rate" in row}
+    assert {(model.name, engine) for model in MODELS for engine in ("ours", "transformers")} <= result
+    assert {engine for _, engine in result} >= {"torch kernels", "no graphs", "no prefix reuse"}
+    correct = {row["model"] for row in stages["models"]["rows"] if row["metric"] == "correctness" and row["right"]}
+    assert correct == {model.name for model in MODELS}
 
 
-def test_the_table_puts_each_figure_beside_what_is_wanted(rehearsal: tuple[dict[str, Any], str, Path]) -> None:
-    results, printed, _ = rehearsal
+def test_table_lists_every_target(dry_run: tuple[dict[str, Any], str, Path]) -> None:
+    results, printed, _ = dry_run
     for target in gpu_report.targets():
-        assert f"| {target.what} |" in printed
+        assert f"| {target.name} |" in printed
     assert gpu_report.table(results) in printed
 
 
-def test_what_one_stage_meets_costs_no_other(run: Run) -> None:
+def test_failing_stage_or_row_does_not_stop_the_others(run: Run) -> None:
     def breaks(_: Run) -> Iterator[Row]:
         yield {"what": "first"}
         raise RuntimeError("an illegal memory access was encountered")
 
-    def goes_on(_: Run) -> Iterator[Row]:
+    def continues(_: Run) -> Iterator[Row]:
         yield attempt({"what": "second"}, lambda: {"value": [][1]})
         yield attempt({"what": "third"}, lambda: {"value": 3})
 
-    gpu.perform(run, ["broken", "next"], {"broken": breaks, "next": goes_on})
+    gpu.perform(run, ["broken", "next"], {"broken": breaks, "next": continues})
     stages = json.loads((run.out / "results.json").read_text())["stages"]
     assert stages["broken"]["rows"] == [{"what": "first"}]
     assert "RuntimeError: an illegal memory access was encountered" in stages["broken"]["error"]
@@ -103,10 +103,10 @@ def test_what_one_stage_meets_costs_no_other(run: Run) -> None:
         {"what": "second", "error": "IndexError: list index out of range"},
         {"what": "third", "value": 3},
     ]
-    assert len(gpu_report.faults(run.results)) == 2
+    assert len(gpu_report.failures(run.results)) == 2
 
 
-def test_rows_are_on_disk_before_the_next_is_made(run: Run) -> None:
+def test_row_is_on_disk_before_next_row_is_computed(run: Run) -> None:
     def stage(_: Run) -> Iterator[Row]:
         yield {"what": "first"}
         on_disk = json.loads((run.out / "results.json").read_text())
@@ -117,51 +117,51 @@ def test_rows_are_on_disk_before_the_next_is_made(run: Run) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--only", "speed"], []], ids=["an unknown stage", "no GPU"])
-def test_it_ends_with_a_sentence_where_it_cannot_run(
+def test_exits_with_a_message_when_it_cannot_run(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), *flags])
     with pytest.raises(SystemExit) as ended:
         gpu.main()
-    said = capsys.readouterr().err if flags else str(ended.value)
-    assert ("there are machine, tune, kernels" if flags else "--dry-run rehearses") in said
+    message = capsys.readouterr().err if flags else str(ended.value)
+    assert ("available stages: machine, tune, kernels" if flags else "use --dry-run") in message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_a_bare_checkout_is_importable(tmp_path: Path, made: bool) -> None:
-    """In a Python that sees no installed package, from a copy: only what was asked to be made importable is."""
+@pytest.mark.parametrize("importable", [True, False])
+def test_bare_checkout_is_importable(tmp_path: Path, importable: bool) -> None:
+    """Import from a copy in a Python without installed packages: it works only after `importable()`."""
     for name in ("benchmarks/checkout.py", "python_backend/errors.py", "python_backend/checkpoint/json_file.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    make = f"runpy.run_path({str(tmp_path / 'benchmarks/checkout.py')!r})['importable'](); " if made else ""
+    make = f"runpy.run_path({str(tmp_path / 'benchmarks/checkout.py')!r})['importable'](); " if importable else ""
     code = (
         f"import runpy; {make}import triton_embed.python_backend.checkpoint.json_file as found; print(found.__file__)"
     )
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == (str(tmp_path / "python_backend/checkpoint/json_file.py") if made else "")
+    completed = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert completed.stdout.strip() == (str(tmp_path / "python_backend/checkpoint/json_file.py") if importable else "")
 
 
-def test_tuning_writes_a_table_that_is_read(run: Run) -> None:
+def test_tuning_writes_a_readable_table(run: Run) -> None:
     before = {path: path.read_bytes() for path in blocks.DIRECTORY.glob("*.json")}
     gpu.perform(run, ["tune"])
     stage = run.results["stages"]["tune"]
-    assert gpu_report.faults(run.results) == []
-    stated = json.loads((run.out / "sm80.json").read_text())
-    written = Table("sm80", stated)
+    assert gpu_report.failures(run.results) == []
+    entries = json.loads((run.out / "sm80.json").read_text())
+    tuned_table = Table("sm80", entries)
     changed = [row for row in stage["rows"] if row["changed"]]
     for row in changed:
         sizes = {**dict.fromkeys(("tokens", "outputs", "inputs", "width", "itemsize", "half"), 1), **row["up_to"]}
-        found = written.find_config(row["kernel"], **sizes)
-        assert found == (None if row["new"] is None else Config(**row["new"]))
+        result = tuned_table.find_config(row["kernel"], **sizes)
+        assert result == (None if row["new"] is None else Config(**row["new"]))
     original = json.loads((blocks.DIRECTORY / "sm80.json").read_text())
-    assert bool(changed) == (stated != original)
-    assert stated.keys() == original.keys()
+    assert bool(changed) == (entries != original)
+    assert entries.keys() == original.keys()
     assert before == {path: path.read_bytes() for path in blocks.DIRECTORY.glob("*.json")}
 
 
-def test_tuning_takes_the_fastest_that_is_right(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four configs one is slow, one wrong and one does not compile."""
+def test_tuning_selects_the_fastest_correct_config(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose among four configs, of which one is slow, one is wrong and one does not compile."""
     slow, quick, wrong, broken = (Config(block_m=m) for m in (1, 2, 4, 8))
 
     class Kernels:
@@ -179,70 +179,72 @@ def test_tuning_takes_the_fastest_that_is_right(run: Run, monkeypatch: pytest.Mo
     entry = gpu_tune.Entry("elementwise", {}, [gpu_ops.gated("", 32, 16)], [quick, wrong, broken])
     table = Table("sm80", {"elementwise": [{"config": {"block_m": 1}}]})
     row = gpu_tune._tune(run, entry, table, 60)
-    assert row["new"] == gpu_tune.stated_config(quick)
+    assert row["new"] == gpu_tune.config_fields(quick)
     assert row["changed"]
     assert sorted(refusal[:5] for refusal in row["refused"].values()) == ["Runti", "Value"]
     assert len(row["tried"]) == 2
 
 
-def test_an_entry_counts_for_exactly_what_it_was_found_for() -> None:
-    """Whatever the order they are placed in, and before the entries that were there."""
+def test_inserted_entry_applies_to_exactly_its_sizes() -> None:
+    """Insert entries in any order; each precedes the existing entries that cover it."""
     sizes = [
         {"itemsize": 2, "tokens": tokens, "outputs": outputs, "inputs": inputs}
         for tokens in gpu_tune.LINEAR_TOKENS
         for outputs, inputs in gpu_tune.LINEAR_SIZES
     ]
     for seed in range(5):
-        stated: list[dict[str, Any]] = [{"up_to": {"itemsize": 2, "tokens": 64}, "config": {"block_m": 1}}]
-        stated.append({"up_to": {"itemsize": 4}, "config": {"block_m": 2}})
+        entries: list[dict[str, Any]] = [{"up_to": {"itemsize": 2, "tokens": 64}, "config": {"block_m": 1}}]
+        entries.append({"up_to": {"itemsize": 4}, "config": {"block_m": 2}})
         shuffled = random.Random(seed).sample(list(enumerate(sizes)), len(sizes))
         for number, up_to in shuffled:
-            gpu_tune.place(stated, up_to, {"block_m": 10 + number})
-            gpu_tune.place(stated, up_to, {"block_m": 100 + number})  # again, in its own place
-        table = Table("sm90", json.loads(gpu_tune.json_of({"linear": stated})))
+            gpu_tune.insert_entry(entries, up_to, {"block_m": 10 + number})
+            gpu_tune.insert_entry(entries, up_to, {"block_m": 100 + number})  # again: replaces the first
+        table = Table("sm90", json.loads(gpu_tune.table_to_json({"linear": entries})))
         assert [table.config("linear", **up_to).block_m for up_to in sizes] == [100 + n for n in range(len(sizes))]
         assert table.config("linear", itemsize=2, tokens=1, outputs=9_999, inputs=9_999).block_m == 1
         assert table.config("linear", itemsize=4, tokens=9_999, outputs=9, inputs=9).block_m == 2
 
 
-def judged(found: torch.Tensor, truth: torch.Tensor, own: torch.Tensor | None = None) -> bool:
-    return bool(gpu_accuracy.judge(found, truth, found if own is None else own, found.dtype)["right"])
+def judged(result: torch.Tensor, truth: torch.Tensor, torch_outputs: torch.Tensor | None = None) -> bool:
+    return bool(
+        gpu_accuracy.judge(result, truth, result if torch_outputs is None else torch_outputs, result.dtype)["right"]
+    )
 
 
 @pytest.mark.parametrize("dtype", gpu_accuracy.TOLERANCE)
-def test_rounding_is_right_and_any_real_error_is_wrong(dtype: torch.dtype) -> None:
+def test_rounding_passes_and_larger_errors_fail(dtype: torch.dtype) -> None:
     truth = torch.randn(64, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rounded = truth.to(dtype)
     assert judged(rounded, truth)
     assert not judged(rounded * (1 + 8 * gpu_accuracy.TOLERANCE[dtype]), truth)
-    one_row, one_nan = rounded.clone(), rounded.clone()
-    one_row[7] = (truth[7] * (1 + 5 * gpu_accuracy.TOLERANCE[dtype] * truth[8].sign())).to(dtype)
-    one_nan[3, 5] = float("nan")
-    assert not judged(one_row, truth)
-    assert not judged(one_nan, truth)
+    bad_row, nan_value = rounded.clone(), rounded.clone()
+    bad_row[7] = (truth[7] * (1 + 5 * gpu_accuracy.TOLERANCE[dtype] * truth[8].sign())).to(dtype)
+    nan_value[3, 5] = float("nan")
+    assert not judged(bad_row, truth)
+    assert not judged(nan_value, truth)
     assert not judged(rounded[:-1], truth)
 
 
-def test_a_kernel_may_not_be_much_worse_than_torch() -> None:
+def test_error_limit_depends_on_torch_error() -> None:
     truth = torch.randn(64, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     worse = (truth * (1 + 1.5e-6 * torch.randn_like(truth).sign())).float()
     assert judged(worse, truth)
-    assert not judged(worse, truth, own=truth.float())
+    assert not judged(worse, truth, torch_outputs=truth.float())
 
 
-def test_the_truth_is_computed_in_float64_throughout() -> None:
-    """Plain torch takes its statistics in fp32; what kernels are judged by must not."""
+def test_exact_reference_uses_float64_throughout() -> None:
+    """Check that the reference computes its statistics in float64, although plain torch uses fp32."""
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     weight = torch.full((64,), 1.01).to(torch.bfloat16)
     y, _ = gpu_accuracy.exact(gpu_ops.reference.add_rms_norm, x, None, weight, 1e-6)
     expected = torch.nn.functional.rms_norm(x.double(), (64,), weight.double(), 1e-6)
     assert y.dtype == torch.float64
     torch.testing.assert_close(y, expected, rtol=1e-14, atol=0)
-    assert x.float().dtype == torch.float32  # and it ends there
+    assert x.float().dtype == torch.float32  # the patch is undone
 
 
-def test_on_a_gpu_a_figure_is_what_the_events_say_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a device that takes 2 ms a call by its own clock, and 100 ms before it begins."""
+def test_gpu_timing_uses_event_time_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate a device that needs 2 ms per call, after a pause of 100 ms."""
     clock, order, inputs = [0.0], list[str](), list[int]()
 
     class Event:
@@ -261,7 +263,7 @@ def test_on_a_gpu_a_figure_is_what_the_events_say_of_one_call(monkeypatch: pytes
         assert cycles > 0
         clock[0] += 100
         if "sleep" not in order:
-            inputs.clear()  # those of warming up
+            inputs.clear()  # drop the warm-up calls
         order.append("sleep")
 
     def call(i: int) -> None:
@@ -274,16 +276,16 @@ def test_on_a_gpu_a_figure_is_what_the_events_say_of_one_call(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    found = timer.device_ms(call, timer.sets(20 << 20))
-    assert (found["median_ms"], found["most_ms"], found["repeats"]) == (2, 2, 5)
-    assert set(inputs) == set(range(7))  # 20 MiB seven times is twice a cache of 64 and more
+    result = timer.device_ms(call, timer.sets(20 << 20))
+    assert (result["median_ms"], result["most_ms"], result["repeats"]) == (2, 2, 5)
+    assert set(inputs) == set(range(7))  # 7 sets of 20 MiB exceed twice a 64 MiB cache
     measured = " ".join(order).split("sleep")[1:]
     assert len(measured) == 5
     assert all(part.split()[0] == part.split()[-1] == "event" and " call " in part for part in measured)
 
 
-def attention_row(ratio: float, right: bool = True, longest: int = 512) -> Row:
-    times = {"ours_times": {"sdpa-cudnn": ratio}, "right": right, "case": f"{longest} tokens", "longest": longest}
+def attention_row(ratio: float, correct: bool = True, longest: int = 512) -> Row:
+    times = {"ours_times": {"sdpa-cudnn": ratio}, "right": correct, "case": f"{longest} tokens", "longest": longest}
     return {"group": "d64 full", **times}
 
 
@@ -295,27 +297,30 @@ def attention_row(ratio: float, right: bool = True, longest: int = 512) -> Row:
         ([attention_row(1.2), attention_row(0.96)], "met"),
         ([attention_row(1.2), attention_row(0.5)], "NOT MET"),
         ([attention_row(1.2), attention_row(0.5, longest=256)], "goal"),
-        ([attention_row(1.2), attention_row(1.3, right=False)], "WRONG, not counted"),
+        ([attention_row(1.2), attention_row(1.3, correct=False)], "WRONG, not counted"),
         ([{"group": "d64 full", "case": "x", "longest": 512, "error": "RuntimeError: no"}], "not measured"),
     ],
 )
-def test_the_worst_case_of_a_group_counts_and_a_wrong_kernel_does_not(rows: list[Row], verdict: str) -> None:
-    found = gpu_report.table({"stages": {"attention": {"rows": rows}}}).splitlines()[2]
-    assert found.startswith("| attention d64")
-    assert found.endswith(f"| {verdict} |")
+def test_verdict_uses_worst_case_and_ignores_wrong_kernels(rows: list[Row], verdict: str) -> None:
+    result = gpu_report.table({"stages": {"attention": {"rows": rows}}}).splitlines()[2]
+    assert result.startswith("| attention d64")
+    assert result.endswith(f"| {verdict} |")
 
 
 @pytest.mark.parametrize(("ms", "verdict"), [(0.5, "goal"), (0.8, "met"), (1.0, "NOT MET")])
-def test_of_a_latency_less_is_better(ms: float, verdict: str) -> None:
+def test_lower_latency_is_better(ms: float, verdict: str) -> None:
     row = {"model": "bge-large", "metric": "one query", "engine": "ours", "median_ms": ms}
     lines = gpu_report.table({"stages": {"models": {"rows": [row]}}}).splitlines()
-    (found,) = (line for line in lines if line.startswith("| bge-large: one query"))
-    assert found.endswith(f"| {verdict} |")
+    (result,) = (line for line in lines if line.startswith("| bge-large: one query"))
+    assert result.endswith(f"| {verdict} |")
 
 
 @pytest.mark.parametrize("model", TEXTS, ids=lambda model: model.name)
-def test_operations_are_counted_as_torch_counts_them(model: Model) -> None:
-    """On the meta device at the real sizes. torch counts all pairs of tokens, half of which a causal mask hides."""
+def test_flop_count_matches_torch(model: Model) -> None:
+    """Compare with torch's counter on the meta device at the real sizes.
+
+    torch counts all pairs of tokens; a causal mask hides half of them.
+    """
     length = 512
     with torch.device("meta"):
         network = model.network(model.config(dry=False))
@@ -337,50 +342,52 @@ def test_mixed_lengths_fill_the_batch_and_are_mostly_short() -> None:
     assert np.median(lengths) < np.mean(lengths) < 150
 
 
-def test_what_is_carried_fits_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_respect_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_wheels, "PART_BYTES", 100)
     sizes = [90, 60, 50, 40, 30, 7, 2, 1]
     files = [tmp_path / f"{i}.whl" for i in range(len(sizes))]
     for file, size in zip(files, sizes, strict=True):
         file.write_bytes(b"x" * size)
-    found = gpu_wheels.parts(files)
-    assert sorted(file for part in found for file in part) == files
-    assert [sum(file.stat().st_size for file in part) for part in found] == [100, 100, 80]
+    result = gpu_wheels.parts(files)
+    assert sorted(file for part in result for file in part) == files
+    assert [sum(file.stat().st_size for file in part) for part in result] == [100, 100, 80]
 
 
-def test_the_carried_environment_sees_the_checkout_and_the_packages_around_it(tmp_path: Path) -> None:
+def test_environment_sees_checkout_and_base_packages(tmp_path: Path) -> None:
     part = tmp_path / "part"
     part.mkdir()
     gpu_wheels.install(part, tmp_path / "made")
-    gpu_wheels.install(part, tmp_path / "made")  # another part, into the same
+    gpu_wheels.install(part, tmp_path / "made")  # another part into the same environment
     code = "import sys, numpy, triton_embed.kernels.packed as ours; print(sys.prefix, numpy.__version__, ours.__file__)"
     command = [tmp_path / "made/bin/python", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    prefix, version, file = done.stdout.split()
+    completed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    prefix, version, file = completed.stdout.split()
     assert (prefix, version) == (str(tmp_path / "made"), np.__version__)
     assert Path(file).resolve() == ROOT / "kernels" / "packed.py"
     for name in gpu_wheels.COMMANDS:
-        done = subprocess.run([tmp_path / "made/bin" / name, "--help"], capture_output=True, text=True, check=False)
-        assert "Traceback" not in done.stderr
+        completed = subprocess.run(
+            [tmp_path / "made/bin" / name, "--help"], capture_output=True, text=True, check=False
+        )
+        assert "Traceback" not in completed.stderr
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-def test_the_random_qwen3_is_one_to_transformers_too(tmp_path: Path) -> None:
+def test_random_qwen3_matches_transformers(tmp_path: Path) -> None:
     from transformers import AutoModel
 
     directory = gpu_server.qwen3(tmp_path / "qwen3", gpu_server.TINY)
     spec = DecoderSpec(eos=gpu_server.END, causal=True, qk_norm=True, qkv_bias=False)
     config = serving("qwen3", model_types=("qwen3",), pooling="last", dtype="float32")
     ids = np.array([5, 300 % 256, 17, 42, 256], dtype=np.int32)
-    found = Embedder(spec, directory, config).embed([Input(ids)], [gpu_server.TINY.hidden_size])[0]
+    result = Embedder(spec, directory, config).embed([Input(ids)], [gpu_server.TINY.hidden_size])[0]
     network = AutoModel.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         states = network(torch.tensor(ids[None].astype(np.int64))).last_hidden_state[0, -1]
     expected = torch.nn.functional.normalize(states, dim=0).numpy()
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(result, expected, atol=2e-5)
 
 
-def test_texts_have_the_tokens_they_should() -> None:
+def test_texts_have_the_requested_token_counts() -> None:
     served = gpu_server.minilm()
     texts, mean = gpu_server.texts(served.tokenizer, [10, 50, 200] * 5)
     assert len(set(texts)) == 15

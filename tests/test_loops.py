@@ -338,7 +338,7 @@ def run_process(kernels: Path, cache: Path, code: str) -> str:
 
 def test_cache_is_reused_until_an_inlined_function_changes(tmp_path: Path) -> None:
     copy = tmp_path / "triton_embed" / "kernels"
-    shutil.copytree(Path(loops.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(loops.__file__).parent.parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     cache = tmp_path / "cache"
     expected = 4 / (1 + np.exp(-4)) * 4
 
@@ -348,6 +348,6 @@ def test_cache_is_reused_until_an_inlined_function_changes(tmp_path: Path) -> No
     run_process(tmp_path, cache, ATTEND_AND_GATE)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb?")} == before
 
-    with (copy / "simd.py").open("a") as file:  # inlined into the loops of other files
+    with (copy / "cpu" / "simd.py").open("a") as file:  # inlined into the loops of other files
         file.write("\n\n@inline\ndef exp2(x):\n    return splat(np.float32(3))\n")
     assert float(run_process(tmp_path, cache, ATTEND_AND_GATE)) == 4.0

@@ -1,4 +1,4 @@
-"""The scheduling benchmark without a stack: its texts, its figures and its pictures, and its load against a server."""
+"""The scheduling benchmark without a stack: texts, figures and plots, and the load generator with a fake server."""
 
 import asyncio
 import json
@@ -10,42 +10,44 @@ import orjson
 import pytest
 
 from benchmarks import scheduling, scheduling_load, scheduling_plots
-from benchmarks.scheduling import BULK, FAIR, Answered, Config
+from benchmarks.scheduling import BULK, MAX_P99_RATIO, Config, LoadResult
 
 PNG = b"\x89PNG"
 
 
 def reply(latencies: list[float], failures: dict[str, int] | None = None) -> dict[str, Any]:
+    """Return a reply of the load generator."""
     return {"latencies_ms": latencies, "stages_ms": {"parse": latencies}, "failures": failures or {}}
 
 
-def test_bulk_texts_are_many_and_distinct_and_of_the_lengths_given() -> None:
+def test_bulk_texts_are_distinct_and_keep_the_lengths() -> None:
     texts = [f"{'word ' * (i % 40)}one two three four five six seven eight nine ten {i}" for i in range(512)]
-    found = scheduling.bulk_texts(texts)
-    assert len(found) == 2 * BULK
-    assert len(set(found)) == len(found)
-    assert [len(text) for text in found] == 8 * [len(text) for text in texts]
+    bulk = scheduling.bulk_texts(texts)
+    assert len(bulk) == 2 * BULK
+    assert len(set(bulk)) == len(bulk)
+    assert [len(text) for text in bulk] == 8 * [len(text) for text in texts]
 
 
-def test_answers_to_several_questions_are_one_figure() -> None:
-    answered = Answered()
-    answered.add(reply([float(i) for i in range(1, 61)], {"429": 1}))
-    answered.add(reply([float(i) for i in range(61, 101)], {"429": 2}))
-    row = answered.row()
+def test_replies_are_combined_before_percentiles_are_taken() -> None:
+    combined = LoadResult()
+    combined.add(reply([float(i) for i in range(1, 61)], {"429": 1}))
+    combined.add(reply([float(i) for i in range(61, 101)], {"429": 2}))
+    row = combined.row()
     assert (row["requests"], row["p50_ms"], row["p95_ms"], row["p99_ms"]) == (100, 50, 95, 99)
     assert row["stages_p50_ms"] == {"parse": 50.5}
     assert row["failures"] == {"429": 3}
 
 
-def test_no_answer_has_no_percentile() -> None:
-    answered = Answered()
-    answered.add(reply([], {"503": 4}))
-    assert answered.row().keys() == {"requests", "cpu_percent_elsewhere", "failures"}
+def test_no_percentiles_without_responses() -> None:
+    combined = LoadResult()
+    combined.add(reply([], {"503": 4}))
+    assert combined.row().keys() == {"requests", "cpu_percent_elsewhere", "failures"}
 
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    about = {"stage": "fairness", "budget": 0, "callers": 1, "requests": 9, "cpu_percent_elsewhere": 1.0}
+    """Rows of all three stages."""
+    common = {"stage": "fairness", "budget": 0, "callers": 1, "requests": 9, "cpu_percent_elsewhere": 1.0}
     under = {"what": "under bulk", "priority": "batch", "p50_ms": 5.0, "p99_ms": 9.0, "p99_to_idle_p50": 4.5}
     stages = {"stages_p50_ms": {"triton": 2.5}, "p50_ms": 3.0, "cpu_percent_elsewhere": 2.0}
     times = {"bare_p50_ms": 2.0, "served_p50_ms": 3.0, "added_ms": 1.0, "added_ms_least": 0.9, "added_ms_most": 1.1}
@@ -56,14 +58,14 @@ def rows() -> list[dict[str, Any]]:
         for workload, inputs, callers in scheduling.cells()
     ]
     return [
-        about | {"what": "idle", "p50_ms": 2.0, "p99_ms": 3.0},
-        about | under | {"target": FAIR, "inputs_per_s": 120.0, "bulk_failures": {"504": 1}},
+        common | {"what": "idle", "p50_ms": 2.0, "p99_ms": 3.0},
+        common | under | {"target": MAX_P99_RATIO, "inputs_per_s": 120.0, "bulk_failures": {"504": 1}},
         {"stage": "single"} | times | stages,
         *measured,
     ]
 
 
-def test_tables_tell_every_row_and_what_failed(rows: list[dict[str, Any]]) -> None:
+def test_tables_show_every_row_and_failures(rows: list[dict[str, Any]]) -> None:
     lines = scheduling.tables(rows)
     assert len(lines) == 2 + 1 + 2 + len(scheduling.configs())
     assert "p99 is 4.5 × idle p50 (at most 3); bulk 120 inputs/s; FAILED {'504': 1}" in lines[1]
@@ -72,33 +74,33 @@ def test_tables_tell_every_row_and_what_failed(rows: list[dict[str, Any]]) -> No
     assert "228 (7.0)" in lines[-1]
 
 
-def test_each_stage_that_was_measured_has_its_picture(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_each_measured_stage_has_a_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     machine = {"machine": {"cpu": "a", "cores": 2}, "timestamp": "2026-01-01T00:00:00Z"}
-    for stage, pictures in (("fairness", ["f-fairness.png"]), ("budget", ["f-budget.png"]), ("single", [])):
+    for stage, expected in (("fairness", ["f-fairness.png"]), ("budget", ["f-budget.png"]), ("single", [])):
         folder = tmp_path / stage
         folder.mkdir()
-        mine = [row for row in rows if row["stage"] == stage]
-        (folder / "f.json").write_text(json.dumps(machine | {"rows": mine}))
+        stage_rows = [row for row in rows if row["stage"] == stage]
+        (folder / "f.json").write_text(json.dumps(machine | {"rows": stage_rows}))
         scheduling_plots.draw(folder / "f.json")
-        found = sorted(folder.glob("*.png"))
-        assert [path.name for path in found] == pictures
-        assert all(path.read_bytes().startswith(PNG) for path in found)
+        plots = sorted(folder.glob("*.png"))
+        assert [path.name for path in plots] == expected
+        assert all(path.read_bytes().startswith(PNG) for path in plots)
 
 
-def test_the_load_sends_so_many_and_keeps_what_the_gateway_says() -> None:
+def test_load_sends_the_count_and_collects_stage_times() -> None:
     bodies: list[dict[str, Any]] = []
-    at_once = [0, 0]
+    in_flight = [0, 0]  # now, maximum
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError):  # the client has closed
+        with suppress(asyncio.IncompleteReadError):  # the client closed the connection
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
                 bodies.append(orjson.loads(await reader.readexactly(length)))
                 status = b"503 No" if len(bodies) == 3 else b"200 OK"
-                at_once[0] += 1
-                at_once[1] = max(at_once)
+                in_flight[0] += 1
+                in_flight[1] = max(in_flight)
                 await asyncio.sleep(0.02)
-                at_once[0] -= 1
+                in_flight[0] -= 1
                 timing = b"server-timing: parse;dur=0.50, triton;dur=19.00"
                 writer.write(b"HTTP/1.1 " + status + b"\r\n" + timing + b"\r\ncontent-length: 2\r\n\r\n{}")
         writer.close()
@@ -106,20 +108,20 @@ def test_the_load_sends_so_many_and_keeps_what_the_gateway_says() -> None:
     async def use() -> dict[str, Any]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         load = scheduling_load.Load({"mixed": ["a", "b", "c", "d", "e"]})
-        asked = {"port": server.sockets[0].getsockname()[1], "workload": "mixed", "inputs": 2}
-        found = await load.handle(**asked, callers=3, count=7, priority="batch")
-        for connection in load.clients[asked["port"]]._idle:
+        request = {"port": server.sockets[0].getsockname()[1], "workload": "mixed", "inputs": 2}
+        result = await load.handle(**request, callers=3, count=7, priority="batch")
+        for connection in load.clients[request["port"]]._idle:
             connection.close()
-        await asyncio.sleep(0.05)  # both ends see it
+        await asyncio.sleep(0.05)  # let both ends see it
         server.close()
-        return found
+        return result
 
-    found = asyncio.run(use())
+    result = asyncio.run(use())
     assert [body["input"] for body in bodies[:3]] == [["a", "b"], ["c", "d"], ["a", "b"]]
     assert {body["priority"] for body in bodies} == {"batch"}
-    assert (len(bodies), at_once[1]) == (7, 3)
-    assert found["failures"] == {"503": 1}
-    assert len(found["latencies_ms"]) == 6
-    assert min(found["latencies_ms"]) >= 20
-    assert found["stages_ms"] == {"parse": [0.5] * 6, "triton": [19.0] * 6}
-    assert found["inputs_per_s"] == pytest.approx(12 / found["seconds"])
+    assert (len(bodies), in_flight[1]) == (7, 3)
+    assert result["failures"] == {"503": 1}
+    assert len(result["latencies_ms"]) == 6
+    assert min(result["latencies_ms"]) >= 20
+    assert result["stages_ms"] == {"parse": [0.5] * 6, "triton": [19.0] * 6}
+    assert result["inputs_per_s"] == pytest.approx(12 / result["seconds"])

@@ -1,1 +1,1 @@
-"""Workers of engines that live in environments of their own, with nothing of ours but the benchmark's own words."""
+"""Workers of rival engines. They run in separate environments and import only this package."""

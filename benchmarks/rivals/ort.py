@@ -1,4 +1,4 @@
-"""ONNX Runtime: `python -m benchmarks.rivals.ort fp32|int8 FOLDER TOKENIZER.json TEXTS.json` is a worker."""
+"""ONNX Runtime engine: `python -m benchmarks.rivals.ort fp32|int8 FOLDER TOKENIZER.json TEXTS.json` is a worker."""
 
 import os
 import sys
@@ -13,16 +13,16 @@ from benchmarks.worker import Vectors
 
 
 def session(model: Path) -> Infer:
+    """Load a model and return the function that runs batches."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    running = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    wanted = {given.name: given.type for given in running.get_inputs()}
-    types = {name: "int32" if kind == "tensor(int32)" else "int64" for name, kind in wanted.items()}
+    ort_session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    types = {node.name: "int32" if node.type == "tensor(int32)" else "int64" for node in ort_session.get_inputs()}
 
-    def infer(batches: Iterable[Batch], take: Callable[[Batch, Vectors], None]) -> None:
+    def infer(batches: Iterable[Batch], deliver: Callable[[Batch, Vectors], None]) -> None:
         for batch in batches:
-            given = {name: ids.astype(types[name], copy=False) for name, ids in feed(batch).items()}
-            take(batch, running.run(None, given)[0])
+            inputs = {name: ids.astype(types[name], copy=False) for name, ids in feed(batch).items()}
+            deliver(batch, ort_session.run(None, inputs)[0])
 
     return infer
 
@@ -30,8 +30,8 @@ def session(model: Path) -> Infer:
 def main() -> None:
     precision, folder, tokenizer, texts = sys.argv[1:]
     pools = read_pools(texts)
-    ways = {"one session": session(Path(folder) / f"{precision}.onnx")}
-    serve(Padded(Texts(Path(tokenizer), 512), ways, pools), pools)
+    modes = {"one session": session(Path(folder) / f"{precision}.onnx")}
+    serve(Padded(Texts(Path(tokenizer), 512), modes, pools), pools)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""OpenVINO: `python -m benchmarks.rivals.ov fp32|bf16|int8 FOLDER TOKENIZER.json TEXTS.json` is a worker.
+"""OpenVINO engine: `python -m benchmarks.rivals.ov fp32|bf16|int8 FOLDER TOKENIZER.json TEXTS.json` is a worker.
 
-The same network compiled twice: for LATENCY, all threads on one batch, and for THROUGHPUT, several batches at a time
-on fewer threads each. Which is better for many texts is tried; on 2 cores it mostly is LATENCY. One text gets LATENCY.
+The network is compiled twice: for LATENCY (all threads on one batch) and for THROUGHPUT (several batches at a time on
+fewer threads each). Single texts use LATENCY; for many texts the faster one is selected (on 2 cores mostly LATENCY).
 """
 
 import sys
@@ -14,7 +14,7 @@ from benchmarks.calls import read_pools, serve
 from benchmarks.rivals.padded import Batch, Infer, Padded, Texts, feed
 from benchmarks.worker import Vectors
 
-# file, and what floats are computed in; OpenVINO itself takes bf16 where the CPU has it, beside int8 too
+# Model file and precision of float operations. Without a hint, OpenVINO uses bf16 if the CPU has it, also with int8.
 PRECISIONS: dict[str, tuple[str, dict[str, str]]] = {
     "fp32": ("model.onnx", {"INFERENCE_PRECISION_HINT": "f32"}),
     "bf16": ("model.onnx", {"INFERENCE_PRECISION_HINT": "bf16"}),
@@ -22,22 +22,24 @@ PRECISIONS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def one_by_one(model: ov.CompiledModel) -> Infer:
+def sequential(model: ov.CompiledModel) -> Infer:
+    """Return a function that runs one batch at a time."""
     request = model.create_infer_request()
 
-    def infer(batches: Iterable[Batch], take: Callable[[Batch, Vectors], None]) -> None:
+    def infer(batches: Iterable[Batch], deliver: Callable[[Batch, Vectors], None]) -> None:
         for batch in batches:
             request.infer(feed(batch), share_inputs=True)
-            take(batch, request.get_output_tensor(0).data)
+            deliver(batch, request.get_output_tensor(0).data)
 
     return infer
 
 
-def several(model: ov.CompiledModel) -> Infer:
+def concurrent(model: ov.CompiledModel) -> Infer:
+    """Return a function that runs several batches at a time."""
     queue = ov.AsyncInferQueue(model)
 
-    def infer(batches: Iterable[Batch], take: Callable[[Batch, Vectors], None]) -> None:
-        queue.set_callback(lambda request, batch: take(batch, request.get_output_tensor(0).data))
+    def infer(batches: Iterable[Batch], deliver: Callable[[Batch, Vectors], None]) -> None:
+        queue.set_callback(lambda request, batch: deliver(batch, request.get_output_tensor(0).data))
         for batch in batches:
             queue.start_async(feed(batch), batch)
         queue.wait_all()
@@ -47,16 +49,16 @@ def several(model: ov.CompiledModel) -> Infer:
 
 def main() -> None:
     precision, folder, tokenizer, texts = sys.argv[1:]
-    file, floats = PRECISIONS[precision]
+    file, precision_hint = PRECISIONS[precision]
     core = ov.Core()
     model = core.read_model(Path(folder) / file)
 
     def compiled(hint: str) -> ov.CompiledModel:
-        return core.compile_model(model, "CPU", {"PERFORMANCE_HINT": hint} | floats)
+        return core.compile_model(model, "CPU", {"PERFORMANCE_HINT": hint} | precision_hint)
 
-    ways = {"LATENCY": one_by_one(compiled("LATENCY")), "THROUGHPUT": several(compiled("THROUGHPUT"))}
+    modes = {"LATENCY": sequential(compiled("LATENCY")), "THROUGHPUT": concurrent(compiled("THROUGHPUT"))}
     pools = read_pools(texts)
-    serve(Padded(Texts(Path(tokenizer), 512), ways, pools), pools)
+    serve(Padded(Texts(Path(tokenizer), 512), modes, pools), pools)
 
 
 if __name__ == "__main__":

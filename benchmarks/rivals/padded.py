@@ -1,6 +1,6 @@
-"""An engine that takes padded batches, at its best: texts sorted by length and padded by a few at a time.
+"""Engines that need padded batches, tuned for throughput: texts are sorted by length and padded in small batches.
 
-How many tokens a batch should have depends on engine, machine and workload, so each is tried and the best kept.
+The best number of tokens per batch depends on engine, machine and workload, so all candidates are measured.
 """
 
 import time
@@ -15,30 +15,35 @@ from tokenizers import Tokenizer
 from benchmarks.calls import Encode, Pools
 from benchmarks.worker import Vectors
 
-BUDGETS = (256, 512, 1024, 2048, 4096)  # tokens of a batch, padding included; at least one text
-TRIED = 4096  # tokens of the texts that budgets are tried on, about
-BLOCK = 128  # texts, which is a whole mix of lengths
+BUDGETS = (256, 512, 1024, 2048, 4096)  # tokens per batch including padding; a batch holds at least one text
+TUNING_TOKENS = 4096  # approximate tokens of the texts used to select a budget
+BLOCK = 128  # texts with the complete mix of lengths of a workload
 
 Integers = npt.NDArray[np.int64]
 
 
 class Batch(NamedTuple):
-    rows: list[int]  # which of the texts
+    """A padded batch."""
+
+    rows: list[int]  # indices of the texts
     ids: Integers  # [rows, tokens]
     mask: Integers  # [rows, tokens]: 1 for a token, 0 for padding
 
 
-# Runs batches and hands the states [rows, tokens, dimensions] of each to the second argument, in any order.
+# Runs batches and passes the states [rows, tokens, dimensions] of each to the second argument, in any order.
 Infer = Callable[[Iterable[Batch], Callable[[Batch, Vectors], None]], None]
 
 
 class Texts:
-    def __init__(self, tokenizer: Path, most_tokens: int) -> None:
+    """Tokenizes texts and groups them into padded batches."""
+
+    def __init__(self, tokenizer: Path, max_tokens: int) -> None:
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(most_tokens)
+        self.tokenizer.enable_truncation(max_tokens)
 
     def batches(self, texts: list[str], budget: int) -> Iterator[Batch]:
+        """Yield batches of at most `budget` tokens including padding, shortest texts first."""
         encoded = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
         rows: list[int] = []
         for row in sorted(range(len(encoded)), key=lambda row: len(encoded[row])):
@@ -53,63 +58,70 @@ class Texts:
 def _padded(rows: list[int], encoded: list[list[int]]) -> Batch:
     ids = np.zeros((len(rows), max(len(encoded[row]) for row in rows)), np.int64)
     mask = np.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, : len(encoded[row])] = encoded[row]
-        mask[place, : len(encoded[row])] = 1
+    for index, row in enumerate(rows):
+        ids[index, : len(encoded[row])] = encoded[row]
+        mask[index, : len(encoded[row])] = 1
     return Batch(rows, ids, mask)
 
 
 def feed(batch: Batch) -> dict[str, Integers]:
-    """A batch under the names that the exported network has."""
+    """Return the inputs of the exported network by name."""
     return {"input_ids": batch.ids, "attention_mask": batch.mask, "token_type_ids": np.zeros_like(batch.ids)}
 
 
 class Padded:
-    """Ways to run batches by name, the first of them the one for a single text; see `benchmarks.calls.Engine`."""
+    """Selects execution mode and token budget (a `benchmarks.calls.SelectEncode`).
 
-    def __init__(self, texts: Texts, ways: dict[str, Infer], pools: Pools) -> None:
-        self.texts, self.ways, self.pools = texts, ways, pools
+    `modes`: functions that run batches, by name. The first one is used for single texts.
+    """
+
+    def __init__(self, texts: Texts, modes: dict[str, Infer], pools: Pools) -> None:
+        self.texts, self.modes, self.pools = texts, modes, pools
         self.best: dict[str, tuple[Encode, str]] = {}
 
     def __call__(self, workload: str, inputs: int) -> tuple[Encode, str]:
         if inputs == 1:
-            name = next(iter(self.ways))
+            name = next(iter(self.modes))
             return self.encode(name, BUDGETS[0]), name
         if workload not in self.best:
-            self.best[workload] = self._best(self.pools[workload])
+            self.best[workload] = self._select(self.pools[workload])
         return self.best[workload]
 
-    def encode(self, way: str, budget: int) -> Encode:
+    def encode(self, mode: str, budget: int) -> Encode:
+        """Return the function that embeds texts in a mode with a token budget."""
+
         def encode(texts: list[str]) -> Vectors:
-            found: dict[int, Vectors] = {}
+            vectors_by_row: dict[int, Vectors] = {}
 
-            def take(batch: Batch, states: Vectors) -> None:
+            def deliver(batch: Batch, states: Vectors) -> None:
                 sums = np.matmul(batch.mask[:, None].astype(np.float32), states)[:, 0]
-                vectors = sums / np.linalg.norm(sums, axis=1, keepdims=True)  # sums, for the length cancels out
-                found.update(zip(batch.rows, vectors, strict=True))
+                vectors = sums / np.linalg.norm(
+                    sums, axis=1, keepdims=True
+                )  # sums suffice: normalization cancels the length
+                vectors_by_row.update(zip(batch.rows, vectors, strict=True))
 
-            self.ways[way](self.texts.batches(texts, budget), take)
-            return np.stack([found[row] for row in range(len(texts))])
+            self.modes[mode](self.texts.batches(texts, budget), deliver)
+            return np.stack([vectors_by_row[row] for row in range(len(texts))])
 
         return encode
 
-    def _best(self, pool: list[str]) -> tuple[Encode, str]:
-        """First the best budget of the first way, then the best way with it."""
-        few = self._sample(pool)
-        first = next(iter(self.ways))
-        _, budget = min((self._seconds(first, budget, few), budget) for budget in BUDGETS)
-        way = min(self.ways, key=lambda way: self._seconds(way, budget, few))
-        return self.encode(way, budget), f"{way}, {budget} tokens a batch"
+    def _select(self, pool: list[str]) -> tuple[Encode, str]:
+        """Select the fastest budget in the first mode, then the fastest mode with that budget."""
+        texts = self._tuning_texts(pool)
+        first = next(iter(self.modes))
+        _, budget = min((self._seconds(first, budget, texts), budget) for budget in BUDGETS)
+        mode = min(self.modes, key=lambda mode: self._seconds(mode, budget, texts))
+        return self.encode(mode, budget), f"{mode}, {budget} tokens per batch"
 
-    def _sample(self, pool: list[str]) -> list[str]:
-        """Texts of `TRIED` tokens or more, a whole number of which make a block."""
+    def _tuning_texts(self, pool: list[str]) -> list[str]:
+        """Return the first texts of a block with about TUNING_TOKENS tokens in total."""
         block = pool[:BLOCK]
         tokens = sum(len(encoding.ids) for encoding in self.texts.tokenizer.encode_batch_fast(block))
-        return block[: max(1, BLOCK * TRIED // tokens)]
+        return block[: max(1, BLOCK * TUNING_TOKENS // tokens)]
 
-    def _seconds(self, way: str, budget: int, texts: list[str]) -> float:
-        """Of the second call: engines compile for a shape when they meet it."""
-        encode = self.encode(way, budget)
+    def _seconds(self, mode: str, budget: int, texts: list[str]) -> float:
+        """Measure the second call: engines compile for a new shape in the first."""
+        encode = self.encode(mode, budget)
         encode(texts)
         begin = time.perf_counter()
         encode(texts)

@@ -1,5 +1,7 @@
-"""OpenVINO's int8: `python -m benchmarks.rivals.quantise FOLDER TEXTS.json TOKENIZER.json` makes int8.xml of FOLDER's
-model.onnx, by NNCF's recipe for transformers (weights and inputs, static, smoothed), calibrated on those texts.
+"""Quantize a model to int8 for OpenVINO: `python -m benchmarks.rivals.quantise FOLDER TEXTS.json TOKENIZER.json`.
+
+Writes int8.xml from FOLDER's model.onnx with NNCF's preset for transformers (static quantization of weights and inputs,
+with smoothing), calibrated on the texts.
 """
 
 import json
@@ -11,7 +13,7 @@ import openvino as ov
 
 from benchmarks.rivals.padded import Batch, Texts, feed
 
-TEXTS = 300  # NNCF's own default
+TEXTS = 300  # NNCF's default
 
 
 def main() -> None:
@@ -22,10 +24,10 @@ def main() -> None:
     def inputs(batch: Batch) -> dict[str, object]:
         return dict(feed(batch))
 
-    quantised = nncf.quantize(
+    quantized = nncf.quantize(
         model, nncf.Dataset(batches, inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=TEXTS
     )
-    ov.save_model(quantised, folder / "int8.xml")
+    ov.save_model(quantized, folder / "int8.xml")
 
 
 if __name__ == "__main__":

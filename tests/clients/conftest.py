@@ -1,7 +1,7 @@
-"""The real stack, started by the command users start it with, and the vectors that clients must get from it.
+"""Fixtures of the client conformance tests: the real stack, and the vectors that clients must receive.
 
-Nothing of ours is imported here: the clients live in an environment of their own, .venv/clients, and know the server
-by its address alone. `make conformance` runs this.
+The stack is started with the same command that users run. The clients run in a separate environment, .venv/clients,
+which does not import this project and knows the server only by its address. `make conformance` runs these tests.
 """
 
 import json
@@ -25,10 +25,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SERVER = ROOT / ".venv" / "bin"
 KEY = "secret"
-WAITING_TOKENS = 20_000  # three requests of test_openai's that fills the queue
+MAX_PENDING_TOKENS = 20_000  # about three requests of the full-queue test in test_openai.py
 
-# Documented switches, all of them: no telemetry, no price list fetched. What asks for the network all the same meets
-# a port that nobody listens on.
+# Documented switches that disable telemetry and the download of price lists. Any other network access fails because the
+# proxy port is closed.
 os.environ |= {
     "TRITON_EMBED_DTYPE": "float32",  # as expected.py
     "ANONYMIZED_TELEMETRY": "False",
@@ -38,7 +38,7 @@ os.environ |= {
     "HTTPS_PROXY": "http://127.0.0.1:9",
     "NO_PROXY": "127.0.0.1,localhost",
 }
-# LlamaIndex carries tiktoken's tables: LangChain finds them there, and so does the server.
+# LlamaIndex ships tiktoken's tables; LangChain and the server read them from there.
 os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(sysconfig.get_path("purelib"), "llama_index/core/_static/tiktoken_cache"))
 os.environ |= {name.lower(): os.environ[name] for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")}
 
@@ -47,29 +47,29 @@ pytest_plugins = ["table"]
 
 @dataclass(frozen=True)
 class Expected:
-    """What expected.py computed."""
+    """The reference vectors and token ids that expected.py computed."""
 
     directory: Path
     vectors: dict[str, dict[str, list[float]]]
     ids: dict[str, dict[str, list[int]]]
 
-    def check(self, found: Sequence[Any], keys: Sequence[str], model: str = "minilm") -> None:
-        """Each of the found vectors is of unit length and points where the expected one does."""
-        assert len(found) == len(keys)
-        for vector, key in zip(found, keys, strict=True):
-            wanted, given = np.array(self.vectors[model][key]), np.array(vector, np.float64)
-            assert given.shape == wanted.shape
-            assert abs(np.linalg.norm(given) - 1) < 1e-5
-            assert given @ wanted > 0.99999 * np.linalg.norm(wanted)
+    def check(self, vectors: Sequence[Any], keys: Sequence[str], model: str = "minilm") -> None:
+        """Assert that each vector has unit length and the direction of the expected vector for its key."""
+        assert len(vectors) == len(keys)
+        for vector, key in zip(vectors, keys, strict=True):
+            reference, actual = np.array(self.vectors[model][key]), np.array(vector, np.float64)
+            assert actual.shape == reference.shape
+            assert abs(np.linalg.norm(actual) - 1) < 1e-5
+            assert actual @ reference > 0.99999 * np.linalg.norm(reference)
 
 
 class Stack:
-    """`triton-embed serve` on free ports until all its models are ready, or have failed."""
+    """A running `triton-embed serve` on free ports; the constructor returns when every model is ready or has failed."""
 
     def __init__(self, log: Path, *flags: str) -> None:
         self.port, http, grpc, metrics = (_free_port() for _ in range(4))
         self.url = f"http://127.0.0.1:{self.port}"
-        self.base_url = f"{self.url}/v1"  # as OpenAI's clients want it
+        self.base_url = f"{self.url}/v1"  # in the form that OpenAI's clients expect
         self.triton_http, self.triton_grpc = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
         ports = (f"--triton-http-port={http}", f"--triton-grpc-port={grpc}", f"--triton-metrics-port={metrics}")
         with log.open("wb") as stream:
@@ -96,17 +96,17 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
 
 
 @pytest.fixture(scope="session")
-def picture_url(expected: Expected) -> Iterator[str]:
-    """The picture on a web server, on a host that the operator allows."""
-    stored = (expected.directory / "picture.png").read_bytes()
+def image_url(expected: Expected) -> Iterator[str]:
+    """Serve the image on a host that the operator allows; yield its URL."""
+    image_bytes = (expected.directory / "picture.png").read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "image/png")
-            self.send_header("Content-Length", str(len(stored)))
+            self.send_header("Content-Length", str(len(image_bytes)))
             self.end_headers()
-            self.wfile.write(stored)
+            self.wfile.write(image_bytes)
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -118,10 +118,10 @@ def picture_url(expected: Expected) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def stack(expected: Expected, picture_url: str) -> Iterator[Stack]:
-    """Four models, without a key: minilm with its real weights, and the three that the documents ask."""
+def stack(expected: Expected, image_url: str) -> Iterator[Stack]:
+    """Start four models without an API key: minilm with its real weights, and three documented families."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_EMBED_MEDIA_ALLOWED_HOSTS", picture_url.split("/")[2])
+        patch.setenv("TRITON_EMBED_MEDIA_ALLOWED_HOSTS", image_url.split("/")[2])
         server = Stack(expected.directory / "log", f"--model-repository={expected.directory / 'models'}")
     with urllib.request.urlopen(f"{server.url}/v1/models") as answer:
         assert all(card["ready"] for card in json.load(answer)["data"])
@@ -131,10 +131,10 @@ def stack(expected: Expected, picture_url: str) -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def strict(expected: Expected) -> Iterator[Stack]:
-    """minilm behind a key, where little work may wait; clip without a checkpoint."""
+    """Start minilm with an API key and a small queue, and clip without a checkpoint."""
     flags = (f"--model-repository={expected.directory / 'strict'}", f"--api-key={KEY}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_EMBED_MAX_WAITING_TOKENS", str(WAITING_TOKENS))
+        patch.setenv("TRITON_EMBED_MAX_WAITING_TOKENS", str(MAX_PENDING_TOKENS))
         server = Stack(expected.directory / "strict.log", *flags)
     yield server
     server.stop()

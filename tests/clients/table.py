@@ -1,7 +1,7 @@
-"""The conformance table: `--table FILE` writes what each client was used for, and how it ended.
+"""Pytest plugin for the conformance table: `--table FILE` writes what was tested for each client, and the result.
 
-A test file names its CLIENT and the PACKAGE whose version is told; a test's docstring is its line. A test with
-parameters is one line, which passed when all of them did.
+A test file sets CLIENT and the PACKAGE whose version is reported; a test's docstring is the text of its line. A
+parametrized test is one line, which passes if all its parameters pass.
 """
 
 import re
@@ -14,11 +14,11 @@ import pytest
 
 HEADING = """# Clients
 
-Each client is used as its own documentation shows, unmodified, against `triton-embed serve`. Vectors are compared with
-those that sentence-transformers computes for all-MiniLM-L6-v2, and transformers for the other models: a cosine of at
-least 0.99999 and unit length. Written by `make conformance`.
+Each client is used unmodified, as its documentation shows, against `triton-embed serve`. Vectors are compared with
+sentence-transformers for all-MiniLM-L6-v2 and with transformers for the other models; they must have unit length and a
+cosine of at least 0.99999. `make conformance` writes this file.
 
-| Client | Version | What was exercised | Result |
+| Client | Version | Feature | Result |
 |---|---|---|---|
 """
 
@@ -26,25 +26,25 @@ least 0.99999 and unit length. Written by `make conformance`.
 class Table:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._titles: dict[str, tuple[str, str, str]] = {}  # test → (client, version, what)
+        self._titles: dict[str, tuple[str, str, str]] = {}  # test → (client, version, feature)
         self._passed: dict[tuple[str, str, str], bool] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             module: Any = item.module  # type: ignore[attr-defined]
-            what = " ".join(item.obj.__doc__.split())  # type: ignore[attr-defined]
-            self._titles[item.nodeid] = (module.CLIENT, version_of(module.PACKAGE), what.rstrip("."))
+            feature = " ".join(item.obj.__doc__.split())  # type: ignore[attr-defined]
+            self._titles[item.nodeid] = (module.CLIENT, version_of(module.PACKAGE), feature.rstrip("."))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         line = self._titles[report.nodeid]
         self._passed[line] = self._passed.get(line, True) and report.passed
 
     def pytest_sessionfinish(self) -> None:
-        lines, told = [], None
-        for (client, version, what), passed in self._passed.items():
-            head = (client, version) if (client, version) != told else ("", "")
-            told = (client, version)
-            lines.append(f"| {' | '.join((*head, what, 'pass' if passed else 'FAIL'))} |\n")
+        lines, previous = [], None
+        for (client, version, feature), passed in self._passed.items():
+            head = (client, version) if (client, version) != previous else ("", "")
+            previous = (client, version)
+            lines.append(f"| {' | '.join((*head, feature, 'pass' if passed else 'FAIL'))} |\n")
         self._path.parent.mkdir(exist_ok=True)
         self._path.write_text(HEADING + "".join(lines))
 
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def version_of(package: str) -> str:
-    """Of an installed distribution; curl is a program."""
+    """Return the version of an installed distribution, or of the curl program."""
     if package != "curl":
         return metadata.version(package)
     return re.findall(r"curl (\S+)", subprocess.check_output(["curl", "--version"], text=True))[0]

@@ -1,4 +1,4 @@
-"""Chroma's embedding function for OpenAI, in a real collection in memory."""
+"""Conformance of Chroma's embedding function for OpenAI, with a real in-memory collection."""
 
 import chromadb
 import numpy as np
@@ -17,28 +17,28 @@ def function(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> OpenAIEmbeddingFu
     return OpenAIEmbeddingFunction(model_name="minilm", api_base=stack.base_url)
 
 
-def test_texts(function: OpenAIEmbeddingFunction, expected: Expected) -> None:
-    """The function itself."""
+def test_embedding_function(function: OpenAIEmbeddingFunction, expected: Expected) -> None:
+    """The embedding function."""
     expected.check(function(TEXTS), TEXTS)
 
 
 def test_dimensions(stack: Stack, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dimensions`, which it sends to models whose name, or alias, begins with text-embedding-3."""
+    """`dimensions`, which Chroma sends only for model names that start with text-embedding-3, here an alias."""
     monkeypatch.setenv("CHROMA_OPENAI_API_KEY", "EMPTY")
     function = OpenAIEmbeddingFunction(model_name="text-embedding-3-small", api_base=stack.base_url, dimensions=512)
     expected.check(function([MATRYOSHKA]), [MATRYOSHKA], "qwen3_embedding")
 
 
-def test_a_collection(function: OpenAIEmbeddingFunction, expected: Expected) -> None:
-    """A collection filled and asked for the nearest texts: their order and distances."""
+def test_collection_query(function: OpenAIEmbeddingFunction, expected: Expected) -> None:
+    """A collection that is filled and queried: order and distances of the nearest texts."""
     collection = chromadb.EphemeralClient().create_collection(
         "texts", embedding_function=function, configuration={"hnsw": {"space": "cosine"}}
     )
     collection.add(ids=[str(i) for i in range(len(DOCUMENTS))], documents=DOCUMENTS)
-    answer = collection.query(query_texts=[QUESTION], n_results=len(DOCUMENTS), include=["documents", "distances"])
+    result = collection.query(query_texts=[QUESTION], n_results=len(DOCUMENTS), include=["documents", "distances"])
     vectors = expected.vectors["minilm"]
     distances = {text: 1 - float(np.dot(vectors[QUESTION], vectors[text])) for text in DOCUMENTS}
     nearest = sorted(distances, key=distances.__getitem__)
     assert nearest[0] == DOCUMENTS[1]
-    assert answer["documents"] == [nearest]
-    np.testing.assert_allclose(answer["distances"][0], sorted(distances.values()), atol=1e-4)
+    assert result["documents"] == [nearest]
+    np.testing.assert_allclose(result["distances"][0], sorted(distances.values()), atol=1e-4)

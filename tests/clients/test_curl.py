@@ -1,4 +1,4 @@
-"""curl as SGLang's page calls it: no Content-Type, so that curl sends the one of a form."""
+"""Conformance of curl, called as in SGLang's documentation: without a Content-Type, so that curl sends a form's."""
 
 import json
 import shlex
@@ -17,8 +17,8 @@ def curl(command: str) -> Any:
     return json.loads(subprocess.check_output(["bash", "-c", command]))
 
 
-def test_a_text(stack: Stack, expected: Expected) -> None:
-    """A text, without a Content-Type."""
+def test_text(stack: Stack, expected: Expected) -> None:
+    """A text, without setting a Content-Type."""
     text = TEXT
     port = stack.port
     curl_text = f"""curl -s http://localhost:{port}/v1/embeddings \
@@ -37,7 +37,7 @@ def test_token_ids(stack: Stack, expected: Expected) -> None:
     expected.check([input_ids_embedding], ["ids"], "gte_qwen2")
 
 
-def test_the_health_check(stack: Stack) -> None:
+def test_health(stack: Stack) -> None:
     """`/health`."""
     assert curl(f"curl -s http://localhost:{stack.port}/health") == {"status": "healthy"}
 
@@ -45,22 +45,22 @@ def test_the_health_check(stack: Stack) -> None:
 @pytest.mark.parametrize(
     "option", ["--http1.0", "--http2", "--compressed", "-H 'Expect: 100-continue'", "-H 'Content-Type:'"]
 )
-def test_its_options(stack: Stack, expected: Expected, option: str) -> None:
+def test_curl_options(stack: Stack, expected: Expected, option: str) -> None:
     """`--http1.0`, `--http2`, `--compressed`, `Expect: 100-continue`, no Content-Type at all."""
     body = shlex.quote(json.dumps({"model": GTE, "input": TEXT}))
-    answer = curl(f"curl -s {option} {stack.url}/v1/embeddings -d {body}")
-    expected.check([answer["data"][0]["embedding"]], [TEXT], "gte_qwen2")
+    response = curl(f"curl -s {option} {stack.url}/v1/embeddings -d {body}")
+    expected.check([response["data"][0]["embedding"]], [TEXT], "gte_qwen2")
 
 
-def test_a_chunked_body(stack: Stack, expected: Expected) -> None:
-    """A chunked body from a pipe, `-T -`."""
+def test_chunked_body(stack: Stack, expected: Expected) -> None:
+    """A chunked request body from a pipe, `-T -`."""
     body = shlex.quote(json.dumps({"model": GTE, "input": TEXT}))
-    answer = curl(f"echo {body} | curl -s -X POST -T - {stack.url}/v1/embeddings")
-    expected.check([answer["data"][0]["embedding"]], [TEXT], "gte_qwen2")
+    response = curl(f"echo {body} | curl -s -X POST -T - {stack.url}/v1/embeddings")
+    expected.check([response["data"][0]["embedding"]], [TEXT], "gte_qwen2")
 
 
-def test_a_key(strict: Stack) -> None:
-    """An API key, right and wrong."""
+def test_api_key(strict: Stack) -> None:
+    """A valid and an invalid API key."""
     body = shlex.quote(json.dumps({"model": "minilm", "input": TEXT}))
     call = f"curl -s {strict.url}/v1/embeddings -d {body} -H 'Authorization: Bearer"
     assert len(curl(f"{call} {KEY}'")["data"][0]["embedding"]) == 384

@@ -1,4 +1,4 @@
-"""Haystack's embedders, alone and in a pipeline that is searched."""
+"""Conformance of Haystack's embedders, alone and in a retrieval pipeline."""
 
 import asyncio
 
@@ -31,47 +31,47 @@ def document_embedder(stack: Stack) -> OpenAIDocumentEmbedder:
     )
 
 
-def test_a_text(text_embedder: OpenAITextEmbedder, expected: Expected) -> None:
+def test_text(text_embedder: OpenAITextEmbedder, expected: Expected) -> None:
     """`OpenAITextEmbedder`."""
-    answer = text_embedder.run(TEXT)
-    expected.check([answer["embedding"]], [TEXT])
-    assert answer["meta"]["usage"]["prompt_tokens"] == len(expected.ids["minilm"][TEXT])
+    response = text_embedder.run(TEXT)
+    expected.check([response["embedding"]], [TEXT])
+    assert response["meta"]["usage"]["prompt_tokens"] == len(expected.ids["minilm"][TEXT])
 
 
 def test_documents(document_embedder: OpenAIDocumentEmbedder, expected: Expected) -> None:
     """`OpenAIDocumentEmbedder`, in several batches."""
-    answer = document_embedder.run([Document(content=text) for text in TEXTS])
-    expected.check([document.embedding for document in answer["documents"]], TEXTS)
+    response = document_embedder.run([Document(content=text) for text in TEXTS])
+    expected.check([document.embedding for document in response["documents"]], TEXTS)
 
 
-def test_asynchronously(
+def test_async(
     text_embedder: OpenAITextEmbedder, document_embedder: OpenAIDocumentEmbedder, expected: Expected
 ) -> None:
-    """Both asynchronously."""
+    """Both embedders, asynchronously."""
 
-    async def ask() -> None:
+    async def embed() -> None:
         expected.check([(await text_embedder.run_async(TEXT))["embedding"]], [TEXT])
-        answer = await document_embedder.run_async([Document(content=text) for text in TEXTS])
-        expected.check([document.embedding for document in answer["documents"]], TEXTS)
+        response = await document_embedder.run_async([Document(content=text) for text in TEXTS])
+        expected.check([document.embedding for document in response["documents"]], TEXTS)
 
-    asyncio.run(ask())
+    asyncio.run(embed())
 
 
 def test_dimensions(stack: Stack, expected: Expected) -> None:
     """`dimensions`."""
-    made = OpenAITextEmbedder(
+    embedder = OpenAITextEmbedder(
         api_key=Secret.from_token("EMPTY"), model=QWEN3, api_base_url=stack.base_url, dimensions=512
     )
-    expected.check([made.run(MATRYOSHKA)["embedding"]], [MATRYOSHKA], "qwen3_embedding")
+    expected.check([embedder.run(MATRYOSHKA)["embedding"]], [MATRYOSHKA], "qwen3_embedding")
 
 
-def test_a_pipeline(text_embedder: OpenAITextEmbedder, document_embedder: OpenAIDocumentEmbedder) -> None:
-    """A document store filled and searched by a pipeline."""
+def test_retrieval_pipeline(text_embedder: OpenAITextEmbedder, document_embedder: OpenAIDocumentEmbedder) -> None:
+    """A document store that is filled and then searched by a pipeline."""
     store = InMemoryDocumentStore(embedding_similarity_function="cosine")
     store.write_documents(document_embedder.run([Document(content=text) for text in DOCUMENTS])["documents"])
     pipeline = Pipeline()
     pipeline.add_component("text_embedder", text_embedder)
     pipeline.add_component("retriever", InMemoryEmbeddingRetriever(document_store=store))
     pipeline.connect("text_embedder.embedding", "retriever.query_embedding")
-    found = pipeline.run({"text_embedder": {"text": QUESTION}})
-    assert found["retriever"]["documents"][0].content == DOCUMENTS[1]
+    result = pipeline.run({"text_embedder": {"text": QUESTION}})
+    assert result["retriever"]["documents"][0].content == DOCUMENTS[1]

@@ -1,4 +1,4 @@
-"""LangChain's OpenAIEmbeddings."""
+"""Conformance of LangChain's OpenAIEmbeddings."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from words import DOCUMENTS, MATRYOSHKA, QUESTION, QWEN3, TEXT, TEXTS
 from conftest import Expected, Stack
 
 CLIENT, PACKAGE = "LangChain `OpenAIEmbeddings`", "langchain-openai"
-# What cl100k_base makes of "antidisestablishmentarianism" and of お誕生日おめでとう, as OpenAI's cookbook prints it.
+# The cl100k_base token ids of "antidisestablishmentarianism" and of お誕生日おめでとう, from OpenAI's cookbook.
 CL100K = [[519, 85342, 34500, 479, 8997, 2191], [33334, 45918, 243, 21990, 9080, 33334, 62004, 16556, 78699]]
 
 
@@ -22,7 +22,7 @@ def embeddings(stack: Stack) -> OpenAIEmbeddings:
     )
 
 
-def test_a_query(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
+def test_query(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
     """`embed_query` with `check_embedding_ctx_length=False`."""
     expected.check([embeddings.embed_query(TEXT)], [TEXT])
 
@@ -33,18 +33,18 @@ def test_documents(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
     expected.check(embeddings.embed_documents(TEXTS, chunk_size=2), TEXTS)
 
 
-def test_asynchronously(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
+def test_async(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
     """`aembed_query` and `aembed_documents`."""
 
-    async def ask() -> None:
+    async def embed() -> None:
         expected.check([await embeddings.aembed_query(TEXT)], [TEXT])
         expected.check(await embeddings.aembed_documents(TEXTS), TEXTS)
 
-    asyncio.run(ask())
+    asyncio.run(embed())
 
 
-def test_a_vector_store(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
-    """A vector store filled and searched."""
+def test_vector_store(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
+    """A vector store that is filled and searched."""
     store = InMemoryVectorStore.from_texts(DOCUMENTS, embeddings)
     assert store.similarity_search(QUESTION, k=1)[0].page_content == DOCUMENTS[1]
 
@@ -57,22 +57,22 @@ def test_dimensions(stack: Stack, expected: Expected) -> None:
     expected.check([embeddings.embed_query(MATRYOSHKA)], [MATRYOSHKA], "qwen3_embedding")
 
 
-def test_foreign_ids(embeddings: OpenAIEmbeddings) -> None:
-    """Token ids of OpenAI's tokenizer, which it sends with `check_embedding_ctx_length` left on: the error names it."""
+def test_openai_token_ids_are_rejected(embeddings: OpenAIEmbeddings) -> None:
+    """OpenAI token ids, sent when `check_embedding_ctx_length` is on: an error that names the setting."""
     for ids in CL100K:
         with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
             embeddings.embed_documents([ids])  # type: ignore[list-item]
 
 
-def test_the_setting_left_on(stack: Stack) -> None:
-    """`check_embedding_ctx_length` left on: an error that names it, never a wrong vector."""
+def test_ctx_length_check_is_rejected(stack: Stack) -> None:
+    """`check_embedding_ctx_length` on: an error that names the setting, never a wrong vector."""
     embeddings = OpenAIEmbeddings(model="minilm", base_url=stack.base_url, api_key="EMPTY", max_retries=0)
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
         embeddings.embed_query("antidisestablishmentarianism")
 
 
-def test_a_declared_encoding(stack: Stack, expected: Expected) -> None:
-    """`check_embedding_ctx_length` left on, and `token_encoding` sent along: the right vector."""
+def test_declared_token_encoding(stack: Stack, expected: Expected) -> None:
+    """`check_embedding_ctx_length` on with a declared `token_encoding`: the right vector."""
     embeddings = OpenAIEmbeddings(
         model="minilm",
         base_url=stack.base_url,

@@ -1,4 +1,4 @@
-"""LlamaIndex: OpenAIEmbedding, which knows OpenAI's model names, and OpenAILikeEmbedding, which takes any."""
+"""Conformance of LlamaIndex's OpenAIEmbedding, whose `model` accepts only OpenAI's model names."""
 
 import asyncio
 from typing import Any
@@ -17,8 +17,8 @@ def embedding(stack: Stack, request: pytest.FixtureRequest) -> OpenAIEmbedding:
     return OpenAIEmbedding(**request.param, api_base=stack.base_url, api_key="EMPTY", max_retries=0)
 
 
-def test_a_query(embedding: OpenAIEmbedding, expected: Expected) -> None:
-    """`get_query_embedding`, by an alias that is one of OpenAI's names, and by `model_name`."""
+def test_query(embedding: OpenAIEmbedding, expected: Expected) -> None:
+    """`get_query_embedding`, by an alias that is an OpenAI model name, and by `model_name`."""
     expected.check([embedding.get_query_embedding(TEXT)], [TEXT])
 
 
@@ -35,17 +35,17 @@ def test_line_breaks(embedding: OpenAIEmbedding, expected: Expected) -> None:
     expected.check(embedding.get_text_embedding_batch(PARAGRAPHS), keys)
 
 
-def test_asynchronously(embedding: OpenAIEmbedding, expected: Expected) -> None:
+def test_async(embedding: OpenAIEmbedding, expected: Expected) -> None:
     """`aget_query_embedding` and `aget_text_embedding_batch`."""
 
-    async def ask() -> None:
+    async def embed() -> None:
         expected.check([await embedding.aget_query_embedding(TEXT)], [TEXT])
         expected.check(await embedding.aget_text_embedding_batch(TEXTS), TEXTS)
 
-    asyncio.run(ask())
+    asyncio.run(embed())
 
 
 def test_dimensions(stack: Stack, expected: Expected) -> None:
     """`dimensions`."""
-    made: Any = OpenAIEmbedding(model_name=QWEN3, api_base=stack.base_url, api_key="EMPTY", dimensions=512)
-    expected.check([made.get_text_embedding(MATRYOSHKA)], [MATRYOSHKA], "qwen3_embedding")
+    embedding: Any = OpenAIEmbedding(model_name=QWEN3, api_base=stack.base_url, api_key="EMPTY", dimensions=512)
+    expected.check([embedding.get_text_embedding(MATRYOSHKA)], [MATRYOSHKA], "qwen3_embedding")

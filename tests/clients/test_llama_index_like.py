@@ -1,4 +1,4 @@
-"""LlamaIndex's OpenAILikeEmbedding, in an index that is searched."""
+"""Conformance of LlamaIndex's OpenAILikeEmbedding, which accepts any model name."""
 
 import asyncio
 
@@ -23,18 +23,18 @@ def test_texts(embedding: OpenAILikeEmbedding, expected: Expected) -> None:
     expected.check(embedding.get_text_embedding_batch(TEXTS), TEXTS)
 
 
-def test_asynchronously(embedding: OpenAILikeEmbedding, expected: Expected) -> None:
+def test_async(embedding: OpenAILikeEmbedding, expected: Expected) -> None:
     """`aget_text_embedding_batch`."""
     expected.check(asyncio.run(embedding.aget_text_embedding_batch(TEXTS)), TEXTS)
 
 
 def test_dimensions(stack: Stack, expected: Expected) -> None:
     """`dimensions`."""
-    made = OpenAILikeEmbedding(model_name=QWEN3, api_base=stack.base_url, dimensions=512)
-    expected.check([made.get_text_embedding(MATRYOSHKA)], [MATRYOSHKA], "qwen3_embedding")
+    embedding = OpenAILikeEmbedding(model_name=QWEN3, api_base=stack.base_url, dimensions=512)
+    expected.check([embedding.get_text_embedding(MATRYOSHKA)], [MATRYOSHKA], "qwen3_embedding")
 
 
-def test_an_error(embedding: OpenAILikeEmbedding) -> None:
-    """Bad input: the gateway's message reaches the caller."""
+def test_error_message(embedding: OpenAILikeEmbedding) -> None:
+    """Invalid input: the server's message reaches the caller."""
     with pytest.raises(openai.BadRequestError, match="index 0 cannot be empty"):
         embedding.get_text_embedding_batch([" "])

@@ -1,4 +1,4 @@
-"""openai-python, synchronous and asynchronous, as OpenAI's reference and the Qwen3-Embedding walkthrough call it."""
+"""Conformance of openai-python, sync and async, used as in OpenAI's reference and the Qwen3-Embedding walkthrough."""
 
 import asyncio
 import base64
@@ -18,39 +18,39 @@ CLIENT, PACKAGE = "openai-python", "openai"
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[openai.Client]:
-    with openai.Client(base_url=stack.base_url, api_key="EMPTY") as made:
-        yield made
+    with openai.Client(base_url=stack.base_url, api_key="EMPTY") as client:
+        yield client
 
 
-def vectors(answer: openai.types.CreateEmbeddingResponse) -> list[list[float]]:
-    assert [item.index for item in answer.data] == list(range(len(answer.data)))
-    return [item.embedding for item in answer.data]
+def vectors(response: openai.types.CreateEmbeddingResponse) -> list[list[float]]:
+    assert [item.index for item in response.data] == list(range(len(response.data)))
+    return [item.embedding for item in response.data]
 
 
-def test_a_text(client: openai.Client, expected: Expected) -> None:
-    """A text, in base64, which is its default."""
-    answer = client.embeddings.create(model="minilm", input=TEXT)
-    expected.check(vectors(answer), [TEXT])
-    assert answer.model == "minilm"
-    assert answer.usage.prompt_tokens == answer.usage.total_tokens == len(expected.ids["minilm"][TEXT])
+def test_text(client: openai.Client, expected: Expected) -> None:
+    """A text, in base64, the client's default."""
+    response = client.embeddings.create(model="minilm", input=TEXT)
+    expected.check(vectors(response), [TEXT])
+    assert response.model == "minilm"
+    assert response.usage.prompt_tokens == response.usage.total_tokens == len(expected.ids["minilm"][TEXT])
 
 
-def test_a_list(client: openai.Client, expected: Expected) -> None:
-    """A list, in order."""
+def test_list(client: openai.Client, expected: Expected) -> None:
+    """A list of texts, in order."""
     expected.check(vectors(client.embeddings.create(model="minilm", input=TEXTS)), TEXTS)
 
 
 def test_float(client: openai.Client, expected: Expected) -> None:
     """`encoding_format` float."""
-    answer = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="float")
-    expected.check(vectors(answer), TEXTS)
+    response = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="float")
+    expected.check(vectors(response), TEXTS)
 
 
 def test_base64(client: openai.Client, expected: Expected) -> None:
     """`encoding_format` base64, decoded by the caller."""
-    answer = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="base64")
-    stored: Any = [item.embedding for item in answer.data]
-    expected.check([np.frombuffer(base64.b64decode(one), "<f4") for one in stored], TEXTS)
+    response = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="base64")
+    encoded: Any = [item.embedding for item in response.data]
+    expected.check([np.frombuffer(base64.b64decode(item), "<f4") for item in encoded], TEXTS)
 
 
 def test_token_ids(client: openai.Client, expected: Expected) -> None:
@@ -60,19 +60,19 @@ def test_token_ids(client: openai.Client, expected: Expected) -> None:
     expected.check(vectors(client.embeddings.create(model="minilm", input=ids)), TEXTS)
 
 
-def test_the_asynchronous_client(stack: Stack, expected: Expected) -> None:
+def test_async_client(stack: Stack, expected: Expected) -> None:
     """The asynchronous client, 16 requests at once."""
 
-    async def ask() -> list[openai.types.CreateEmbeddingResponse]:
+    async def embed() -> list[openai.types.CreateEmbeddingResponse]:
         async with openai.AsyncClient(base_url=stack.base_url, api_key="EMPTY") as client:
             return await asyncio.gather(*(client.embeddings.create(model="minilm", input=TEXTS) for _ in range(16)))
 
-    for answer in asyncio.run(ask()):
-        expected.check(vectors(answer), TEXTS)
+    for response in asyncio.run(embed()):
+        expected.check(vectors(response), TEXTS)
 
 
-def test_the_walkthrough(stack: Stack, expected: Expected) -> None:
-    """The Qwen3-Embedding walkthrough: a text, a list, `{"input", "instruction"}` as the input."""
+def test_qwen3_walkthrough(stack: Stack, expected: Expected) -> None:
+    """The Qwen3-Embedding walkthrough: a text, a list, and `{"input", "instruction"}` as the input."""
     client = openai.Client(base_url=f"http://localhost:{stack.port}/v1", api_key="EMPTY")
     response = client.embeddings.create(model="Qwen3-Embedding-0.6B", input="今天天气真好,适合出门散步")
     expected.check(vectors(response), CHINESE[1:], "qwen3_embedding")
@@ -85,13 +85,13 @@ def test_the_walkthrough(stack: Stack, expected: Expected) -> None:
 
 
 def test_dimensions(client: openai.Client, expected: Expected) -> None:
-    """`dimensions` where the model was trained for it."""
-    answer = client.embeddings.create(model=QWEN3, input=MATRYOSHKA, dimensions=512)
-    expected.check(vectors(answer), [MATRYOSHKA], "qwen3_embedding")
+    """`dimensions` for a model that was trained for it."""
+    response = client.embeddings.create(model=QWEN3, input=MATRYOSHKA, dimensions=512)
+    expected.check(vectors(response), [MATRYOSHKA], "qwen3_embedding")
 
 
-def test_dimensions_refused(client: openai.Client) -> None:
-    """`dimensions` where it was not: BadRequestError."""
+def test_unsupported_dimensions(client: openai.Client) -> None:
+    """`dimensions` for any other model: BadRequestError."""
     with pytest.raises(openai.BadRequestError, match="dimensions") as caught:
         client.embeddings.create(model="minilm", input=TEXT, dimensions=128)
     assert caught.value.type == "invalid_request_error"
@@ -99,27 +99,27 @@ def test_dimensions_refused(client: openai.Client) -> None:
 
 
 def test_extra_body(client: openai.Client, expected: Expected) -> None:
-    """`extra_body`: an instruction, a receipt."""
-    answer = client.embeddings.create(model=QWEN3, input=QUERY, extra_body={"instruction": TASK})
-    expected.check(vectors(answer), [TASK], "qwen3_embedding")
-    answer = client.embeddings.create(model="minilm", input=[TEXT, LONG], extra_body={"return_receipt": True})
-    receipts: list[Any] = [item.model_extra["receipt"] for item in answer.data if item.model_extra]
+    """`extra_body`: an instruction, and a receipt."""
+    response = client.embeddings.create(model=QWEN3, input=QUERY, extra_body={"instruction": TASK})
+    expected.check(vectors(response), [TASK], "qwen3_embedding")
+    response = client.embeddings.create(model="minilm", input=[TEXT, LONG], extra_body={"return_receipt": True})
+    receipts: list[Any] = [item.model_extra["receipt"] for item in response.data if item.model_extra]
     assert [receipt["tokens"] for receipt in receipts] == [len(expected.ids["minilm"][TEXT]), 256]
     assert receipts[0]["dropped_tokens"] == 0
     assert receipts[1]["dropped_tokens"] > 100
 
 
-def test_headers(client: openai.Client, expected: Expected) -> None:
-    """`with_raw_response`: what was cut, and the request's id."""
+def test_response_headers(client: openai.Client, expected: Expected) -> None:
+    """`with_raw_response`: the number of truncated inputs, and the request id."""
     raw = client.embeddings.with_raw_response.create(model="minilm", input=[TEXT, LONG])
     assert raw.headers["x-truncated-inputs"] == "1"
-    answer = raw.parse()
-    assert answer._request_id == raw.headers["x-request-id"] != ""
-    expected.check(vectors(answer), [TEXT, LONG])
+    response = raw.parse()
+    assert response._request_id == raw.headers["x-request-id"] != ""
+    expected.check(vectors(response), [TEXT, LONG])
 
 
 def test_models(client: openai.Client) -> None:
-    """`models.list` and `models.retrieve`, by an id with a slash too."""
+    """`models.list` and `models.retrieve`, including an id with a slash."""
     assert {"minilm", "qwen3_embedding"} <= {card.id for card in client.models.list()}
     assert client.models.retrieve("minilm").id == "minilm"
     assert client.models.retrieve(QWEN3).model_extra
@@ -127,64 +127,64 @@ def test_models(client: openai.Client) -> None:
         client.models.retrieve("nowhere")
 
 
-@pytest.mark.parametrize("bad", ["", [], [""], ["a", "  "], [[]], {}, 7, [{"video": "x"}], [200_000_000]])
-def test_bad_input(client: openai.Client, bad: Any) -> None:
-    """Bad input: BadRequestError, nine kinds of it."""
+@pytest.mark.parametrize("invalid", ["", [], [""], ["a", "  "], [[]], {}, 7, [{"video": "x"}], [200_000_000]])
+def test_invalid_input(client: openai.Client, invalid: Any) -> None:
+    """Nine kinds of invalid input: BadRequestError."""
     with pytest.raises(openai.BadRequestError) as caught:
-        client.embeddings.create(model="minilm", input=bad)
+        client.embeddings.create(model="minilm", input=invalid)
     assert caught.value.message
     assert caught.value.param == "input"
 
 
-def test_a_text_too_long(client: openai.Client) -> None:
-    """A text too long with `truncate` none: BadRequestError with both numbers."""
+def test_too_long_text(client: openai.Client) -> None:
+    """A too long text with `truncate` none: BadRequestError with the token count and the limit."""
     with pytest.raises(openai.BadRequestError, match=r"\d+ tokens.*256 tokens"):
         client.embeddings.create(model="minilm", input=LONG, extra_body={"truncate": "none"})
 
 
-def test_an_unknown_model(client: openai.Client) -> None:
-    """An unknown model: NotFoundError that says which there are."""
+def test_unknown_model(client: openai.Client) -> None:
+    """An unknown model: NotFoundError that lists the available models."""
     with pytest.raises(openai.NotFoundError, match="minilm") as caught:
         client.embeddings.create(model="gpt-4", input=TEXT)
     assert caught.value.code == "model_not_found"
 
 
-def test_a_wrong_key(strict: Stack, expected: Expected) -> None:
-    """A wrong key: AuthenticationError; the right one is let in."""
+def test_wrong_api_key(strict: Stack, expected: Expected) -> None:
+    """A wrong API key: AuthenticationError; the right one is accepted."""
     with openai.Client(base_url=strict.base_url, api_key="wrong") as client:
         with pytest.raises(openai.AuthenticationError) as caught:
             client.embeddings.create(model="minilm", input=TEXT)
         assert caught.value.code == "invalid_api_key"
-        right = client.with_options(api_key=KEY)
-        expected.check(vectors(right.embeddings.create(model="minilm", input=TEXT)), [TEXT])
+        authorized = client.with_options(api_key=KEY)
+        expected.check(vectors(authorized.embeddings.create(model="minilm", input=TEXT)), [TEXT])
 
 
-def test_a_model_that_is_not_ready(strict: Stack) -> None:
-    """A model that is not ready: InternalServerError, status 503, with the reason."""
+def test_model_not_ready(strict: Stack) -> None:
+    """A model that is not ready: InternalServerError with status 503 and the reason."""
     with openai.Client(base_url=strict.base_url, api_key=KEY, max_retries=0) as client:
         with pytest.raises(openai.InternalServerError, match="clip") as caught:
             client.embeddings.create(model="clip", input=TEXT)
         assert caught.value.status_code == 503
 
 
-def test_a_full_queue(strict: Stack, expected: Expected) -> None:
-    """A full queue: RateLimitError with Retry-After; its own retries get all answers."""
+def test_full_queue(strict: Stack, expected: Expected) -> None:
+    """A full queue: RateLimitError with Retry-After; the client's retries succeed."""
     texts = [LONG] * 24
 
-    def ask(client: openai.Client) -> openai.types.CreateEmbeddingResponse | openai.RateLimitError:
+    def embed(client: openai.Client) -> openai.types.CreateEmbeddingResponse | openai.RateLimitError:
         try:
             return client.embeddings.create(model="minilm", input=texts)
         except openai.RateLimitError as error:
             return error
 
     with openai.Client(base_url=strict.base_url, api_key=KEY, max_retries=0) as client, ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(ask, [client] * 24))
-        refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
-        assert 0 < len(refused) < 24
-        for error in refused:
+        responses = list(pool.map(embed, [client] * 24))
+        rejected = [response for response in responses if isinstance(response, openai.RateLimitError)]
+        assert 0 < len(rejected) < 24
+        for error in rejected:
             assert float(error.response.headers["retry-after"]) > 0
             assert error.type == "rate_limit_error"
-        patient = client.with_options(max_retries=20)
-        for answer in pool.map(ask, [patient] * 6):
-            assert not isinstance(answer, openai.RateLimitError)
-            expected.check(vectors(answer), texts)
+        retrying_client = client.with_options(max_retries=20)
+        for response in pool.map(embed, [retrying_client] * 6):
+            assert not isinstance(response, openai.RateLimitError)
+            expected.check(vectors(response), texts)

@@ -1,4 +1,4 @@
-"""requests as SGLang's pages call it, and so without a timeout."""
+"""Conformance of requests, called as in SGLang's documentation, which sets no timeout."""
 # ruff: noqa: S113
 
 import numpy as np
@@ -11,7 +11,7 @@ from conftest import Expected, Stack
 CLIENT, PACKAGE = "requests", "requests"
 
 
-def test_a_text(stack: Stack, expected: Expected) -> None:
+def test_text(stack: Stack, expected: Expected) -> None:
     """A text, `encoding_format` float."""
     url = stack.url
     payload = {"model": "Qwen/Qwen3-Embedding-4B", "input": "法国的首都是什么?", "encoding_format": "float"}
@@ -19,17 +19,17 @@ def test_a_text(stack: Stack, expected: Expected) -> None:
     expected.check([response["data"][0]["embedding"]], ["法国的首都是什么?"], "qwen3_embedding")
 
 
-def test_a_text_of_the_notebook(stack: Stack, expected: Expected) -> None:
-    """A text by the model's Hugging Face id."""
+def test_text_by_hugging_face_id(stack: Stack, expected: Expected) -> None:
+    """A text, with the model given by its Hugging Face id."""
     response = requests.post(f"http://localhost:{stack.port}/v1/embeddings", json={"model": GTE, "input": TEXT})
     expected.check([response.json()["data"][0]["embedding"]], [TEXT], "gte_qwen2")
 
 
-def test_a_text_and_an_image(stack: Stack, expected: Expected, picture_url: str) -> None:
-    """A text and an image URL, GME by its chat template's name."""
+def test_text_and_image(stack: Stack, expected: Expected, image_url: str) -> None:
+    """A text and an image URL, with GME given by the name of its chat template."""
     url = stack.url
     text_input = "在嵌入空间中表示此图像。"
-    image_path = picture_url
+    image_path = image_url
     payload = {"model": "gme-qwen2-vl", "input": [{"text": text_input}, {"image": image_path}]}
     response = requests.post(url + "/v1/embeddings", json=payload).json()
     vectors = [x.get("embedding") for x in response.get("data", [])]
@@ -45,8 +45,8 @@ def test_dimensions(stack: Stack, expected: Expected) -> None:
     expected.check([response["data"][0]["embedding"]], [MATRYOSHKA], "qwen3_embedding")
 
 
-def test_sglangs_native_form(stack: Stack, expected: Expected) -> None:
-    """SGLang's own `/encode` and `/get_model_info`."""
+def test_sglang_native_endpoints(stack: Stack, expected: Expected) -> None:
+    """SGLang's native endpoints `/encode` and `/get_model_info`."""
     payload = {"model": "minilm", "text": [TEXT, LONG]}
     response = requests.post(stack.url + "/encode", json=payload).json()
     expected.check([item["embedding"] for item in response], [TEXT, LONG])
@@ -54,15 +54,15 @@ def test_sglangs_native_form(stack: Stack, expected: Expected) -> None:
     assert info["is_generation"] is False
 
 
-def test_what_was_cut_is_told(stack: Stack) -> None:
+def test_truncation_header(stack: Stack) -> None:
     """The `x-truncated-inputs` header."""
     payload = {"model": "minilm", "input": [TEXT, LONG]}
     assert requests.post(stack.url + "/v1/embeddings", json=payload).headers["x-truncated-inputs"] == "1"
 
 
 @pytest.mark.parametrize("wrap", [list, tuple])
-def test_a_session(stack: Stack, expected: Expected, wrap: type) -> None:
-    """Many requests of one session, on one connection."""
+def test_connection_reuse(stack: Stack, expected: Expected, wrap: type) -> None:
+    """Many requests in one `Session`, over one connection."""
     with requests.Session() as session:
         for _ in range(20):
             response = session.post(stack.url + "/v1/embeddings", json={"model": "minilm", "input": wrap([TEXT])})

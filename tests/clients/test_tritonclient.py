@@ -1,4 +1,4 @@
-"""tritonclient straight at Triton, past the gateway, over both of its protocols."""
+"""Conformance of tritonclient, connected directly to Triton over HTTP and gRPC."""
 
 import asyncio
 import json
@@ -31,30 +31,30 @@ def protocol(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def client(stack: Stack, protocol: Any) -> Iterator[Any]:
-    made = protocol.InferenceServerClient(address(stack, protocol))
-    yield made
-    made.close()
+    client = protocol.InferenceServerClient(address(stack, protocol))
+    yield client
+    client.close()
 
 
-def tensor(protocol: Any, name: str, rows: Any, kind: str) -> Any:
-    values = np.array(rows, np.object_ if kind == "BYTES" else np.int32)
-    made = protocol.InferInput(name, list(values.shape), kind)
-    made.set_data_from_numpy(values)
-    return made
+def tensor(protocol: Any, name: str, rows: Any, datatype: str) -> Any:
+    values = np.array(rows, np.object_ if datatype == "BYTES" else np.int32)
+    infer_input = protocol.InferInput(name, list(values.shape), datatype)
+    infer_input.set_data_from_numpy(values)
+    return infer_input
 
 
-def texts(protocol: Any, *given: str) -> Any:
-    return tensor(protocol, "TEXT", [[text] for text in given], "BYTES")
+def texts(protocol: Any, *values: str) -> Any:
+    return tensor(protocol, "TEXT", [[text] for text in values], "BYTES")
 
 
 def test_texts(client: Any, protocol: Any, expected: Expected) -> None:
-    """Texts, and how many tokens they had."""
+    """Texts, with their token counts."""
     outputs = [protocol.InferRequestedOutput(name) for name in ("EMBEDDING", "TOKENS", "DROPPED")]
-    answer = client.infer("minilm", [texts(protocol, *TEXTS, LONG)], outputs=outputs)
-    expected.check(answer.as_numpy("EMBEDDING"), [*TEXTS, LONG])
+    result = client.infer("minilm", [texts(protocol, *TEXTS, LONG)], outputs=outputs)
+    expected.check(result.as_numpy("EMBEDDING"), [*TEXTS, LONG])
     counts = [len(expected.ids["minilm"][text]) for text in TEXTS]
-    assert answer.as_numpy("TOKENS").ravel().tolist() == [*counts, 256]
-    assert (answer.as_numpy("DROPPED").ravel() > 0).tolist() == [False] * len(TEXTS) + [True]
+    assert result.as_numpy("TOKENS").ravel().tolist() == [*counts, 256]
+    assert (result.as_numpy("DROPPED").ravel() > 0).tolist() == [False] * len(TEXTS) + [True]
 
 
 def test_token_ids(client: Any, protocol: Any, expected: Expected) -> None:
@@ -62,47 +62,47 @@ def test_token_ids(client: Any, protocol: Any, expected: Expected) -> None:
     ids = [expected.ids["minilm"][text] for text in TEXTS]
     longest = max(map(len, ids))
     rows = [row + [-1] * (longest - len(row)) for row in ids]
-    answer = client.infer("minilm", [tensor(protocol, "INPUT_IDS", rows, "INT32")])
-    expected.check(answer.as_numpy("EMBEDDING"), TEXTS)
+    result = client.infer("minilm", [tensor(protocol, "INPUT_IDS", rows, "INT32")])
+    expected.check(result.as_numpy("EMBEDDING"), TEXTS)
 
 
 def test_parameters(client: Any, protocol: Any, expected: Expected) -> None:
     """Request parameters: `dimensions` and `instruction`."""
-    answer = client.infer("qwen3_embedding", [texts(protocol, MATRYOSHKA)], parameters={"dimensions": 512})
-    expected.check(answer.as_numpy("EMBEDDING"), [MATRYOSHKA], "qwen3_embedding")
-    answer = client.infer("qwen3_embedding", [texts(protocol, QUERY)], parameters={"instruction": TASK})
-    expected.check(answer.as_numpy("EMBEDDING"), [TASK], "qwen3_embedding")
+    result = client.infer("qwen3_embedding", [texts(protocol, MATRYOSHKA)], parameters={"dimensions": 512})
+    expected.check(result.as_numpy("EMBEDDING"), [MATRYOSHKA], "qwen3_embedding")
+    result = client.infer("qwen3_embedding", [texts(protocol, QUERY)], parameters={"instruction": TASK})
+    expected.check(result.as_numpy("EMBEDDING"), [TASK], "qwen3_embedding")
 
 
-def test_an_image(client: Any, protocol: Any, expected: Expected) -> None:
+def test_image(client: Any, protocol: Any, expected: Expected) -> None:
     """An encoded image."""
-    stored = (expected.directory / "picture.png").read_bytes()
-    inputs = [tensor(protocol, "IMAGE", [[stored]], "BYTES"), texts(protocol, "")]
-    answer = client.infer("gme_qwen2_vl", inputs)
-    expected.check(answer.as_numpy("EMBEDDING"), ["picture"], "gme_qwen2_vl")
+    image_bytes = (expected.directory / "picture.png").read_bytes()
+    inputs = [tensor(protocol, "IMAGE", [[image_bytes]], "BYTES"), texts(protocol, "")]
+    result = client.infer("gme_qwen2_vl", inputs)
+    expected.check(result.as_numpy("EMBEDDING"), ["picture"], "gme_qwen2_vl")
 
 
-def test_asynchronously(stack: Stack, protocol: Any, expected: Expected) -> None:
+def test_async(stack: Stack, protocol: Any, expected: Expected) -> None:
     """The asynchronous clients, 16 requests at once."""
 
-    async def ask() -> list[Any]:
+    async def infer_all() -> list[Any]:
         async with protocol.aio.InferenceServerClient(address(stack, protocol)) as client:
             calls = [client.infer("minilm", [texts(protocol, text)]) for text in TEXTS * 3 + [TEXT]]
             return await asyncio.gather(*calls)
 
-    found = [answer.as_numpy("EMBEDDING")[0] for answer in asyncio.run(ask())]
-    expected.check(found, TEXTS * 3 + [TEXT])
+    vectors = [result.as_numpy("EMBEDDING")[0] for result in asyncio.run(infer_all())]
+    expected.check(vectors, TEXTS * 3 + [TEXT])
 
 
-def test_what_a_model_says_of_itself(client: Any, protocol: Any) -> None:
-    """Readiness, metadata and `INFO`."""
+def test_readiness_metadata_and_info(client: Any, protocol: Any) -> None:
+    """Readiness, model metadata and `INFO`."""
     assert client.is_server_ready()
     assert client.is_model_ready("minilm")
     metadata = client.get_model_metadata("minilm")
     inputs = metadata["inputs"] if protocol is tritonclient.http else metadata.inputs
-    assert {one["name"] if protocol is tritonclient.http else one.name for one in inputs} == {"TEXT", "INPUT_IDS"}
-    answer = client.infer("minilm", [texts(protocol, "a")], outputs=[protocol.InferRequestedOutput("INFO")])
-    assert json.loads(answer.as_numpy("INFO")[0, 0])["dimensions"] == 384
+    assert {item["name"] if protocol is tritonclient.http else item.name for item in inputs} == {"TEXT", "INPUT_IDS"}
+    result = client.infer("minilm", [texts(protocol, "a")], outputs=[protocol.InferRequestedOutput("INFO")])
+    assert json.loads(result.as_numpy("INFO")[0, 0])["dimensions"] == 384
 
 
 def test_errors(client: Any, protocol: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the clients send. The server's environment computes what has to come back: expected.py."""
+"""Texts and model names that the clients send; expected.py computes the expected vectors."""
 
 TEXT = "Once upon a time"
 TEXTS = [
@@ -8,10 +8,10 @@ TEXTS = [
     TEXT,
     "the quick brown fox " * 30,
 ]
-# LlamaIndex makes spaces of line breaks before it sends a text.
+# LlamaIndex replaces line breaks with spaces before it sends a text.
 PARAGRAPHS = ["First line\nsecond line", "one paragraph"]
 
-# What a collection is searched for, and what it holds.
+# A search query, and the documents of the collection.
 QUESTION = "How do I reset my password?"
 DOCUMENTS = [
     "Our office is closed on public holidays.",
@@ -20,13 +20,13 @@ DOCUMENTS = [
     "Cats sleep for most of the day.",
 ]
 
-# Longer than the 256 tokens that all-MiniLM-L6-v2 takes.
+# Longer than all-MiniLM-L6-v2's limit of 256 tokens.
 LONG = "many words in a row " * 100
 
-# What the documents call the models; Triton's names for them are the directories of model_repository.
+# Model names used in the clients' documentation; Triton's names are the folders of model_repository.
 QWEN3 = "Qwen/Qwen3-Embedding-0.6B"
 GTE = "Alibaba-NLP/gte-Qwen2-1.5B-instruct"
-# Some clients know OpenAI's models alone, and send `dimensions` to some of those.
+# Some clients accept only OpenAI's model names and send `dimensions` only for some of them.
 NAMES = {
     "minilm": "text-embedding-ada-002",
     "qwen3_embedding": f"{QWEN3}, Qwen3-Embedding-0.6B, Qwen/Qwen3-Embedding-4B, text-embedding-3-small",

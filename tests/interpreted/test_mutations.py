@@ -213,7 +213,7 @@ def copy(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_broken_kernel_is_noticed(mutation: Mutation, copy: Path) -> None:
-    file = copy / "triton_embed" / "kernels" / mutation.file
+    file = copy / "triton_embed" / "kernels" / "gpu" / mutation.file
     text = file.read_text()
     assert text.count(mutation.old) == 1
     file.write_text(text.replace(mutation.old, mutation.new))
