@@ -4,7 +4,8 @@ Inputs: TEXT (BYTES [n,1]) and, for models that take images, IMAGE (BYTES [n,k]:
 INPUT_IDS (INT32 [n,L], rows padded with -1).
 
 Outputs: EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), REUSED (INT32 [n,1]: 0 computed for this request, 1
-shared with an identical row in flight, 2 from the cache), and ERROR (BYTES [n,1]) with on_error "report". Requested
+shared with an identical row of this request or in
+flight, 2 from the cache), and ERROR (BYTES [n,1]) with on_error "report". Requested
 alone and without compute: INFO (BYTES [n,1]: JSON about the model) and IDS (INT32 [n,L]: the token ids before
 truncation, rows padded with -1).
 
@@ -65,8 +66,8 @@ class EmbeddingServer:
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._embedder = self._engine.submit(Embedder, self.spec, directory, serving).result()
         self._model = self._embedder.model
-        reader = self.spec.load(self.spec.processor)
-        self._reader: TextProcessor = reader(
+        processor_class = self.spec.load(self.spec.processor)
+        self._processor: TextProcessor = processor_class(
             directory, self._model, self._model.network_config, serving, self.spec.eos, self.prompt
         )
         # Pillow releases the interpreter lock while it decodes and resizes.
@@ -88,7 +89,7 @@ class EmbeddingServer:
             self._embedder.computes_in,
             serving.device,
             self._embedder.kernels,
-            self._embedder.budget.whole,
+            self._embedder.budget.pass_tokens,
         )
 
     def is_ready(self) -> bool:
@@ -112,7 +113,7 @@ class EmbeddingServer:
                     self._sender.put(request.send_response)
 
     def finalize(self) -> None:
-        """Answer everything admitted, then stop."""
+        """Drain: answer every admitted request, then stop."""
         if self._unavailable is None:
             self._scheduler.close()
             self._engine.shutdown()
@@ -149,16 +150,16 @@ class EmbeddingServer:
             raise BadRequest('on_error "report" needs the output ERROR to be requested')
         ids, text, image = (request.tensor(name) for name in ("INPUT_IDS", "TEXT", "IMAGE"))
         if ids is None:
-            request.rows = items = ItemRows(self._reader, parameters, text, image)
+            request.rows = items = ItemRows(self._processor, parameters, text, image)
             if not request.wants_ids:
                 items.decode_images(self._pool)
         elif text is None and image is None:
-            request.rows = IdRows(self._reader, parameters, ids)
+            request.rows = IdRows(self._processor, parameters, ids)
         else:
             raise BadRequest("Send either INPUT_IDS or TEXT and IMAGE")
 
     def _tokenize(self, pending: Sequence["_InferRequest"]) -> Callable[["_InferRequest"], None]:
-        """Return a step that gives each request its token ids; the texts of all requests are encoded in one call."""
+        """Encode the texts of all requests in one call, on all cores. Return the step that hands out the ids."""
         encoded = self._encode(
             [text for request in pending if request.send_response is None for text in request.rows.texts()]
         )
@@ -166,7 +167,7 @@ class EmbeddingServer:
 
     def _encode(self, texts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
         """Yield the ids of each text. A generator, so that an error is raised inside a step, which handles it."""
-        yield from self._reader.tokenizer.encode(texts)
+        yield from self._processor.tokenizer.encode(texts)
 
     def _admit(self, request: "_InferRequest") -> None:
         from triton_embed.python_backend.scheduling.job import Job
@@ -195,13 +196,13 @@ class EmbeddingServer:
             "max_model_len": model.max_tokens,
             "vocab_size": model.vocab_size,
             "pooling": model.pooling,
-            "modalities": list(self._reader.modalities),
+            "modalities": list(self._processor.modalities),
             "matryoshka": model.matryoshka,
             "instructions": self.prompt is not None,
-            "prompt_names": self._reader.prompt_names,
+            "prompt_names": self._processor.prompt_names,
             "default_prompt_name": model.default_prompt,
-            "batch_tokens": self._embedder.budget.whole,
-            "small_tokens": self._embedder.budget.small,
+            "batch_tokens": self._embedder.budget.pass_tokens,
+            "small_tokens": self._embedder.budget.small_job_tokens,
             "max_request_tokens": serving.max_request_tokens,
             "dtype": self._embedder.computes_in,
             "device": self._embedder.device,

@@ -1,4 +1,4 @@
-"""What a forward pass may hold: by device, by network, and as an operator says."""
+"""Tests of the token budget by device, network and operator's limit."""
 
 import pytest
 
@@ -8,7 +8,7 @@ MINILM, BGE_BASE = 10_616_832, 84_934_656  # weights of linear layers
 
 
 @pytest.mark.parametrize(
-    ("device", "weights", "stated", "whole", "shared", "small"),
+    ("device", "weights", "limit", "pass_tokens", "shared_pass_tokens", "small_job_tokens"),
     [
         ("cpu", MINILM, 0, 4_096, 512, 256),
         ("cpu", BGE_BASE, 0, 1_024, 512, 256),
@@ -19,7 +19,7 @@ MINILM, BGE_BASE = 10_616_832, 84_934_656  # weights of linear layers
         ("cuda:3", MINILM, 1_024, 1_024, 512, 256),
     ],
 )
-def test_passes_fit_the_device_and_the_network(
-    device: str, weights: int, stated: int, whole: int, shared: int, small: int
+def test_budget_fits_the_device_and_the_network(
+    device: str, weights: int, limit: int, pass_tokens: int, shared_pass_tokens: int, small_job_tokens: int
 ) -> None:
-    assert Budget.of(device, weights, stated) == Budget(whole, shared, small)
+    assert Budget.of(device, weights, limit) == Budget(pass_tokens, shared_pass_tokens, small_job_tokens)

@@ -1,7 +1,7 @@
-"""Texts and ids longer than the model: each chunk is what transformers makes of a piece of the text sent alone, and the
-vector is numpy's weighted mean of transformers' vectors.
+"""Tests of texts and ids longer than the model: each chunk has the ids that transformers gives for a part of the text,
+and the vector is numpy's weighted mean of transformers' vectors.
 
-Where the pieces meet is looked up in the offsets of transformers' tokenizer.
+The boundaries of the parts are found in the offsets of transformers' tokenizer.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ from triton_embed.python_backend.inputs.chunking import combine
 from triton_embed.python_backend.inputs.rows import IdRows, ItemRows, RequestRows
 
 Tiny = Callable[[str], Family]
-MANY = 1_000_000
+NO_LIMIT = 1_000_000
 MEAN = {"long_text": "mean"}
-FIND = "Find it."
-# checkpoint -> the model's length here, what the official code puts behind a text, how an instruction is written
+INSTRUCTION = "Find it."
+# checkpoint -> (the model's length here, what the official code appends to a text, template of an instruction)
 CASES: dict[str, tuple[int, str, str]] = {
     BGE: (23, "", "{instruction}{text}"),
     XLM: (23, "", "{instruction}{text}"),
@@ -49,25 +49,25 @@ TEXTS = {
 }
 
 
-def inputs_of(family: Family, *texts: str, images: Sequence[Sequence[bytes]] = (), **parameters: Any) -> RequestRows:
-    """A request of these texts, read as EmbeddingServer reads it."""
-    text = np.array([[one.encode()] for one in texts], dtype=np.object_)
+def text_rows(family: Family, *texts: str, images: Sequence[Sequence[bytes]] = (), **parameters: Any) -> RequestRows:
+    """Return the rows of a request of these texts, as EmbeddingServer reads it."""
+    text = np.array([[part.encode()] for part in texts], dtype=np.object_)
     image = np.array([[*row] for row in images], dtype=np.object_) if images else None
-    found = ItemRows(family.processor, parameters, text, image)
+    request_rows = ItemRows(family.processor, parameters, text, image)
     with ThreadPoolExecutor(1) as pool:
-        found.decode_images(pool)
-    found.set_ids(iter(family.processor.tokenizer.encode(found.texts())))
-    found.make_rows(MANY)
-    return found
+        request_rows.decode_images(pool)
+    request_rows.set_ids(iter(family.processor.tokenizer.encode(request_rows.texts())))
+    request_rows.make_rows(NO_LIMIT)
+    return request_rows
 
 
-def ids_of(family: Family, *rows: Sequence[int], limit: int = MANY, **parameters: Any) -> RequestRows:
-    sent = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
-    for row, ids in zip(sent, rows, strict=True):
+def id_rows(family: Family, *rows: Sequence[int], limit: int = NO_LIMIT, **parameters: Any) -> RequestRows:
+    padded = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
+    for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = ids
-    found = IdRows(family.processor, parameters, sent)
-    found.make_rows(limit)
-    return found
+    request_rows = IdRows(family.processor, parameters, padded)
+    request_rows.make_rows(limit)
+    return request_rows
 
 
 def embed(family: Family, inputs: RequestRows, dims: int | None = None) -> np.ndarray:
@@ -78,7 +78,7 @@ def embed(family: Family, inputs: RequestRows, dims: int | None = None) -> np.nd
 
 
 def vectors_of(name: str, family: Family, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """transformers' vectors of these ids."""
+    """Return the vectors that transformers computes for these ids."""
     if name in (BGE, XLM):
         return oracles.encoder_vectors(family.directory, rows, "cls")
     if name in (CLIP_OLD, CLIP_NEW):
@@ -87,14 +87,14 @@ def vectors_of(name: str, family: Family, rows: Sequence[Sequence[int]]) -> np.n
         import torch
 
         tensors = [torch.tensor([row]) for row in rows]
-        inputs = [{"input_ids": one, "mm_token_type_ids": torch.zeros_like(one)} for one in tensors]
+        inputs = [{"input_ids": tensor, "mm_token_type_ids": torch.zeros_like(tensor)} for tensor in tensors]
         return oracles.gme_vectors(family.directory, inputs)
     return oracles.decoder_vectors(family.directory, rows)
 
 
 def mean_of(vectors: np.ndarray, weights: Sequence[int], dims: int) -> np.ndarray:
-    found = np.average(vectors, axis=0, weights=weights)[:dims]
-    return found / np.linalg.norm(found)
+    mean = np.average(vectors, axis=0, weights=weights)[:dims]
+    return mean / np.linalg.norm(mean)
 
 
 @cache
@@ -102,98 +102,102 @@ def tokenizer_of(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def find_pieces(
+def find_parts(
     family: Family, name: str, text: str, instruction: str | None, rows: Sequence[Sequence[int]]
 ) -> list[str]:
-    """The pieces of the text that transformers' tokenizer turns into these rows, one after the other.
+    """Find the consecutive parts of a text that transformers' tokenizer encodes as these rows.
 
-    Each begins where a token does, and nothing but white space is left out between them.
+    Each part starts at a token boundary, and only white space may be missing between parts.
     """
     tokenizer, (_, end, template) = tokenizer_of(family.directory), CASES[name]
     tail = [tokenizer.convert_tokens_to_ids(end)] if end else []
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    cuts = sorted({0, len(text), *(start for start, _ in offsets)})
+    cuts = sorted({0, len(text), *(token_start for token_start, _ in offsets)})
 
-    def written(piece: str) -> list[int]:
-        whole = piece if instruction is None else template.format(instruction=instruction, text=piece)
-        whole = oracles.gme_text({"text": piece, "instruction": instruction}) if name == GME else whole
-        found: list[int] = tokenizer(whole)["input_ids"] + tail
-        return found
+    def encode(part: str) -> list[int]:
+        prompted = part if instruction is None else template.format(instruction=instruction, text=part)
+        prompted = oracles.gme_text({"text": part, "instruction": instruction}) if name == GME else prompted
+        ids: list[int] = tokenizer(prompted)["input_ids"] + tail
+        return ids
 
-    def stop(row: Sequence[int]) -> int | None:
-        near = cuts[begin + 1 : begin + 1 + len(row)]
-        return next((cuts.index(cut) for cut in reversed(near) if written(text[cuts[begin] : cut]) == list(row)), None)
+    def find_end(row: Sequence[int]) -> int | None:
+        near = cuts[start + 1 : start + 1 + len(row)]
+        return next((cuts.index(cut) for cut in reversed(near) if encode(text[cuts[start] : cut]) == list(row)), None)
 
-    found, begin = [], 0
+    parts, start = [], 0
     for row in rows:
-        while (ended := stop(row)) is None:
-            assert not text[cuts[begin] : cuts[begin + 1]].strip(), f"no piece at {cuts[begin]} becomes {row}"
-            begin += 1
-        found.append(text[cuts[begin] : cuts[ended]])
-        begin = ended
-    assert not text[cuts[begin] :].strip()
-    return found
+        while (end_cut := find_end(row)) is None:
+            assert not text[cuts[start] : cuts[start + 1]].strip(), f"no part at {cuts[start]} is encoded as {row}"
+            start += 1
+        parts.append(text[cuts[start] : cuts[end_cut]])
+        start = end_cut
+    assert not text[cuts[start] :].strip()
+    return parts
 
 
-@pytest.mark.parametrize("instruction", [None, FIND])
+@pytest.mark.parametrize("instruction", [None, INSTRUCTION])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=list(TEXTS))
 @pytest.mark.parametrize("name", CASES)
-def test_a_long_text_is_the_mean_of_its_pieces(name: str, text: str, instruction: str | None, tiny: Tiny) -> None:
+def test_vector_of_a_long_text_is_the_mean_of_its_parts(
+    name: str, text: str, instruction: str | None, tiny: Tiny
+) -> None:
     if instruction and name in (CLIP_OLD, CLIP_NEW):
         instruction = None
     limit, _, _ = CASES[name]
     family = family_with(tiny, name, max_tokens=limit)
-    if name in (BGE, XLM, CLIP_OLD, CLIP_NEW):  # which see no white space
+    if name in (BGE, XLM, CLIP_OLD, CLIP_NEW):  # these models ignore white space
         text = text.replace("\n", ", ")
     parameters = {} if instruction is None else {"instruction": instruction}
-    inputs = inputs_of(family, text, **MEAN, **parameters)
+    inputs = text_rows(family, text, **MEAN, **parameters)
     rows = [row.ids.tolist() for row in inputs.rows]
     assert len(rows) > 1
     assert max(map(len, rows)) <= limit
-    pieces = find_pieces(family, name, text, instruction, rows)
+    parts = find_parts(family, name, text, instruction, rows)
     tokenizer = tokenizer_of(family.directory)
-    assert all(piece.strip() for piece in pieces)
-    weights = [max(1, len(tokenizer(piece, add_special_tokens=False)["input_ids"])) for piece in pieces]
-    wanted = mean_of(vectors_of(name, family, rows), weights, family.model.dimensions)
-    assert np.abs(embed(family, inputs)[0] - wanted).max() <= 2e-5
+    assert all(part.strip() for part in parts)
+    weights = [max(1, len(tokenizer(part, add_special_tokens=False)["input_ids"])) for part in parts]
+    expected = mean_of(vectors_of(name, family, rows), weights, family.model.dimensions)
+    assert np.abs(embed(family, inputs)[0] - expected).max() <= 2e-5
     assert inputs.tokens().tolist() == [[sum(map(len, rows))]]
     assert inputs.dropped().tolist() == [[0]]
 
 
 @pytest.mark.parametrize("name", [BGE, QWEN3])
-def test_chunks_are_as_long_as_the_model_takes(name: str, tiny: Tiny) -> None:
-    """Words that stay what they are wherever a text is cut: all but the last chunk are full."""
+def test_chunks_are_as_long_as_the_model_allows(name: str, tiny: Tiny) -> None:
+    """Fill all chunks but the last, with words whose tokens do not depend on the cut."""
     family = family_with(tiny, name, max_tokens=23)
-    rows = inputs_of(family, " ".join(["the cat sat on the mat"] * 20), **MEAN).rows
+    rows = text_rows(family, " ".join(["the cat sat on the mat"] * 20), **MEAN).rows
     assert {len(row.ids) for row in rows[:-1]} == {23}
 
 
 @pytest.mark.parametrize("dims", [1, 7, 20])
-def test_the_mean_is_cut_and_normalised_after_it_was_made(dims: int, tiny: Tiny) -> None:
+def test_mean_is_truncated_then_normalized(dims: int, tiny: Tiny) -> None:
     family = family_with(tiny, QWEN3, max_tokens=23)
-    inputs = inputs_of(family, LONG, "hello world", **MEAN)
+    inputs = text_rows(family, LONG, "hello world", **MEAN)
     rows = [row.ids.tolist() for row in inputs.rows]
     tokenizer = tokenizer_of(family.directory)
-    pieces = find_pieces(family, QWEN3, LONG, None, rows[:-1])
-    weights = [len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces]
-    wanted = oracles.decoder_vectors(family.directory, rows)
-    found = embed(family, inputs, dims)
-    assert found.shape == (2, dims)
-    assert np.abs(found[0] - mean_of(wanted[:-1], weights, dims)).max() <= 2e-5
-    assert np.abs(found[1] - mean_of(wanted[-1:], [1], dims)).max() <= 2e-5
+    parts = find_parts(family, QWEN3, LONG, None, rows[:-1])
+    weights = [len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts]
+    expected = oracles.decoder_vectors(family.directory, rows)
+    vectors = embed(family, inputs, dims)
+    assert vectors.shape == (2, dims)
+    assert np.abs(vectors[0] - mean_of(expected[:-1], weights, dims)).max() <= 2e-5
+    assert np.abs(vectors[1] - mean_of(expected[-1:], [1], dims)).max() <= 2e-5
 
 
 @pytest.mark.parametrize("truncate", ["end", "start", "none"])
-def test_a_text_that_fits_is_left_alone_and_nothing_is_ever_cut(truncate: str, tiny: Tiny) -> None:
+def test_text_that_fits_is_not_split_and_none_is_truncated(truncate: str, tiny: Tiny) -> None:
     family = family_with(tiny, E5, max_tokens=23)
-    plain, mean = (inputs_of(family, "hello world", **more) for more in ({}, {**MEAN, "truncate": truncate}))
+    plain, mean = (
+        text_rows(family, "hello world", **parameters) for parameters in ({}, {**MEAN, "truncate": truncate})
+    )
     assert not mean.averaged
     assert [row.ids.tolist() for row in mean.rows] == [row.ids.tolist() for row in plain.rows]
-    assert len(inputs_of(family, LONG, truncate=truncate, **MEAN).rows) > 1
+    assert len(text_rows(family, LONG, truncate=truncate, **MEAN).rows) > 1
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_long_ids_keep_what_is_pooled_in_each_chunk(name: str, tiny: Tiny) -> None:
+def test_each_chunk_of_long_ids_keeps_the_pooled_ids(name: str, tiny: Tiny) -> None:
     limit = 11
     family = family_with(tiny, name, max_tokens=limit)
     ids = list(range(20, 60))
@@ -202,55 +206,53 @@ def test_long_ids_keep_what_is_pooled_in_each_chunk(name: str, tiny: Tiny) -> No
     first, last = (ids[:1], []) if name in (BGE, XLM) else ([], ids[-1:])
     body = ids[len(first) : len(ids) - len(last)]
     parts = [body[i : i + limit - 1] for i in range(0, len(body), limit - 1)]
-    wanted = [[*first, *part, *last] for part in parts]
-    inputs = ids_of(family, ids, [30, ids[-1]], **MEAN)
-    assert [row.ids.tolist() for row in inputs.rows] == [*wanted, [30, ids[-1]]]
-    found = embed(family, inputs)
-    vectors = vectors_of(name, family, [*wanted, [30, ids[-1]]])
-    assert np.abs(found[0] - mean_of(vectors[:-1], list(map(len, parts)), family.model.dimensions)).max() <= 2e-5
-    assert np.abs(found[1] - vectors[-1]).max() <= 2e-5
+    chunks = [[*first, *part, *last] for part in parts]
+    inputs = id_rows(family, ids, [30, ids[-1]], **MEAN)
+    assert [row.ids.tolist() for row in inputs.rows] == [*chunks, [30, ids[-1]]]
+    embedded = embed(family, inputs)
+    vectors = vectors_of(name, family, [*chunks, [30, ids[-1]]])
+    assert np.abs(embedded[0] - mean_of(vectors[:-1], list(map(len, parts)), family.model.dimensions)).max() <= 2e-5
+    assert np.abs(embedded[1] - vectors[-1]).max() <= 2e-5
 
 
-def test_ids_of_a_model_that_pools_all_are_split_and_nothing_else(tiny: Tiny) -> None:
+def test_ids_of_a_mean_pooling_model_are_only_split(tiny: Tiny) -> None:
     from conftest import MINILM
 
-    rows = ids_of(Family("minilm", MINILM, max_tokens="9"), list(range(2000, 2023)), **MEAN).rows
+    rows = id_rows(Family("minilm", MINILM, max_tokens="9"), list(range(2000, 2023)), **MEAN).rows
     assert [row.ids.tolist() for row in rows] == [list(range(2000 + i, min(2009 + i, 2023))) for i in (0, 9, 18)]
 
 
-def test_a_picture_beside_a_text_that_is_too_long(tiny: Tiny) -> None:
+def test_image_with_a_text_that_is_too_long_is_refused(tiny: Tiny) -> None:
     family = family_with(tiny, GME, max_tokens=60)
     with pytest.raises(BadRequest, match=r"is longer than the model's .* \(60 tokens\).*\(input at index 1"):
-        inputs_of(family, "a", LONG, images=[[b""], [png(60, 40)]], **MEAN)
-    (row,) = inputs_of(family, "", images=[[png(60, 40)]], **MEAN).rows
-    assert row.pictures
+        text_rows(family, "a", LONG, images=[[b""], [png(60, 40)]], **MEAN)
+    (row,) = text_rows(family, "", images=[[png(60, 40)]], **MEAN).rows
+    assert row.images
 
 
 @pytest.mark.parametrize("words", [7, 9, 60])
 @pytest.mark.parametrize("name", [BGE, E5, GTE, QWEN3, GME])
-def test_an_instruction_that_leaves_no_room(name: str, words: int, tiny: Tiny) -> None:
+def test_instruction_that_leaves_no_room_is_refused(name: str, words: int, tiny: Tiny) -> None:
     family = family_with(tiny, name, max_tokens=20)
-    with pytest.raises(BadRequest) as refused:
-        inputs_of(family, "a", LONG, on_error="fail", instruction="the cat sat " * words, **MEAN)
-    assert "at index" in str(refused.value)
-    assert "instruction" in str(refused.value) or "longer than" in str(refused.value)
+    with pytest.raises(BadRequest) as raised:
+        text_rows(family, "a", LONG, on_error="fail", instruction="the cat sat " * words, **MEAN)
+    assert "at index" in str(raised.value)
+    assert "instruction" in str(raised.value) or "longer than" in str(raised.value)
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(39, False), (45, False), (46, True)])
-def test_a_request_has_so_many_tokens_in_all_its_chunks(limit: int, fits: bool, tiny: Tiny) -> None:
-    """40 ids in chunks of 6: 39 in all but the last and 7 times the last."""
+def test_token_limit_of_a_request_counts_all_chunks(limit: int, fits: bool, tiny: Tiny) -> None:
+    """Split 40 ids into chunks of 6 and repeat the last id in each: 39 ids and 7 times the last one."""
     family = family_with(tiny, E5, max_tokens=7)
     ids = list(range(20, 60))
     if fits:
-        assert ids_of(family, ids, limit=limit, **MEAN).tokens().tolist() == [[46]]
+        assert id_rows(family, ids, limit=limit, **MEAN).tokens().tolist() == [[46]]
         return
     with pytest.raises(BadRequest, match=f"tokens, more than the {limit} a request may have"):
-        ids_of(family, ids, limit=limit, **MEAN)
+        id_rows(family, ids, limit=limit, **MEAN)
 
 
-def test_a_text_far_beyond_what_a_request_may_have_is_refused_before_it_is_split(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_beyond_the_token_limit_is_refused_before_splitting(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     family = family_with(tiny, BGE, max_tokens=23)
     monkeypatch.setattr(family.processor.tokenizer, "split_at_tokens", lambda text: pytest.fail("split"))
     inputs = ItemRows(family.processor, MEAN, np.array([[LONG.encode()]], dtype=np.object_), None)
@@ -259,8 +261,8 @@ def test_a_text_far_beyond_what_a_request_may_have_is_refused_before_it_is_split
         inputs.make_rows(50)
 
 
-def test_splitting_stops_once_the_request_has_too_many_tokens(tiny: Tiny) -> None:
-    """An instruction multiplies: it is in every chunk."""
+def test_splitting_stops_at_the_token_limit(tiny: Tiny) -> None:
+    """Count the instruction in every chunk."""
     family, calls = family_with(tiny, BGE, max_tokens=23), 0
     inputs = ItemRows(
         family.processor,
@@ -269,14 +271,14 @@ def test_splitting_stops_once_the_request_has_too_many_tokens(tiny: Tiny) -> Non
         None,
     )
     inputs.set_ids(iter(family.processor.tokenizer.encode(inputs.texts())))
-    real = family.processor.build_row
+    build_row = family.processor.build_row
 
-    def row(*arguments: Any) -> Any:
+    def counting_build_row(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        return real(*arguments)
+        return build_row(*arguments)
 
-    family.processor.build_row = row  # type: ignore[method-assign]
+    family.processor.build_row = counting_build_row  # type: ignore[method-assign]
     with pytest.raises(BadRequest, match="tokens, more than the 1100 a request may have"):
         inputs.make_rows(1100)
     assert calls == 1100 // 23 + 1
@@ -292,15 +294,15 @@ ANYTHING = st.text(max_size=200) | st.lists(
 @settings(deadline=None, max_examples=40)
 @given(text=ANYTHING, limit=st.integers(12, 40))
 @pytest.mark.parametrize("name", [BGE, XLM, E5, GTE, QWEN3, CLIP_OLD])
-def test_any_text_becomes_chunks_that_fit(name: str, text: str, limit: int, tiny: Tiny) -> None:
+def test_any_text_is_split_into_chunks_that_fit(name: str, text: str, limit: int, tiny: Tiny) -> None:
     family = family_with(tiny, name, max_tokens=limit)
     if not text.strip():
         return
-    whole = tokenizer_of(family.directory)(text)["input_ids"]
-    rows = inputs_of(family, text, **MEAN).rows
+    ids = tokenizer_of(family.directory)(text)["input_ids"]
+    rows = text_rows(family, text, **MEAN).rows
     assert rows
     assert all(0 < len(row.ids) <= limit for row in rows)
-    assert len(rows) == 1 or len(whole) + 1 > limit
+    assert len(rows) == 1 or len(ids) + 1 > limit
 
 
 @settings(deadline=None)
@@ -309,18 +311,18 @@ def test_any_text_becomes_chunks_that_fit(name: str, text: str, limit: int, tiny
     counts=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     dims=st.integers(1, 6),
 )
-def test_the_mean_is_numpys(data: st.DataObject, counts: list[int], dims: int) -> None:
+def test_mean_equals_numpy(data: st.DataObject, counts: list[int], dims: int) -> None:
     total = sum(counts)
     weights = data.draw(st.lists(st.integers(1, 9_000), min_size=total, max_size=total))
     vectors = np.random.default_rng(total).normal(size=(total, 6)).astype(np.float32)
-    found = combine(vectors, weights, counts, dims)
-    assert (found.dtype, found.shape) == (np.float32, (len(counts), dims))
+    means = combine(vectors, weights, counts, dims)
+    assert (means.dtype, means.shape) == (np.float32, (len(counts), dims))
     ends = np.cumsum(counts)
-    for row, start, end in zip(found, [0, *ends[:-1]], ends, strict=True):
-        wanted = mean_of(vectors[start:end].astype(np.float64), weights[start:end], dims)
-        assert np.abs(row - wanted).max() <= 1e-6
+    for row, start, end in zip(means, [0, *ends[:-1]], ends, strict=True):
+        expected = mean_of(vectors[start:end].astype(np.float64), weights[start:end], dims)
+        assert np.abs(row - expected).max() <= 1e-6
 
 
-def test_vectors_that_cancel_out_are_no_nan() -> None:
+def test_vectors_that_cancel_out_give_no_nan() -> None:
     opposite = np.array([[1, 0], [-1, 0]], dtype=np.float32)
     assert combine(opposite, [3, 3], [2], 2).tolist() == [[0, 0]]

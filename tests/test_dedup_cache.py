@@ -1,6 +1,6 @@
-"""No work twice: what is the same is computed once, and everyone gets it, whoever fails or leaves.
+"""Tests of deduplication and the cache: identical rows are computed once for every job, despite failures and drops.
 
-The stand-in's vector is a digest of the ids: an oracle that knows nothing of how rows are scheduled.
+Some tests use a fake whose vectors are digests of the ids, so that expected vectors do not depend on scheduling.
 """
 
 import hashlib
@@ -16,26 +16,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scheduler import (
-    PATIENCE,
     POISON,
-    WIDE,
+    TIMEOUT_SECONDS,
+    WIDE_BUDGET,
     Caller,
-    Engine,
-    Running,
+    FakeEngine,
+    RecordingMetrics,
+    RunningScheduler,
     Vectors,
-    Watching,
-    ask_at_once,  # noqa: F401 - applies to every test here
-    computed,
-    finish,
-    first_chunks,
-    hold,
-    not_finite,
-    picture,
-    raising,
-    row,
-    submitting,
-    undivided,  # noqa: F401 - applies to every test here
-    vectors_of,
+    batch_ids,
+    check_cancellation_at_once,  # noqa: F401 - applies to every test here
+    expected_vectors,
+    first_id,
+    forget_small_jobs_at_once,  # noqa: F401 - applies to every test here
+    join_all,
+    make_image_row,
+    make_row,
+    occupy_engine,
+    raise_on_poison,
+    replace_value,
+    start_submitting,
 )
 
 from triton_embed.python_backend.inputs.row import Row
@@ -44,300 +44,305 @@ from triton_embed.python_backend.scheduling.job import Job, Key, identity
 from triton_embed.python_backend.scheduling.scheduler import PauseHook
 
 pytestmark = pytest.mark.timeout(60)
-PLENTY = 10**6
+AMPLE_BYTES = 10**6
 
 
 @pytest.fixture
-def engine() -> Engine:
-    return Engine()
+def engine() -> FakeEngine:
+    return FakeEngine()
 
 
 @pytest.fixture
-def running(engine: Engine) -> Iterator[Running]:
-    made = Running(engine.compute, budget=WIDE)
-    yield made
+def running(engine: FakeEngine) -> Iterator[RunningScheduler]:
+    running = RunningScheduler(engine.compute, budget=WIDE_BUDGET)
+    yield running
     engine.gate.set()
-    made.close()
+    running.close()
 
 
-def same(caller: Caller, *firsts: int, length: int = 11, dims: int = 3) -> Job:
-    """Rows of one length by their first ids."""
-    return Job([row(first, length) for first in firsts], dims, caller)
+def make_job(caller: Caller, *firsts: int, length: int = 11, dims: int = 3) -> Job:
+    """Return a job of rows of one length, by their first ids."""
+    return Job([make_row(first, length) for first in firsts], dims, caller)
 
 
-def answered(caller: Caller, asked: Job, reused: Sequence[int]) -> bool:
-    """Whether it got its own vectors and was told truly where they came from."""
-    found = caller.outcome()
-    return isinstance(found, np.ndarray) and np.array_equal(found, vectors_of(asked)) and caller.reused == list(reused)
+def has_expected_reply(caller: Caller, job: Job, reused: Sequence[int]) -> bool:
+    """Return whether the caller got the vectors of its job and the expected sources."""
+    vectors = caller.outcome()
+    return (
+        isinstance(vectors, np.ndarray)
+        and np.array_equal(vectors, expected_vectors(job))
+        and caller.reused == list(reused)
+    )
 
 
-def test_identical_rows_of_a_request_are_computed_once(engine: Engine, running: Running) -> None:
+def test_identical_rows_of_a_request_are_computed_once(engine: FakeEngine, running: RunningScheduler) -> None:
     caller = Caller()
-    asked = same(caller, 7, 8, 7, 7, 9, 8)
-    assert asked.cost == 33
-    running.submit(asked)
-    assert answered(caller, asked, [0, 0, 1, 1, 0, 1])
-    assert computed(engine) == [[7, 8, 9]]
-    assert running.admitted == 0
+    job = make_job(caller, 7, 8, 7, 7, 9, 8)
+    assert job.cost == 33
+    running.submit(job)
+    assert has_expected_reply(caller, job, [0, 0, 1, 1, 0, 1])
+    assert batch_ids(engine) == [[7, 8, 9]]
+    assert running.admitted_tokens == 0
 
 
-def test_identical_rows_of_requests_that_wait_are_computed_once(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_identical_rows_of_waiting_requests_are_computed_once(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     callers = [Caller() for _ in range(3)]
-    jobs = [same(callers[0], 7, 8), same(callers[1], 8, 9), same(callers[2], 9, 7)]
-    for one in jobs:
-        running.submit(one)
+    jobs = [make_job(callers[0], 7, 8), make_job(callers[1], 8, 9), make_job(callers[2], 9, 7)]
+    for job in jobs:
+        running.submit(job)
     engine.gate.set()
-    for caller, asked, reused in zip(callers, jobs, ([0, 0], [1, 0], [1, 1]), strict=True):
-        assert answered(caller, asked, reused)
-    assert computed(engine)[1:] == [[7, 8, 9]]
-    assert running.admitted == 0
+    for caller, job, reused in zip(callers, jobs, ([0, 0], [1, 0], [1, 1]), strict=True):
+        assert has_expected_reply(caller, job, reused)
+    assert batch_ids(engine)[1:] == [[7, 8, 9]]
+    assert running.admitted_tokens == 0
 
 
-def test_a_row_that_is_being_computed_is_joined(engine: Engine, running: Running) -> None:
+def test_row_in_a_running_pass_is_shared(engine: FakeEngine, running: RunningScheduler) -> None:
     engine.gate.clear()
     first, second = Caller(), Caller()
-    leading, following = same(first, 7, 8), same(second, 8, 9)
+    leading, following = make_job(first, 7, 8), make_job(second, 8, 9)
     running.submit(leading)
-    assert engine.entered.wait(PATIENCE)
+    assert engine.entered.wait(TIMEOUT_SECONDS)
     running.submit(following)
     engine.gate.set()
-    assert answered(first, leading, [0, 0])
-    assert answered(second, following, [1, 0])
-    assert computed(engine) == [[7, 8], [9]]
-    assert running.admitted == 0
+    assert has_expected_reply(first, leading, [0, 0])
+    assert has_expected_reply(second, following, [1, 0])
+    assert batch_ids(engine) == [[7, 8], [9]]
+    assert running.admitted_tokens == 0
 
 
-def test_one_that_joins_with_all_it_has_asks_for_no_pass(engine: Engine, running: Running) -> None:
+def test_job_whose_rows_are_all_in_flight_needs_no_pass(engine: FakeEngine, running: RunningScheduler) -> None:
     engine.gate.clear()
     first, second = Caller(), Caller()
-    running.submit(same(first, 7, 8))
-    assert engine.entered.wait(PATIENCE)
-    following = same(second, 8, 8)
+    running.submit(make_job(first, 7, 8))
+    assert engine.entered.wait(TIMEOUT_SECONDS)
+    following = make_job(second, 8, 8)
     running.submit(following)
     engine.gate.set()
-    assert answered(second, following, [1, 1])
+    assert has_expected_reply(second, following, [1, 1])
     assert len(engine.batches) == 1
 
 
-def test_a_small_job_does_not_wait_for_the_large_one_that_has_its_row_too(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_small_job_does_not_wait_for_a_large_job_with_its_row(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     large, small = Caller(), Caller()
-    bulk, query = same(large, *range(100), length=8), same(small, 99, length=8)
+    bulk, query = make_job(large, *range(100), length=8), make_job(small, 99, length=8)
     running.submit(bulk)
     running.submit(query)
     engine.gate.set()
-    assert answered(small, query, [0])
-    assert answered(large, bulk, [*[0] * 99, 1])
-    assert computed(engine)[1] == [99]
+    assert has_expected_reply(small, query, [0])
+    assert has_expected_reply(large, bulk, [*[0] * 99, 1])
+    assert batch_ids(engine)[1] == [99]
     assert sum(map(len, engine.batches)) == 101
-    assert running.admitted == 0
+    assert running.admitted_tokens == 0
 
 
-def _one(ids: list[int], *pictures: np.ndarray, cost: int = 0) -> Row:
-    return Row(np.array(ids, dtype=np.int32), pictures, cost)
+def _row(ids: list[int], *images: np.ndarray, cost: int = 0) -> Row:
+    return Row(np.array(ids, dtype=np.int32), images, cost)
 
 
 GREY = np.full((2, 3, 3), 9, dtype=np.uint8)
 DIFFERENT: dict[str, tuple[tuple[Row, int], tuple[Row, int]]] = {
-    "ids": ((_one([1, 2, 3]), 3), (_one([1, 2, 4]), 3)),
-    "order": ((_one([1, 2, 3]), 3), (_one([1, 3, 2]), 3)),
-    "length": ((_one([1, 2]), 3), (_one([1, 2, 0]), 3)),
-    "dims": ((_one([1, 2]), 3), (_one([1, 2]), 2)),
-    "a picture or none": ((_one([1, 2], GREY), 3), (_one([1, 2]), 3)),
-    "pixels": ((_one([], GREY), 3), (_one([], GREY + 1), 3)),
-    "one pixel": ((_one([], GREY), 3), (_one([], np.where(np.arange(18).reshape(2, 3, 3) == 17, 8, GREY)), 3)),
-    "shape": ((_one([], GREY), 3), (_one([], GREY.reshape(3, 2, 3)), 3)),
-    "number": ((_one([], GREY), 3), (_one([], GREY, GREY), 3)),
-    "order of pictures": ((_one([], GREY, GREY + 1), 3), (_one([], GREY + 1, GREY), 3)),
+    "ids": ((_row([1, 2, 3]), 3), (_row([1, 2, 4]), 3)),
+    "order": ((_row([1, 2, 3]), 3), (_row([1, 3, 2]), 3)),
+    "length": ((_row([1, 2]), 3), (_row([1, 2, 0]), 3)),
+    "dims": ((_row([1, 2]), 3), (_row([1, 2]), 2)),
+    "image or none": ((_row([1, 2], GREY), 3), (_row([1, 2]), 3)),
+    "pixels": ((_row([], GREY), 3), (_row([], GREY + 1), 3)),
+    "one pixel": ((_row([], GREY), 3), (_row([], np.where(np.arange(18).reshape(2, 3, 3) == 17, 8, GREY)), 3)),
+    "shape": ((_row([], GREY), 3), (_row([], GREY.reshape(3, 2, 3)), 3)),
+    "number": ((_row([], GREY), 3), (_row([], GREY, GREY), 3)),
+    "order of images": ((_row([], GREY, GREY + 1), 3), (_row([], GREY + 1, GREY), 3)),
 }
 
 
-@pytest.mark.parametrize("what", DIFFERENT)
-def test_what_differs_in_anything_is_not_the_same(what: str) -> None:
-    (one, its), (other, others) = DIFFERENT[what]
-    assert identity(one, its) != identity(other, others)
-    assert identity(one, its) == identity(_one(one.ids.tolist(), *(picture.copy() for picture in one.pictures)), its)
+@pytest.mark.parametrize("difference", DIFFERENT)
+def test_rows_that_differ_have_different_identities(difference: str) -> None:
+    (row, dims), (other_row, other_dims) = DIFFERENT[difference]
+    assert identity(row, dims) != identity(other_row, other_dims)
+    copies = [image.copy() for image in row.images]
+    assert identity(row, dims) == identity(_row(row.ids.tolist(), *copies), dims)
 
 
-def test_what_does_not_decide_a_vector_is_left_out() -> None:
+def test_identity_ignores_what_does_not_affect_the_vector() -> None:
     ids = np.array([1, 2, 3], dtype=np.int32)
     strided = np.array([1, 9, 2, 9, 3, 9], dtype=np.int32)[::2]
-    assert identity(Row(ids), 3) == identity(Row(strided, dropped=7, shared=2), 3)
+    assert identity(Row(ids), 3) == identity(Row(strided, dropped=7, shared_prefix_tokens=2), 3)
     flipped = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)[:, ::-1]
-    assert identity(_one([], flipped), 3) == identity(_one([], flipped.copy()), 3)
+    assert identity(_row([], flipped), 3) == identity(_row([], flipped.copy()), 3)
 
 
-def test_equal_pictures_are_computed_once(engine: Engine, running: Running) -> None:
+def test_equal_images_are_computed_once(engine: FakeEngine, running: RunningScheduler) -> None:
     caller = Caller()
-    asked = Job([picture(3, 6), picture(4, 6), picture(3, 6)], 3, caller)
-    running.submit(asked)
-    assert answered(caller, asked, [0, 0, 1])
-    assert computed(engine) == [[3, 4]]
+    job = Job([make_image_row(3, 6), make_image_row(4, 6), make_image_row(3, 6)], 3, caller)
+    running.submit(job)
+    assert has_expected_reply(caller, job, [0, 0, 1])
+    assert batch_ids(engine) == [[3, 4]]
 
 
-def test_other_dimensions_are_computed_by_themselves(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_other_dimensions_are_computed_separately(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     callers = [Caller(), Caller()]
-    jobs = [same(callers[0], 7, dims=3), same(callers[1], 7, dims=2)]
-    for one in jobs:
-        running.submit(one)
+    jobs = [make_job(callers[0], 7, dims=3), make_job(callers[1], 7, dims=2)]
+    for job in jobs:
+        running.submit(job)
     engine.gate.set()
-    assert all(answered(caller, asked, [0]) for caller, asked in zip(callers, jobs, strict=True))
-    assert computed(engine)[1:] == [[7, 7]]
+    assert all(has_expected_reply(caller, job, [0]) for caller, job in zip(callers, jobs, strict=True))
+    assert batch_ids(engine)[1:] == [[7, 7]]
 
 
 @pytest.mark.parametrize("why", ["cancelled", "late"])
-def test_the_first_to_ask_may_leave_while_others_wait_for_the_same(why: str, engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_dropping_the_first_job_keeps_rows_that_others_need(
+    why: str, engine: FakeEngine, running: RunningScheduler
+) -> None:
+    occupy_engine(engine, running)
     gone, good = Caller(cancelled=why == "cancelled"), Caller()
-    leaving = same(gone, 7, 8)
+    leaving = make_job(gone, 7, 8)
     leaving.deadline = 0.0 if why == "late" else leaving.deadline
-    following = same(good, 8, 9)
+    following = make_job(good, 8, 9)
     running.submit(leaving)
     running.submit(following)
     engine.gate.set()
     assert isinstance(reason := gone.outcome(), str)
     assert reason.startswith("dropped")
-    assert answered(good, following, [0, 0])
-    assert computed(engine)[1:] == [[8, 9]]
-    assert running.admitted == 0
+    assert has_expected_reply(good, following, [0, 0])
+    assert batch_ids(engine)[1:] == [[8, 9]]
+    assert running.admitted_tokens == 0
 
 
-def test_the_last_to_ask_may_leave_as_well(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_dropping_the_last_job_removes_only_its_rows(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     good, gone = Caller(), Caller(cancelled=True)
-    leading = same(good, 7, 8, 10, 11, 12)  # more than a pass: the one that leaves is looked at by itself
+    leading = make_job(good, 7, 8, 10, 11, 12)  # more than a pass, so that the dropped job is considered alone
     running.submit(leading)
-    running.submit(same(gone, 9))
+    running.submit(make_job(gone, 9))
     engine.gate.set()
-    assert answered(good, leading, [0] * 5)
+    assert has_expected_reply(good, leading, [0] * 5)
     assert gone.outcome() == "dropped: The request was cancelled"
     running.close()
-    assert 9 not in engine.firsts()
-    assert running.admitted == 0
+    assert 9 not in engine.first_ids()
+    assert running.admitted_tokens == 0
 
 
-def test_what_nobody_waits_for_any_more_may_be_asked_for_again(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_row_of_a_dropped_job_can_be_requested_again(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     gone, good = Caller(cancelled=True), Caller()
-    running.submit(same(gone, 7))
+    running.submit(make_job(gone, 7))
     engine.gate.set()
     gone.outcome()
-    asked = same(good, 7)
-    running.submit(asked)
-    assert answered(good, asked, [0])
+    job = make_job(good, 7)
+    running.submit(job)
+    assert has_expected_reply(good, job, [0])
 
 
-def test_everyone_who_waits_for_a_row_of_a_pass_that_fails_is_told(engine: Engine, running: Running) -> None:
-    engine.spoil = raising
+def test_failed_pass_fails_every_job_that_needs_its_rows(engine: FakeEngine, running: RunningScheduler) -> None:
+    engine.transform = raise_on_poison
     engine.gate.clear()
     callers = [Caller() for _ in range(4)]
-    running.submit(same(callers[0], POISON, 7))
-    assert engine.entered.wait(PATIENCE)
-    running.submit(same(callers[1], 7, 8))  # joins
-    running.submit(same(callers[2], 8, 9))  # waits for what the one that fails waits for
-    running.submit(same(callers[3], *[7] * 9))
+    running.submit(make_job(callers[0], POISON, 7))
+    assert engine.entered.wait(TIMEOUT_SECONDS)
+    running.submit(make_job(callers[1], 7, 8))  # joins the pass
+    running.submit(make_job(callers[2], 8, 9))  # shares a row with the job that fails
+    running.submit(make_job(callers[3], *[7] * 9))
     engine.gate.set()
     outcomes = [caller.outcome() for caller in callers]
     assert [isinstance(outcome, str) for outcome in outcomes] == [True, True, False, True]
     assert callers[2].reused == [0, 0]
-    again = same(last := Caller(), 7)
-    running.submit(again)
-    assert answered(last, again, [0])
-    assert computed(engine) == [[POISON, 7], [8, 9], [7]]
+    last_job = make_job(last := Caller(), 7)
+    running.submit(last_job)
+    assert has_expected_reply(last, last_job, [0])
+    assert batch_ids(engine) == [[POISON, 7], [8, 9], [7]]
     running.close()
-    assert running.admitted == 0
+    assert running.admitted_tokens == 0
 
 
-def test_a_job_that_fails_in_a_pause_is_not_answered_again_by_the_pass_it_has_joined(
-    engine: Engine, running: Running
-) -> None:
-    engine.spoil = raising
-    both, large, other = Caller(), Caller(), Caller()
-    engine.pauses = [lambda: running.submit(same(both, POISON, 1, length=5)), lambda: None]
-    bulk = Job([row(1, 5), *(row(i, 11) for i in range(2, 5))], 3, large)
+def test_job_that_fails_in_a_pause_gets_no_second_reply(engine: FakeEngine, running: RunningScheduler) -> None:
+    engine.transform = raise_on_poison
+    failing, large, other = Caller(), Caller(), Caller()
+    engine.pause_actions = [lambda: running.submit(make_job(failing, POISON, 1, length=5)), lambda: None]
+    bulk = Job([make_row(1, 5), *(make_row(i, 11) for i in range(2, 5))], 3, large)
     running.submit(bulk)
-    assert isinstance(both.outcome(), str)
-    assert answered(large, bulk, [0] * 4)
-    running.submit(query := same(other, 1, length=5))
-    assert answered(other, query, [0])
+    assert isinstance(failing.outcome(), str)
+    assert has_expected_reply(large, bulk, [0] * 4)
+    running.submit(query := make_job(other, 1, length=5))
+    assert has_expected_reply(other, query, [0])
     running.close()
-    assert len(both.outcomes) == len(large.outcomes) == 1
-    assert running.admitted == 0
+    assert len(failing.outcomes) == len(large.outcomes) == 1
+    assert running.admitted_tokens == 0
 
 
-def test_rows_are_told_by_where_their_vectors_came_from(engine: Engine) -> None:
-    watch = Watching()
-    running = Running(engine.compute, watch, WIDE, PLENTY)
+def test_metrics_count_rows_by_source(engine: FakeEngine) -> None:
+    metrics = RecordingMetrics()
+    running = RunningScheduler(engine.compute, metrics, WIDE_BUDGET, AMPLE_BYTES)
     for firsts in ((1, 2, 2), (2, 3), (1, 1)):
         caller = Caller()
-        running.submit(same(caller, *firsts))
+        running.submit(make_job(caller, *firsts))
         caller.outcome()
     running.close()
-    assert watch.rows.tolist() == [3, 1, 3]
-    assert watch.cache_bytes > 0
-    assert watch.threads == {"sender"}
-    assert [len(waits) for waits, _, _ in watch.passes] == [1, 1]
+    assert metrics.rows.tolist() == [3, 1, 3]
+    assert metrics.cache_bytes > 0
+    assert metrics.threads == {"sender"}
+    assert [len(waits) for waits, _, _ in metrics.passes] == [1, 1]
 
 
-def test_one_that_joins_a_pass_has_waited_for_nothing(engine: Engine) -> None:
-    watch = Watching()
-    running = Running(engine.compute, watch, WIDE)
+def test_job_that_joins_a_running_pass_has_no_wait(engine: FakeEngine) -> None:
+    metrics = RecordingMetrics()
+    running = RunningScheduler(engine.compute, metrics, WIDE_BUDGET)
     engine.gate.clear()
-    running.submit(same(Caller(), 7, 8))
-    assert engine.entered.wait(PATIENCE)
-    running.submit(same(Caller(), 8, 9))
+    running.submit(make_job(Caller(), 7, 8))
+    assert engine.entered.wait(TIMEOUT_SECONDS)
+    running.submit(make_job(Caller(), 8, 9))
     engine.gate.set()
     running.close()
-    assert [len(waits) for waits, _, _ in watch.passes] == [2, 0]
-    assert watch.passes[0][0][1] == 0
+    assert [len(waits) for waits, _, _ in metrics.passes] == [2, 0]
+    assert metrics.passes[0][0][1] == 0
 
 
 # The cache
 
 
-def test_what_was_computed_is_remembered(engine: Engine) -> None:
-    running = Running(engine.compute, budget=WIDE, cache_bytes=PLENTY)
+def test_computed_vectors_are_cached(engine: FakeEngine) -> None:
+    running = RunningScheduler(engine.compute, budget=WIDE_BUDGET, cache_bytes=AMPLE_BYTES)
     callers = [Caller() for _ in range(3)]
-    jobs = [same(callers[0], 7, 8), same(callers[1], 8, 9, 8), same(callers[2], 7, 9, 7)]
-    for caller, asked, reused in zip(callers, jobs, ([0, 0], [2, 0, 2], [2, 2, 2]), strict=True):
-        running.submit(asked)
-        assert answered(caller, asked, reused)
-    other = same(last := Caller(), 7, dims=2)
-    running.submit(other)
-    assert answered(last, other, [0])
-    assert computed(engine) == [[7, 8], [9], [7]]
+    jobs = [make_job(callers[0], 7, 8), make_job(callers[1], 8, 9, 8), make_job(callers[2], 7, 9, 7)]
+    for caller, job, reused in zip(callers, jobs, ([0, 0], [2, 0, 2], [2, 2, 2]), strict=True):
+        running.submit(job)
+        assert has_expected_reply(caller, job, reused)
+    last_job = make_job(last := Caller(), 7, dims=2)
+    running.submit(last_job)
+    assert has_expected_reply(last, last_job, [0])
+    assert batch_ids(engine) == [[7, 8], [9], [7]]
     running.close()
-    assert running.admitted == 0
+    assert running.admitted_tokens == 0
 
 
-def test_nothing_is_remembered_unless_asked_for(engine: Engine, running: Running) -> None:
+def test_nothing_is_cached_by_default(engine: FakeEngine, running: RunningScheduler) -> None:
     for _ in range(2):
-        running.submit(asked := same(caller := Caller(), 7))
-        assert answered(caller, asked, [0])
+        running.submit(job := make_job(caller := Caller(), 7))
+        assert has_expected_reply(caller, job, [0])
 
 
-def test_what_a_caller_does_with_its_vectors_is_its_own_affair(engine: Engine) -> None:
-    running = Running(engine.compute, budget=WIDE, cache_bytes=PLENTY)
+def test_changing_returned_vectors_does_not_change_the_cache(engine: FakeEngine) -> None:
+    running = RunningScheduler(engine.compute, budget=WIDE_BUDGET, cache_bytes=AMPLE_BYTES)
     for reused in ([0, 1], [2, 2], [2, 2]):
-        running.submit(asked := same(caller := Caller(), 7, 7))
-        assert answered(caller, asked, reused)
-        found = caller.outcome()
-        assert isinstance(found, np.ndarray)
-        found[0] = -1
-        assert np.array_equal(found[1], vectors_of(asked)[1])
+        running.submit(job := make_job(caller := Caller(), 7, 7))
+        assert has_expected_reply(caller, job, reused)
+        vectors = caller.outcome()
+        assert isinstance(vectors, np.ndarray)
+        vectors[0] = -1
+        assert np.array_equal(vectors[1], expected_vectors(job)[1])
     running.close()
 
 
-def test_a_vector_that_is_not_finite_is_not_remembered(engine: Engine) -> None:
-    running = Running(engine.compute, budget=WIDE, cache_bytes=PLENTY)
-    engine.spoil = not_finite(float("nan"))
-    running.submit(same(bad := Caller(), POISON, 7))
+def test_non_finite_vector_is_not_cached(engine: FakeEngine) -> None:
+    running = RunningScheduler(engine.compute, budget=WIDE_BUDGET, cache_bytes=AMPLE_BYTES)
+    engine.transform = replace_value(float("nan"))
+    running.submit(make_job(bad := Caller(), POISON, 7))
     assert bad.outcome() == "The model computed a vector that is not finite"
-    engine.spoil = lambda _, vectors: vectors
-    running.submit(asked := same(good := Caller(), POISON, 7))
-    assert answered(good, asked, [0, 2])
+    engine.transform = lambda _, vectors: vectors
+    running.submit(job := make_job(good := Caller(), POISON, 7))
+    assert has_expected_reply(good, job, [0, 2])
     running.close()
 
 
@@ -349,27 +354,27 @@ def vector(i: int) -> Vectors:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60), st.integers(0, 6))
-def test_the_cache_holds_those_used_last(uses: list[tuple[bool, int]], room: int) -> None:
-    """Against a plain list, most recent last. Every entry here has the same size."""
-    one = Cache(PLENTY)
-    one.put(KEYS[0], vector(0))
-    cache, expected = Cache(room * one.bytes), list[int]()
+def test_cache_keeps_the_most_recently_used(uses: list[tuple[bool, int]], room: int) -> None:
+    """Compare with a plain list, most recent last. Every entry here has the same size."""
+    single = Cache(AMPLE_BYTES)
+    single.put(KEYS[0], vector(0))
+    cache, expected = Cache(room * single.bytes), list[int]()
     for puts, i in uses:
         if puts:
             cache.put(KEYS[i], vector(i))
             expected = [*expected, i] if i not in expected else expected
         else:
-            found = cache.get(KEYS[i])
-            assert (found is not None) == (i in expected)
-            if found is not None:
-                assert np.array_equal(found, vector(i))
+            cached = cache.get(KEYS[i])
+            assert (cached is not None) == (i in expected)
+            if cached is not None:
+                assert np.array_equal(cached, vector(i))
                 expected = [k for k in expected if k != i] + [i]
         expected = expected[-room:] if room else []
-        assert cache.bytes == len(expected) * one.bytes
+        assert cache.bytes == len(expected) * single.bytes
     assert [i for i in range(13) if cache.get(KEYS[i]) is not None] == sorted(expected)
 
 
-def test_a_vector_larger_than_the_cache_drives_nothing_out() -> None:
+def test_vector_larger_than_the_cache_evicts_nothing() -> None:
     cache = Cache(1_000)
     cache.put(KEYS[0], vector(0))
     cache.put(KEYS[1], np.zeros(1_000, dtype=np.float32))
@@ -377,92 +382,94 @@ def test_a_vector_larger_than_the_cache_drives_nothing_out() -> None:
     assert cache.get(KEYS[0]) is not None
 
 
-def test_a_large_vector_drives_out_as_many_as_it_must() -> None:
+def test_large_vector_evicts_as_many_as_necessary() -> None:
     cache = Cache(10_000)
     for i in range(20):
         cache.put(KEYS[i], vector(i))
     cache.put(KEYS[20], np.zeros(2_000, dtype=np.float32))
     assert cache.bytes <= 10_000
     assert cache.get(KEYS[20]) is not None
-    left = [i for i in range(20) if cache.get(KEYS[i]) is not None]
-    assert left == list(range(20 - len(left), 20))
-    assert 0 < len(left) < 10
+    remaining = [i for i in range(20) if cache.get(KEYS[i]) is not None]
+    assert remaining == list(range(20 - len(remaining), 20))
+    assert 0 < len(remaining) < 10
 
 
-def test_what_is_remembered_is_a_copy_that_nobody_can_change() -> None:
-    cache, batch = Cache(PLENTY), np.ones((2, 8), dtype=np.float32)
+def test_cached_vector_is_a_read_only_copy() -> None:
+    cache, batch = Cache(AMPLE_BYTES), np.ones((2, 8), dtype=np.float32)
     cache.put(KEYS[0], batch[0])
     batch[:] = 5
-    found = cache.get(KEYS[0])
-    assert found is not None
-    assert np.array_equal(found, np.ones(8))
-    assert found.base is None  # it would keep its whole batch in memory
+    cached = cache.get(KEYS[0])
+    assert cached is not None
+    assert np.array_equal(cached, np.ones(8))
+    assert cached.base is None  # a view would keep its batch in memory
     with pytest.raises(ValueError, match="read-only"):
-        found[0] = 3
+        cached[0] = 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_the_cache_takes_no_vector_that_is_not_finite(value: float) -> None:
-    cache = Cache(PLENTY)
+def test_cache_stores_no_non_finite_vector(value: float) -> None:
+    cache = Cache(AMPLE_BYTES)
     cache.put(KEYS[0], np.array([0, value], dtype=np.float32))
     assert cache.get(KEYS[0]) is None
     assert cache.bytes == 0
 
 
 @pytest.mark.parametrize(("length", "dims"), [(8, 384), (512, 64), (3, 8)])
-def test_the_cache_takes_no_more_memory_than_it_counts(length: int, dims: int) -> None:
-    """By Python's own account of what it allocates, and not much less either."""
+def test_cache_uses_no_more_memory_than_it_counts(length: int, dims: int) -> None:
+    """Compare with what Python reports as allocated, which must not be much less either."""
     limit = 4_000_000
     tracemalloc.start()
     try:
         before, cache = tracemalloc.get_traced_memory()[0], Cache(limit)
         for i in range(2 * limit // (4 * dims + 4 * length)):
-            cache.put(identity(row(i, length), dims), np.full(dims, i, dtype=np.float32))
-        taken = tracemalloc.get_traced_memory()[0] - before
+            cache.put(identity(make_row(i, length), dims), np.full(dims, i, dtype=np.float32))
+        allocated = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
     assert limit * 0.99 < cache.bytes <= limit
-    assert 0.6 * cache.bytes < taken <= cache.bytes
+    assert 0.6 * cache.bytes < allocated <= cache.bytes
 
 
 # Any interleaving
 
 
-def digest(one: Row, dims: int) -> Vectors:
-    """A vector that depends on every id."""
-    words = np.frombuffer(hashlib.blake2b(one.ids.tobytes()).digest(), dtype=np.uint8)
+def digest(row: Row, dims: int) -> Vectors:
+    """Return a vector that depends on every id."""
+    words = np.frombuffer(hashlib.blake2b(row.ids.tobytes()).digest(), dtype=np.uint8)
     return words[:dims].astype(np.float32)
 
 
-class Digesting:
-    """`compute`: it fails for poisoned rows, and holds that nothing is ever computed twice at a time."""
+class DigestEngine:
+    """A fake `compute` that fails for poisoned rows and counts how often each row is computed at the same time."""
 
     def __init__(self, pauses: int) -> None:
-        self.pauses = pauses
-        self.now: Counter[Key] = Counter()
-        self.most = 0
+        self.pause_count = pauses
+        self.running_keys: Counter[Key] = Counter()
+        self.max_concurrent = 0
         self.rows = 0
         self.failed: list[set[Key]] = []
-        self.together: list[list[int]] = []
+        self.batch_costs: list[list[int]] = []
 
-    def compute(self, rows: Sequence[Row], dims: Sequence[int], between: PauseHook | None, spare: bool) -> Vectors:
-        keys = [identity(one, size) for one, size in zip(rows, dims, strict=True)]
-        self.now.update(keys)
-        self.most = max(self.most, *self.now.values())
-        self.together.append([one.cost for one in rows])
+    def compute(
+        self, rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool
+    ) -> Vectors:
+        keys = [identity(row, size) for row, size in zip(rows, dims, strict=True)]
+        self.running_keys.update(keys)
+        self.max_concurrent = max(self.max_concurrent, *self.running_keys.values())
+        self.batch_costs.append([row.cost for row in rows])
         try:
-            for _ in range(self.pauses if between else 0):
-                between and between()
-            if any(first_chunks(one) == POISON for one in rows):
+            for _ in range(self.pause_count if pause_hook else 0):
+                pause_hook and pause_hook()
+            if any(first_id(row) == POISON for row in rows):
                 self.failed.append(set(keys))
                 raise MemoryError
             self.rows += len(rows)
-            found = np.full((len(rows), 16), np.nan, dtype=np.float32)
-            for made, one, size in zip(found, rows, dims, strict=True):
-                made[:size] = digest(one, size)
-            return found
+            vectors = np.full((len(rows), 16), np.nan, dtype=np.float32)
+            for vector, row, size in zip(vectors, rows, dims, strict=True):
+                vector[:size] = digest(row, size)
+            return vectors
         finally:
-            self.now.subtract(keys)
+            self.running_keys.subtract(keys)
 
 
 LENGTHS = st.sampled_from([2, 3, 9, 30, 90])
@@ -481,60 +488,62 @@ JOBS = st.fixed_dictionaries(
 @given(
     st.lists(JOBS, min_size=1, max_size=25),
     st.integers(1, 3),
-    st.sampled_from([0, 900, PLENTY]),
+    st.sampled_from([0, 900, AMPLE_BYTES]),
     st.integers(0, 4),
 )
-def test_any_interleaving(wanted: list[dict[str, Any]], threads: int, cache_bytes: int, pauses: int) -> None:
-    """Everyone is answered once, with its own vectors or with a reason that holds; nothing is left behind."""
-    compute = Digesting(pauses)
-    running = Running(compute.compute, budget=WIDE, cache_bytes=cache_bytes)
+def test_every_interleaving_answers_each_job_once(
+    specs: list[dict[str, Any]], threads: int, cache_bytes: int, pauses: int
+) -> None:
+    """Answer every job once, with its vectors or with a valid reason, and leave nothing pending."""
+    compute = DigestEngine(pauses)
+    running = RunningScheduler(compute.compute, budget=WIDE_BUDGET, cache_bytes=cache_bytes)
     callers, jobs = [], []
-    for one in wanted:
-        callers.append(Caller(cancelled=one["cancelled"]))
-        rows = [row(first, length) for first, length in one["rows"]]
-        jobs.append(Job(rows, one["dims"], callers[-1], -1.0 if one["late"] else float("inf")))
-    finish(submitting(running, jobs, threads))
+    for spec in specs:
+        callers.append(Caller(cancelled=spec["cancelled"]))
+        rows = [make_row(first, length) for first, length in spec["rows"]]
+        jobs.append(Job(rows, spec["dims"], callers[-1], -1.0 if spec["late"] else float("inf")))
+    join_all(start_submitting(running, jobs, threads))
     for caller in callers:
         caller.outcome()
     running.close()
     shares = np.zeros(3, dtype=int)
-    for one, caller, asked in zip(wanted, callers, jobs, strict=True):
-        found = caller.outcome()
-        if isinstance(found, np.ndarray):
-            assert np.array_equal(found, [digest(each, asked.dims) for each in asked.rows])
-            assert not any(first == POISON for first, _ in one["rows"])
+    for spec, caller, job in zip(specs, callers, jobs, strict=True):
+        outcome = caller.outcome()
+        if isinstance(outcome, np.ndarray):
+            assert np.array_equal(outcome, [digest(each, job.dims) for each in job.rows])
+            assert not any(first == POISON for first, _ in spec["rows"])
             shares += np.bincount(caller.reused, minlength=3)
-        elif found.startswith("dropped"):
-            assert one["cancelled"] or one["late"]
-            assert ("deadline" in found) == one["late"]
+        elif outcome.startswith("dropped"):
+            assert spec["cancelled"] or spec["late"]
+            assert ("deadline" in outcome) == spec["late"]
         else:
-            assert any(not failed.isdisjoint(asked.indices) for failed in compute.failed)
+            assert any(not failed.isdisjoint(job.indices) for failed in compute.failed)
     assert shares[0] <= compute.rows
     assert cache_bytes or not shares[2]
-    assert compute.most <= 1
-    assert all(sum(costs) <= WIDE or len(costs) == 1 for costs in compute.together)
-    assert running.admitted == 0
+    assert compute.max_concurrent <= 1
+    assert all(sum(costs) <= WIDE_BUDGET or len(costs) == 1 for costs in compute.batch_costs)
+    assert running.admitted_tokens == 0
     assert not running.scheduler._dedup._pending
 
 
-def test_many_threads_ask_for_the_same_few_rows(engine: Engine) -> None:
-    compute = Digesting(pauses=3)
-    running = Running(compute.compute, budget=WIDE, cache_bytes=3_000)
+def test_many_threads_request_the_same_few_rows(engine: FakeEngine) -> None:
+    compute = DigestEngine(pauses=3)
+    running = RunningScheduler(compute.compute, budget=WIDE_BUDGET, cache_bytes=3_000)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
         callers = [Caller() for _ in range(600)]
         jobs = [
-            Job([row(1 + (i * k) % 11, 3 + 20 * (i % 3)) for k in range(1 + i % 7)], 16, caller)
+            Job([make_row(1 + (i * k) % 11, 3 + 20 * (i % 3)) for k in range(1 + i % 7)], 16, caller)
             for i, caller in enumerate(callers)
         ]
-        finish(submitting(running, jobs, threads=6))
-        for caller, asked in zip(callers, jobs, strict=True):
-            assert np.array_equal(caller.outcome(), [digest(each, 16) for each in asked.rows])
+        join_all(start_submitting(running, jobs, threads=6))
+        for caller, job in zip(callers, jobs, strict=True):
+            assert np.array_equal(caller.outcome(), [digest(each, 16) for each in job.rows])
     finally:
         sys.setswitchinterval(interval)
     running.close()
-    assert running.admitted == 0
-    assert compute.most == 1
-    assert compute.rows < sum(len(asked.rows) for asked in jobs)
+    assert running.admitted_tokens == 0
+    assert compute.max_concurrent == 1
+    assert compute.rows < sum(len(job.rows) for job in jobs)
     assert threading.active_count() < 50

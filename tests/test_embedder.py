@@ -151,7 +151,7 @@ class Pool:
         sent = [Item(i.get("text", ""), tuple(map(png, i.get("images", ())))) for i in items]
         rows, vectors = ours.rows(*sent), expected(case, ours.directory, items).vectors
         # What a caller tokenised is the same row.
-        typed = [i for i, row in enumerate(rows) if not row.pictures]
+        typed = [i for i, row in enumerate(rows) if not row.images]
         rows += [ours.processor.row_from_ids(rows[i].ids, "end", i) for i in typed]
         vectors = np.concatenate([vectors, vectors[typed]])
         random = [row.ids for row in rows_of((1, 2, 9, 30, 66), ours.model.vocab_size - 20)]

@@ -1,7 +1,7 @@
-"""The rows of one request: with on_error "report" a bad one harms no other, and IDS are what transformers makes of it.
+"""Tests of the rows of one request: error reports per row, IDS equal to those of transformers, and prompts per row.
 
-Vectors of good rows are compared with those of the same rows sent alone, whose own oracles are in test_chunking.py and
-test_vectors.py.
+Vectors of valid rows are compared with those of the same rows sent alone, which test_chunking.py and test_vectors.py
+compare with oracles.
 """
 
 from collections.abc import Callable
@@ -27,54 +27,54 @@ REPORT = {"on_error": "report"}
 Sent = tuple[bytes, tuple[bytes, ...]]  # a row of TEXT and IMAGE
 
 
-def asked(family: Family, *rows: Sent, **parameters: Any) -> RequestRows:
-    """A request as EmbeddingServer reads it, up to the ids of its texts."""
+def make_request_rows(family: Family, *rows: Sent, **parameters: Any) -> RequestRows:
+    """Return the rows of a request as EmbeddingServer reads it, with the ids of their texts set."""
     width = max([1, *(len(images) for _, images in rows)])
     text = np.array([[text] for text, _ in rows], dtype=np.object_).reshape(len(rows), 1)
     image = np.array([[*images, *[b""] * (width - len(images))] for _, images in rows], dtype=np.object_)
-    found = ItemRows(family.processor, parameters, text, image.reshape(len(rows), width))
-    found.set_ids(iter(family.processor.tokenizer.encode(found.texts())))
-    return found
+    request_rows = ItemRows(family.processor, parameters, text, image.reshape(len(rows), width))
+    request_rows.set_ids(iter(family.processor.tokenizer.encode(request_rows.texts())))
+    return request_rows
 
 
-def answered(family: Family, inputs: RequestRows, dims: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """EMBEDDING, TOKENS, DROPPED and ERROR; nothing is computed where there is nothing to compute."""
+def outputs_of(family: Family, inputs: RequestRows, dims: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Return EMBEDDING, TOKENS, DROPPED and ERROR. Nothing is computed if no row is valid."""
     if isinstance(inputs, ItemRows):
         with ThreadPoolExecutor(1) as pool:
             inputs.decode_images(pool)
     inputs.make_rows(100_000)
     rows = inputs.rows
-    whole = family.model.dimensions if inputs.averaged else dims
-    vectors = family.embedder.embed(rows, [whole] * len(rows)) if rows else np.empty((0, whole), dtype=np.float32)
+    row_dims = family.model.dimensions if inputs.averaged else dims
+    vectors = family.embedder.embed(rows, [row_dims] * len(rows)) if rows else np.empty((0, row_dims), dtype=np.float32)
     errors = [row[0].decode() for row in inputs.errors()]
-    return inputs.embeddings(vectors[:, :whole], dims), inputs.tokens(), inputs.dropped(), errors
+    return inputs.embeddings(vectors[:, :row_dims], dims), inputs.tokens(), inputs.dropped(), errors
 
 
-GOOD_TEXTS = [b"hello world", b"the cat", b"a", LONG.encode(), "\u4f60\u597d".encode()]
-PICTURES = [png(60, 40), png(9, 33)]
-BAD_TEXTS = {b"": "cannot be empty", b" \n": "cannot be empty", b"\xff": "is not valid UTF-8"}
-BROKEN = b"no picture"
+VALID_TEXTS = [b"hello world", b"the cat", b"a", LONG.encode(), "\u4f60\u597d".encode()]
+IMAGES = [png(60, 40), png(9, 33)]
+INVALID_TEXTS = {b"": "cannot be empty", b" \n": "cannot be empty", b"\xff": "is not valid UTF-8"}
+BROKEN = b"not an image"
 KINDS: dict[str, tuple[list[Sent], dict[Sent, str]]] = {
     BGE: (
-        [(text, ()) for text in GOOD_TEXTS],
-        {**{(text, ()): why for text, why in BAD_TEXTS.items()}, (b"a", (BROKEN,)): "takes no images"},
+        [(text, ()) for text in VALID_TEXTS],
+        {**{(text, ()): why for text, why in INVALID_TEXTS.items()}, (b"a", (BROKEN,)): "takes no images"},
     ),
-    QWEN3: ([(text, ()) for text in GOOD_TEXTS], {(text, ()): why for text, why in BAD_TEXTS.items()}),
+    QWEN3: ([(text, ()) for text in VALID_TEXTS], {(text, ()): why for text, why in INVALID_TEXTS.items()}),
     CLIP_NEW: (
-        [*((text, ()) for text in GOOD_TEXTS), *((b"", (picture,)) for picture in PICTURES)],
+        [*((text, ()) for text in VALID_TEXTS), *((b"", (picture,)) for picture in IMAGES)],
         {
-            **{(text, ()): why for text, why in BAD_TEXTS.items()},
-            (b"a", (PICTURES[0],)): "not both together (input at index ",
-            (b"", tuple(PICTURES)): "one image at a time (input at index ",
+            **{(text, ()): why for text, why in INVALID_TEXTS.items()},
+            (b"a", (IMAGES[0],)): "not both together (input at index ",
+            (b"", tuple(IMAGES)): "one image at a time (input at index ",
             (b"", (BROKEN,)): "has an image that cannot be read",
         },
     ),
     GME: (
-        [*((text, ()) for text in GOOD_TEXTS[:3]), (b"the dog", tuple(PICTURES)), (b"", (PICTURES[1],))],
+        [*((text, ()) for text in VALID_TEXTS[:3]), (b"the dog", tuple(IMAGES)), (b"", (IMAGES[1],))],
         {
-            **{(text, ()): why for text, why in BAD_TEXTS.items()},
+            **{(text, ()): why for text, why in INVALID_TEXTS.items()},
             (b"<|image_pad|>", ()): "has <|image_pad|> in its text",
-            (b"a", (PICTURES[0], BROKEN)): "has an image that cannot be read",
+            (b"a", (IMAGES[0], BROKEN)): "has an image that cannot be read",
         },
     ),
 }
@@ -83,49 +83,51 @@ KINDS: dict[str, tuple[list[Sent], dict[Sent, str]]] = {
 @settings(deadline=None, max_examples=30)
 @given(data=st.data(), long_text=st.sampled_from(["truncate", "mean"]), dims=st.sampled_from([7, 28]))
 @pytest.mark.parametrize("name", KINDS)
-def test_any_mix_of_good_and_bad_rows(name: str, long_text: str, dims: int, data: st.DataObject, tiny: Tiny) -> None:
-    """The good ones' vectors are those of the same rows alone; every bad one has its message; nothing is lost."""
+def test_any_mix_of_valid_and_invalid_rows(
+    name: str, long_text: str, dims: int, data: st.DataObject, tiny: Tiny
+) -> None:
+    """Compare each valid row with the same row sent alone, and check the message of each invalid row."""
     family = family_with(tiny, name, max_tokens=60 if name == GME else 23, prefix_reuse="false")
-    good, bad = KINDS[name]
-    rows = data.draw(st.lists(st.sampled_from([*good, *bad]), min_size=1, max_size=7))
+    valid, invalid = KINDS[name]
+    rows = data.draw(st.lists(st.sampled_from([*valid, *invalid]), min_size=1, max_size=7))
     parameters = {"long_text": long_text, **REPORT}
-    vectors, tokens, dropped, errors = answered(family, asked(family, *rows, **parameters), dims)
+    vectors, tokens, dropped, errors = outputs_of(family, make_request_rows(family, *rows, **parameters), dims)
     assert vectors.dtype == np.float32
     assert vectors.shape == (len(rows), dims)
     assert tokens.dtype == dropped.dtype == np.int32
-    kept = [row for row in rows if row in good]
-    if kept:
-        alone = answered(family, asked(family, *kept, long_text=long_text), dims)
+    valid_rows = [row for row in rows if row in valid]
+    if valid_rows:
+        alone = outputs_of(family, make_request_rows(family, *valid_rows, long_text=long_text), dims)
     for i, row in enumerate(rows):
-        if row in good:
+        if row in valid:
             assert errors[i] == ""
-            place = sum(other in good for other in rows[:i])
-            assert np.abs(vectors[i] - alone[0][place]).max() <= 1e-6
-            assert (tokens[i], dropped[i]) == (alone[1][place], alone[2][place])
+            position = sum(other in valid for other in rows[:i])
+            assert np.abs(vectors[i] - alone[0][position]).max() <= 1e-6
+            assert (tokens[i], dropped[i]) == (alone[1][position], alone[2][position])
             assert tokens[i] > 0
         else:
-            assert bad[row] in errors[i]
+            assert invalid[row] in errors[i]
             assert f"nput at index {i}" in errors[i]
             assert not vectors[i].any()
             assert (tokens[i], dropped[i]) == (0, 0)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_bad_row_ends_its_request_where_nobody_asked_for_a_report(name: str, tiny: Tiny) -> None:
-    good, bad = KINDS[name]
-    for row, why in bad.items():
-        with pytest.raises(BadRequest) as refused:
-            answered(tiny(name), asked(tiny(name), good[0], row, good[1]), 7)
-        assert why in str(refused.value)
-        assert "Input at index 1 " in str(refused.value) or "(input at index 1)" in str(refused.value)
+def test_invalid_row_fails_its_request_without_report(name: str, tiny: Tiny) -> None:
+    valid, invalid = KINDS[name]
+    for row, message in invalid.items():
+        with pytest.raises(BadRequest) as raised:
+            outputs_of(tiny(name), make_request_rows(tiny(name), valid[0], row, valid[1]), 7)
+        assert message in str(raised.value)
+        assert "Input at index 1 " in str(raised.value) or "(input at index 1)" in str(raised.value)
 
 
-def test_bad_ids_are_reported_too(tiny: Tiny) -> None:
+def test_invalid_ids_are_reported(tiny: Tiny) -> None:
     family = family_with(tiny, E5, max_tokens=5)
     sent = np.array([[5, 6, 7, 8, 9, 10], [-1] * 6, [5, -2, 7, 8, 9, 10], [5, 6, -1, -1, -1, -1]], dtype=np.int32)
     for long_text in ("truncate", "mean"):
         inputs = IdRows(family.processor, {**REPORT, "long_text": long_text}, sent)
-        vectors, tokens, dropped, errors = answered(family, inputs, 7)
+        vectors, tokens, dropped, errors = outputs_of(family, inputs, 7)
         assert [bool(error) for error in errors] == [False, True, True, False]
         assert errors[1] == "Input at index 1 cannot be empty"
         assert "Input at index 2 has token id -2" in errors[2]
@@ -134,41 +136,41 @@ def test_bad_ids_are_reported_too(tiny: Tiny) -> None:
         assert dropped[:, 0].tolist() == ([1, 0, 0, 0] if long_text == "truncate" else [0] * 4)
 
 
-def test_a_text_that_may_not_be_cut_is_reported(tiny: Tiny) -> None:
+def test_text_too_long_without_truncation_is_reported(tiny: Tiny) -> None:
     family = family_with(tiny, BGE, max_tokens=23)
-    inputs = asked(family, (LONG.encode(), ()), (b"a", ()), truncate="none", **REPORT)
-    _, tokens, _, errors = answered(family, inputs, 7)
+    inputs = make_request_rows(family, (LONG.encode(), ()), (b"a", ()), truncate="none", **REPORT)
+    _, tokens, _, errors = outputs_of(family, inputs, 7)
     assert errors[0].startswith("The input (")
     assert errors[0].endswith("(input at index 0)")
     assert tokens[:, 0].tolist() == [0, 3]
 
 
-def test_too_many_tokens_in_all_are_no_rows_fault(tiny: Tiny) -> None:
+def test_too_many_tokens_in_total_fail_the_request(tiny: Tiny) -> None:
     for parameters in (REPORT, {**REPORT, "long_text": "mean"}):
-        inputs = asked(tiny(BGE), (b"a b c", ()), (b"", ()), **parameters)
+        inputs = make_request_rows(tiny(BGE), (b"a b c", ()), (b"", ()), **parameters)
         with pytest.raises(BadRequest, match="The request has 5 tokens, more than the 4 a request may have"):
-            inputs_ready(inputs).make_rows(4)
+            with_images_decoded(inputs).make_rows(4)
 
 
-def inputs_ready(inputs: RequestRows) -> RequestRows:
+def with_images_decoded(inputs: RequestRows) -> RequestRows:
     assert isinstance(inputs, ItemRows)
     with ThreadPoolExecutor(1) as pool:
         inputs.decode_images(pool)
     return inputs
 
 
-# Prompts of single rows
+# Prompts per row
 
 
 @pytest.mark.parametrize("name", [BGE, E5, QWEN3, GME])
-def test_each_row_is_written_with_its_own_prompt(name: str, tiny: Tiny) -> None:
+def test_each_row_is_formatted_with_its_prompt(name: str, tiny: Tiny) -> None:
     family = tiny(name)
     prompts = '[{"instruction": "Find it."}, null, {"prompt_name": ""}, {}, {"instruction": "Find the dog."}]'
     rows: list[Sent] = [(b"hello world", ())] * 5
     dims = family.model.dimensions
-    mixed = answered(family, asked(family, *rows, prompts=prompts), dims)[0]
-    for i, one in enumerate(({"instruction": "Find it."}, {}, {}, {}, {"instruction": "Find the dog."})):
-        alone = answered(family, asked(family, rows[0], **one), dims)[0]
+    mixed = outputs_of(family, make_request_rows(family, *rows, prompts=prompts), dims)[0]
+    for i, prompt in enumerate(({"instruction": "Find it."}, {}, {}, {}, {"instruction": "Find the dog."})):
+        alone = outputs_of(family, make_request_rows(family, rows[0], **prompt), dims)[0]
         assert np.abs(mixed[i] - alone[0]).max() <= 2e-6
     assert np.abs(mixed[[0, 0, 4]] - mixed[[1, 4, 1]]).max(axis=1).min() > 1e-3
 
@@ -181,17 +183,15 @@ def test_each_row_is_written_with_its_own_prompt(name: str, tiny: Tiny) -> None:
         (GME, '[{}, {"instruction": "<|im_start|>"}]', "instruction must not contain <|im_start|>, which starts"),
     ],
 )
-def test_a_prompt_that_the_model_does_not_have_is_its_rows_fault(
-    name: str, prompts: str, message: str, tiny: Tiny
-) -> None:
+def test_unsupported_prompt_is_an_error_of_its_row(name: str, prompts: str, message: str, tiny: Tiny) -> None:
     rows: list[Sent] = [(b"hello", ()), (b"world", ())]
-    with pytest.raises(BadRequest) as refused:
-        asked(tiny(name), *rows, prompts=prompts)
-    assert str(refused.value).startswith(message)
-    assert str(refused.value).endswith(" (input at index 1)")
-    inputs = asked(tiny(name), *rows, prompts=prompts, **REPORT)
-    vectors, _, _, errors = answered(tiny(name), inputs, 7)
-    assert errors == ["", str(refused.value)]
+    with pytest.raises(BadRequest) as raised:
+        make_request_rows(tiny(name), *rows, prompts=prompts)
+    assert str(raised.value).startswith(message)
+    assert str(raised.value).endswith(" (input at index 1)")
+    inputs = make_request_rows(tiny(name), *rows, prompts=prompts, **REPORT)
+    vectors, _, _, errors = outputs_of(tiny(name), inputs, 7)
+    assert errors == ["", str(raised.value)]
     assert vectors.any(axis=1).tolist() == [True, False]
 
 
@@ -202,46 +202,46 @@ def test_token_ids_take_no_prompt(key: str, tiny: Tiny) -> None:
             IdRows(tiny(BGE).processor, parameters, np.array([[5, 6]], dtype=np.int32))
 
 
-def test_prompts_of_another_number_are_the_requests_fault(tiny: Tiny) -> None:
+def test_wrong_number_of_prompts_fails_the_request(tiny: Tiny) -> None:
     with pytest.raises(BadRequest, match="prompts must be a list with an entry for each of the 2 rows, got 1 entries"):
-        asked(tiny(BGE), (b"a", ()), (b"b", ()), prompts="[{}]", **REPORT)
+        make_request_rows(tiny(BGE), (b"a", ()), (b"b", ()), prompts="[{}]", **REPORT)
 
 
 # IDS
 
 
 @pytest.mark.parametrize(("name", "end"), [(BGE, ""), (E5, "</s>"), (QWEN3, ""), (CLIP_NEW, ""), (GME, "")])
-def test_ids_are_transformers_own_uncut(name: str, end: str, tiny: Tiny) -> None:
+def test_ids_equal_transformers_without_truncation(name: str, end: str, tiny: Tiny) -> None:
     family = family_with(tiny, name, max_tokens=20)
-    texts = [text.decode() for text in GOOD_TEXTS]
-    written = [oracles.gme_text({"text": text}) if name == GME else text for text in texts]
-    wanted = oracles.ids_of(family.directory, written, end)
-    assert max(map(len, wanted)) > 20
-    found = asked(family, *((text, ()) for text in GOOD_TEXTS)).padded_ids()
-    assert (found.dtype, found.shape) == (np.int32, (len(texts), max(map(len, wanted))))
-    for row, ids in zip(found, wanted, strict=True):
+    texts = [text.decode() for text in VALID_TEXTS]
+    prompted = [oracles.gme_text({"text": text}) if name == GME else text for text in texts]
+    expected = oracles.ids_of(family.directory, prompted, end)
+    assert max(map(len, expected)) > 20
+    padded = make_request_rows(family, *((text, ()) for text in VALID_TEXTS)).padded_ids()
+    assert (padded.dtype, padded.shape) == (np.int32, (len(texts), max(map(len, expected))))
+    for row, ids in zip(padded, expected, strict=True):
         assert row.tolist() == [*ids, *[-1] * (len(row) - len(ids))]
 
 
 def test_ids_hold_the_prompt_of_each_row(tiny: Tiny) -> None:
     prompts = '[{"instruction": "Find it."}, {}]'
-    found = asked(tiny(QWEN3), (b"hello", ()), (b"hello", ()), prompts=prompts).padded_ids()
+    padded = make_request_rows(tiny(QWEN3), (b"hello", ()), (b"hello", ()), prompts=prompts).padded_ids()
     tokenizer = tokenizer_of(tiny(QWEN3).directory)
     first, second = (tokenizer(text)["input_ids"] for text in ("Instruct: Find it.\nQuery:hello", "hello"))
-    assert found[0].tolist() == first
-    assert found[1, : len(second)].tolist() == second
-    assert set(found[1, len(second) :]) == {-1}
+    assert padded[0].tolist() == first
+    assert padded[1, : len(second)].tolist() == second
+    assert set(padded[1, len(second) :]) == {-1}
 
 
-def test_a_row_without_ids_of_its_own(tiny: Tiny) -> None:
+def test_row_with_an_image_has_no_ids(tiny: Tiny) -> None:
     for name in (CLIP_NEW, GME):
         rows: list[Sent] = [(b"hello", ()), (b"", (BROKEN,)), (b"\xff", ())]
         with pytest.raises(BadRequest, match="Input at index 1 has an image, which has no token ids"):
-            asked(tiny(name), *rows[:2]).padded_ids()
-        inputs = asked(tiny(name), *rows, **REPORT)
-        found = inputs.padded_ids()
-        assert (found[1:] == -1).all()
-        assert (found[0] >= 0).all()
+            make_request_rows(tiny(name), *rows[:2]).padded_ids()
+        inputs = make_request_rows(tiny(name), *rows, **REPORT)
+        padded = inputs.padded_ids()
+        assert (padded[1:] == -1).all()
+        assert (padded[0] >= 0).all()
         errors = [row[0].decode() for row in inputs.errors()]
         assert ["" if not error else error[:24] for error in errors] == [
             "",
@@ -250,24 +250,24 @@ def test_a_row_without_ids_of_its_own(tiny: Tiny) -> None:
         ]
 
 
-def test_ids_of_the_caller_are_given_back(tiny: Tiny) -> None:
+def test_ids_of_the_caller_are_returned(tiny: Tiny) -> None:
     sent = np.array([[5, 6, 7, -1], [5, 10**6, 3, 2], [5, -1, -1, -1]], dtype=np.int32)
     inputs = IdRows(tiny(E5).processor, REPORT, sent)
     assert inputs.padded_ids().tolist() == [[5, 6, 7], [-1] * 3, [5, -1, -1]]
     assert "has token id 1000000" in inputs.errors()[1, 0].decode()
 
 
-def test_padding_may_not_fill_the_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_ids_are_limited(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[Sent] = [(b"a", ()), (b"a", ()), (b"a b c", ())]
     monkeypatch.setattr(inputs_file, "MAX_PADDED_IDS", 15)
-    assert asked(tiny(BGE), *rows).padded_ids().shape == (3, 5)
+    assert make_request_rows(tiny(BGE), *rows).padded_ids().shape == (3, 5)
     monkeypatch.setattr(inputs_file, "MAX_PADDED_IDS", 14)
     with pytest.raises(BadRequest, match="3 rows padded to the 5 ids of the longest have more than 14 ids"):
-        asked(tiny(BGE), *rows).padded_ids()
+        make_request_rows(tiny(BGE), *rows).padded_ids()
 
 
-def test_where_vectors_came_from_is_told_of_each_input(tiny: Tiny) -> None:
-    """Of a text in several chunks: from the cache if all are, computed if any was; of a bad one nothing."""
+def test_source_is_reported_for_each_input(tiny: Tiny) -> None:
+    """Report a chunked text as cached if all chunks were, computed if any was, and an invalid row as zero."""
     family = family_with(tiny, E5, max_tokens=5)
     sent = np.full((5, 10), -1, dtype=np.int32)
     for row, length in zip(sent, (10, 3, 0, 10, 10), strict=True):
@@ -277,15 +277,15 @@ def test_where_vectors_came_from_is_told_of_each_input(tiny: Tiny) -> None:
     chunks = (len(inputs.rows) - 1) // 3
     assert chunks > 1
     sources = np.array([*[2] * (chunks - 1), 0, 1, *[2] * (chunks - 1), 1, *[2] * chunks], dtype=np.int32)
-    found = inputs.reused(sources)
-    assert (found.dtype, found.tolist()) == (np.int32, [[0], [1], [0], [1], [2]])
+    reused = inputs.reused(sources)
+    assert (reused.dtype, reused.tolist()) == (np.int32, [[0], [1], [0], [1], [2]])
     plain = IdRows(family.processor, REPORT, sent)
     plain.make_rows(100)
     assert plain.reused(np.array([2, 0, 1, 2], dtype=np.int32)).tolist() == [[2], [0], [0], [1], [2]]
 
 
-def test_no_rows_at_all(tiny: Tiny) -> None:
-    inputs = asked(tiny(BGE))
-    vectors, tokens, dropped, errors = answered(tiny(BGE), inputs, 7)
+def test_empty_request_returns_empty_outputs(tiny: Tiny) -> None:
+    inputs = make_request_rows(tiny(BGE))
+    vectors, tokens, dropped, errors = outputs_of(tiny(BGE), inputs, 7)
     assert (vectors.shape, tokens.shape, dropped.shape, errors) == ((0, 7), (0, 1), (0, 1), [])
-    assert asked(tiny(BGE)).padded_ids().shape == (0, 1)
+    assert make_request_rows(tiny(BGE)).padded_ids().shape == (0, 1)

@@ -1,4 +1,4 @@
-"""What a caller may ask, and the exact sentence for each refusal."""
+"""Tests of request validation, with the exact message of each error."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from triton_embed.python_backend.inputs.parameters import (
 from triton_embed.python_backend.spec import EncoderSpec
 
 MODEL = ModelConfig.from_checkpoint(Path(MINILM), serving(), EncoderSpec())  # 384 dimensions
-KNOWN = {
+PARAMETER_VALUES = {
     "dimensions": st.integers(),
     "instruction": st.text(),
     "prompt_name": st.text(),
@@ -39,8 +39,8 @@ KNOWN = {
 
 
 @settings(deadline=None)
-@given(st.fixed_dictionaries({}, optional=KNOWN))
-def test_parameters_are_read_as_json_says_them(parameters: dict[str, Any]) -> None:
+@given(st.fixed_dictionaries({}, optional=PARAMETER_VALUES))
+def test_parameters_are_parsed_from_json(parameters: dict[str, Any]) -> None:
     if "prompts" in parameters and parameters.keys() & {"instruction", "prompt_name"}:
         with pytest.raises(BadRequest, match="Send either prompts or one instruction or prompt_name for all rows"):
             parse_parameters(json.dumps(parameters))
@@ -48,21 +48,24 @@ def test_parameters_are_read_as_json_says_them(parameters: dict[str, Any]) -> No
     assert parse_parameters(json.dumps(parameters)) == parameters
 
 
-def test_no_parameters() -> None:
+def test_empty_parameters_are_an_empty_dict() -> None:
     assert parse_parameters("") == parse_parameters("{}") == {}
 
 
 @settings(deadline=None)
-@given(st.text(string.ascii_letters + "_ ", min_size=1).filter(lambda key: key not in KNOWN), st.integers() | st.text())
-def test_any_other_parameter_is_refused_by_name(key: str, value: object) -> None:
-    with pytest.raises(BadRequest) as refused:
+@given(
+    st.text(string.ascii_letters + "_ ", min_size=1).filter(lambda key: key not in PARAMETER_VALUES),
+    st.integers() | st.text(),
+)
+def test_unknown_parameter_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(BadRequest) as raised:
         parse_parameters(json.dumps({key: value}))
-    for word in (f"'{key}'", *KNOWN):
-        assert word in str(refused.value)
+    for word in (f"'{key}'", *PARAMETER_VALUES):
+        assert word in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "sentence"),
+    ("parameters", "message"),
     [
         ({"dimensions": "20"}, "Parameter 'dimensions' must be a whole number, got '20'"),
         ({"dimensions": 20.0}, "Parameter 'dimensions' must be a whole number, got 20.0"),
@@ -83,10 +86,10 @@ def test_any_other_parameter_is_refused_by_name(key: str, value: object) -> None
     ],
     ids=str,
 )
-def test_a_parameter_of_the_wrong_kind(parameters: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(BadRequest) as refused:
+def test_parameter_of_the_wrong_type_or_value_is_refused(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequest) as raised:
         parse_parameters(json.dumps(parameters))
-    assert str(refused.value) == sentence
+    assert str(raised.value) == message
 
 
 UNTRAINED = (
@@ -100,7 +103,7 @@ TOO_FEW = "Requested dimensions must be greater than 0"
 
 
 @pytest.mark.parametrize(
-    ("trained", "dimensions", "sentence"),
+    ("trained", "dimensions", "message"),
     [
         (None, None, None),
         (None, 384, None),
@@ -122,14 +125,16 @@ TOO_FEW = "Requested dimensions must be greater than 0"
         (True, 2**63, TOO_MANY),
     ],
 )
-def test_dimensions(trained: bool | tuple[int, ...] | None, dimensions: int | None, sentence: str | None) -> None:
+def test_dimensions_are_checked_against_the_model(
+    trained: bool | tuple[int, ...] | None, dimensions: int | None, message: str | None
+) -> None:
     model = dataclasses.replace(MODEL, matryoshka=trained)
-    if sentence is None:
+    if message is None:
         assert check_dimensions(dimensions, "m", model) is None  # type: ignore[func-returns-value]
         return
-    with pytest.raises(BadRequest) as refused:
+    with pytest.raises(BadRequest) as raised:
         check_dimensions(dimensions, "m", model)
-    assert str(refused.value) == sentence
+    assert str(raised.value) == message
 
 
 PROMPT = (
@@ -142,40 +147,40 @@ PROMPT = (
 
 @settings(deadline=None)
 @given(st.lists(PROMPT, max_size=6))
-def test_each_row_may_have_a_prompt_of_its_own(prompts: list[dict[str, str] | None]) -> None:
+def test_each_row_may_have_a_prompt(prompts: list[dict[str, str] | None]) -> None:
     assert parse_prompts(json.dumps(prompts), len(prompts)) == [prompt or {} for prompt in prompts]
 
 
-ENTRY = "An entry of prompts must hold an instruction or a prompt_name (input at index 1)"
-LIST = "prompts must be a list with an entry for each of the 2 rows, got "
+WRONG_ENTRY = "An entry of prompts must hold an instruction or a prompt_name (input at index 1)"
+WRONG_COUNT = "prompts must be a list with an entry for each of the 2 rows, got "
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ("", "prompts is not valid JSON"),
         ("[{},", "prompts is not valid JSON"),
         ("[" * 100_000, "prompts is not valid JSON"),
-        ("{}", f"{LIST}no list"),
-        ("null", f"{LIST}no list"),
-        ("[]", f"{LIST}0 entries"),
-        ("[{}]", f"{LIST}1 entries"),
-        ("[{}, {}, {}]", f"{LIST}3 entries"),
-        ('[{}, "query"]', ENTRY),
-        ("[{}, []]", ENTRY),
-        ("[null, false]", ENTRY),
-        ('[{}, {"instruct": "x"}]', ENTRY),
-        ('[{}, {"instruction": "x", "prompt_name": "y"}]', ENTRY),
+        ("{}", f"{WRONG_COUNT}a value that is not a list"),
+        ("null", f"{WRONG_COUNT}a value that is not a list"),
+        ("[]", f"{WRONG_COUNT}0 entries"),
+        ("[{}]", f"{WRONG_COUNT}1 entries"),
+        ("[{}, {}, {}]", f"{WRONG_COUNT}3 entries"),
+        ('[{}, "query"]', WRONG_ENTRY),
+        ("[{}, []]", WRONG_ENTRY),
+        ("[null, false]", WRONG_ENTRY),
+        ('[{}, {"instruct": "x"}]', WRONG_ENTRY),
+        ('[{}, {"instruction": "x", "prompt_name": "y"}]', WRONG_ENTRY),
         ('[{}, {"instruction": 3}]', "Parameter 'instruction' must be a string, got 3 (input at index 1)"),
         ('[{}, {"prompt_name": null}]', "Parameter 'prompt_name' must be a string, got None (input at index 1)"),
         (r'[{}, {"instruction": "\ud800"}]', "Parameter 'instruction' is not valid Unicode (input at index 1)"),
     ],
     ids=lambda text: text[:40],
 )
-def test_prompts_that_are_none(text: str, sentence: str) -> None:
-    with pytest.raises(BadRequest) as refused:
+def test_invalid_prompts_are_refused(text: str, message: str) -> None:
+    with pytest.raises(BadRequest) as raised:
         parse_prompts(text, 2)
-    assert str(refused.value) == sentence
+    assert str(raised.value) == message
 
 
 def tensor(*rows: list[bytes]) -> np.ndarray:
@@ -184,27 +189,27 @@ def tensor(*rows: list[bytes]) -> np.ndarray:
 
 @settings(deadline=None)
 @given(st.text().filter(lambda text: text.strip()))
-def test_a_text_is_its_utf_8(text: str) -> None:
+def test_text_is_decoded_as_utf_8(text: str) -> None:
     assert read_item(tensor([text.encode()]), None, 0) == Item(text)
 
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from(" \t\r\n\v\f\u00a0\u2003\u3000")))
-def test_a_text_of_nothing_but_white_space_is_none(text: str) -> None:
-    """Beside an image it is left out; alone the reader refuses it."""
+def test_text_of_white_space_counts_as_empty(text: str) -> None:
+    """Leave it out next to an image. The processor refuses it alone."""
     assert read_item(tensor([text.encode()]), tensor([b"x"]), 0) == Item("", (b"x",))
 
 
 @pytest.mark.parametrize(
     "data", [b"\xff", b"caf\xe9", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"ok\x80"], ids=str
 )
-def test_bytes_that_are_not_utf_8(data: bytes) -> None:
-    with pytest.raises(BadRequest) as refused:
+def test_bytes_that_are_not_utf_8_are_refused(data: bytes) -> None:
+    with pytest.raises(BadRequest) as raised:
         read_item(tensor([b"a"], [b"b"], [data]), None, 2)
-    assert str(refused.value) == "Input at index 2 is not valid UTF-8"
+    assert str(raised.value) == "Input at index 2 is not valid UTF-8"
 
 
-def test_a_row_is_a_text_or_images_or_both() -> None:
+def test_row_is_a_text_or_images_or_both() -> None:
     text = tensor(["caf\u00e9".encode()], [b""], [b" \n"], [b"both"])
     image = tensor([b"", b""], [b"one", b"two"], [b"", b"late"], [b"first", b""])
     assert count_rows(text, image) == 4
@@ -219,7 +224,7 @@ def test_a_row_is_a_text_or_images_or_both() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "image", "sentence"),
+    ("text", "image", "message"),
     [
         (None, None, "Send either TEXT or INPUT_IDS"),
         (tensor([b"a"], [b"b"]), tensor([b"x"]), "TEXT has 2 rows, IMAGE has 1"),
@@ -229,10 +234,10 @@ def test_a_row_is_a_text_or_images_or_both() -> None:
     ],
     ids=["neither", "too few images", "too many images", "too wide", "too narrow"],
 )
-def test_rows_that_do_not_fit_together(text: np.ndarray | None, image: np.ndarray | None, sentence: str) -> None:
-    with pytest.raises(BadRequest) as refused:
+def test_mismatched_tensors_are_refused(text: np.ndarray | None, image: np.ndarray | None, message: str) -> None:
+    with pytest.raises(BadRequest) as raised:
         count_rows(text, image)
-    assert str(refused.value) == sentence
+    assert str(raised.value) == message
 
 
 def ids(*values: int) -> np.ndarray:
@@ -241,12 +246,12 @@ def ids(*values: int) -> np.ndarray:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(-5, 30000), max_size=20).filter(lambda v: v and v[-1] != -1), st.integers(0, 20))
-def test_padding_at_the_end_is_cut_and_nothing_else(values: list[int], padding: int) -> None:
+def test_only_padding_at_the_end_is_removed(values: list[int], padding: int) -> None:
     assert unpad_ids(ids(*values, *[-1] * padding), 0).tolist() == values
 
 
 @pytest.mark.parametrize("padding", [0, 1, 9])
-def test_ids_that_are_all_padding(padding: int) -> None:
-    with pytest.raises(BadRequest) as refused:
+def test_row_of_padding_is_refused(padding: int) -> None:
+    with pytest.raises(BadRequest) as raised:
         unpad_ids(ids(*[-1] * padding), 11)
-    assert str(refused.value) == "Input at index 11 cannot be empty"
+    assert str(raised.value) == "Input at index 11 cannot be empty"

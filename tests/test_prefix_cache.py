@@ -97,7 +97,7 @@ def test_a_single_row_waits_for_its_prefix_to_come_back(tiny: Tiny) -> None:
     reuse = PrefixCache(watched)
     vectors = [embed(family, reuse, [row]) for _ in range(3)]
     assert len(watched.prefixes) == 1
-    assert [tokens for _, tokens in watched.passes] == [len(row.ids), *[len(row.ids) - row.shared] * 2]
+    assert [tokens for _, tokens in watched.passes] == [len(row.ids), *[len(row.ids) - row.shared_prefix_tokens] * 2]
     assert np.abs(np.stack(vectors) - vectors[0]).max() < 1e-6
 
 
@@ -115,7 +115,10 @@ def test_prefixes_are_forgotten_in_the_order_they_were_last_used(tiny: Tiny, mon
     family = tiny("qwen3_embedding-bare")
     watched = Watched(family)
     reuse = PrefixCache(watched)
-    lengths = {row.shared for row in asked(family, 1, instruction="The instruction that is called number three: ")}
+    lengths = {
+        row.shared_prefix_tokens
+        for row in asked(family, 1, instruction="The instruction that is called number three: ")
+    }
     monkeypatch.setattr(prefix_file, "MAX_CACHED_TOKENS", 2 * max(lengths) + 4)  # two of them
     for word in ("one", "two", "one", "three", "one", "two"):
         embed(family, reuse, asked(family, 3, instruction=f"The instruction that is called number {word}: "))
@@ -125,7 +128,9 @@ def test_prefixes_are_forgotten_in_the_order_they_were_last_used(tiny: Tiny, mon
 def test_no_more_than_the_beginning_of_a_long_instruction_is_kept(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_file, "MAX_PREFIX_TOKENS", 5)
     family = tiny("qwen3_embedding-bare")
-    rows = [replace(row, ids=row.ids[:16], shared=12) for row in asked(family, 4, instruction=INSTRUCTION)]
+    rows = [
+        replace(row, ids=row.ids[:16], shared_prefix_tokens=12) for row in asked(family, 4, instruction=INSTRUCTION)
+    ]
     watched = Watched(family)
     found = embed(family, PrefixCache(watched), rows)
     assert (watched.prefixes, watched.passes) == ([5], [(4, 4 * 11)])
@@ -150,9 +155,9 @@ def test_the_operator_switches_it_off(tiny: Tiny) -> None:
 def test_a_row_knows_how_much_of_it_is_the_instructions(tiny: Tiny) -> None:
     family = tiny("qwen3_embedding-bare")
     rows = asked(family, 8, instruction=INSTRUCTION)
-    assert len({row.shared for row in rows}) == 1
-    assert len({row.ids[: row.shared].tobytes() for row in rows}) == 1
+    assert len({row.shared_prefix_tokens for row in rows}) == 1
+    assert len({row.ids[: row.shared_prefix_tokens].tobytes() for row in rows}) == 1
     head = family.processor.tokenizer.count_tokens(f"Instruct: {INSTRUCTION}\nQuery:")
-    assert head - 2 <= rows[0].shared <= head
-    assert {row.shared for row in asked(family, 8)} == {0}
-    assert {row.shared for row in asked(family, 2, instruction="a" * 5_000)} == {0}
+    assert head - 2 <= rows[0].shared_prefix_tokens <= head
+    assert {row.shared_prefix_tokens for row in asked(family, 8)} == {0}
+    assert {row.shared_prefix_tokens for row in asked(family, 2, instruction="a" * 5_000)} == {0}

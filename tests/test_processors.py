@@ -519,8 +519,8 @@ def test_clip_image_is_a_row_without_ids(tiny: Tiny) -> None:
     text, image = family.rows(Item("a cat"), Item("", (png(90, 60),)))
     tokens = oracles.clip_image_tokens(family.directory)
     assert (len(image.ids), image.tokens, image.cost, image.dropped) == (0, tokens, tokens, 0)
-    assert image.pictures[0].shape == (48, 48, 3)
-    assert (text.tokens, text.cost, text.pictures) == (len(text.ids), len(text.ids), ())
+    assert image.images[0].shape == (48, 48, 3)
+    assert (text.tokens, text.cost, text.images) == (len(text.ids), len(text.ids), ())
     assert not family.processor.has_ids(Item("", (b"x",)))
     assert family.processor.has_ids(Item("a"))
 
@@ -554,7 +554,7 @@ def test_image_token_count_equals_that_of_transformers(item_index: int, name: st
     assert row.ids.tolist() == theirs["input_ids"][0].tolist()
     assert (row.tokens, row.vision_tokens, row.cost) == (len(row.ids), patches, len(row.ids) + patches)
     assert row.dropped == 0
-    sides = [(image.shape[0] // 14, image.shape[1] // 14) for image in row.pictures]  # in the order of the request
+    sides = [(image.shape[0] // 14, image.shape[1] // 14) for image in row.images]  # in the order of the request
     assert sides == [tuple(grid[1:].tolist()) for grid in theirs.get("image_grid_thw", ())]
 
 
@@ -605,7 +605,7 @@ def test_truncation_preserves_head_images_and_tail(instruction: str | None, side
     (row,) = family.rows(Item(LONG, files), truncate=side, **parameters)
     assert row.ids.tolist() == [*head, *(text[:room] if side == "end" else text[-room:]), *tail]
     assert row.dropped == len(full_ids) - limit
-    assert len(row.pictures) == count
+    assert len(row.images) == count
 
 
 def test_images_that_exceed_the_limit_are_rejected(tiny: Tiny) -> None:

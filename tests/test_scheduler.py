@@ -1,8 +1,7 @@
-"""The scheduler with real threads: every job is answered exactly once with its own rows in order, whatever fails.
+"""Tests of the scheduler with real threads: every job gets exactly one reply, with its rows in order, despite failures.
 
-`compute` is a stand-in that says what it was given: a vector holds its row's first id, its length and its sum.
-A picture costs tokens and has no ids. With the budget used here a job of up to two tokens is a small
-one.
+`compute` is a fake whose vectors identify their rows: first id, cost in tokens, and sum of the ids. An image costs
+tokens and may have no ids. With the budget used here, a job of up to two tokens is small.
 """
 
 import math
@@ -32,80 +31,82 @@ from triton_embed.python_backend.scheduling.scheduler import (
 from triton_embed.python_backend.scheduling.sender import Sender
 
 BUDGET = 10
-POISON = 666
-PATIENCE = 5.0  # seconds: how long a test waits before it calls a job forgotten
+POISON = 666  # first id of a row whose computation fails
+TIMEOUT_SECONDS = 5.0  # a job without a reply after this time is lost
 pytestmark = pytest.mark.timeout(60)
 Vectors = npt.NDArray[np.float32]
 
 
 class Caller:
-    """A Reply that remembers what it was told."""
+    """A Reply that records its calls."""
 
-    def __init__(self, cancelled: bool = False, asked: Callable[[], bool] | None = None) -> None:
+    def __init__(self, cancelled: bool = False, is_cancelled: Callable[[], bool] | None = None) -> None:
         self.outcomes: list[Vectors | str] = []
         self.reused: list[int] = []
-        self.asked = 0
-        self._cancelled = asked or (lambda: cancelled)
-        self._told = threading.Event()
+        self.cancel_checks = 0
+        self._is_cancelled = is_cancelled or (lambda: cancelled)
+        self._replied = threading.Event()
 
     def cancelled(self) -> bool:
-        self.asked += 1
-        return self._cancelled()
+        self.cancel_checks += 1
+        return self._is_cancelled()
 
     def done(self, vectors: Vectors, reused: npt.NDArray[np.int32]) -> None:
         self.outcomes.append(vectors)
         self.reused = reused.tolist()
-        self._told.set()
+        self._replied.set()
 
     def failed(self, reason: str) -> None:
         self.outcomes.append(reason)
-        self._told.set()
+        self._replied.set()
 
     def dropped(self, reason: str) -> None:
         self.outcomes.append(f"dropped: {reason}")
-        self._told.set()
+        self._replied.set()
 
     def outcome(self) -> Vectors | str:
-        """The one outcome. Call it after `close` as well, to be sure that no second one came."""
-        assert self._told.wait(PATIENCE), "never answered"
+        """Wait for the outcome and return it. Call it after `close` as well, to check that there is only one."""
+        assert self._replied.wait(TIMEOUT_SECONDS), "The job got no reply"
         assert len(self.outcomes) == 1, self.outcomes
         return self.outcomes[0]
 
 
-def row(first: int, length: int) -> Row:
+def make_row(first: int, length: int) -> Row:
     return Row(np.array([first, *[1] * (length - 1)], dtype=np.int32))
 
 
-def picture(first: int, cost: int, *ids: int) -> Row:
-    """A picture of one colour, by itself or among ids."""
-    colour = np.full((1, 1, 3), first, dtype=np.uint8)
-    return Row(np.array(ids, dtype=np.int32) if ids else NO_IDS, (colour,), cost - len(ids))
+def make_image_row(first: int, cost: int, *ids: int) -> Row:
+    """Return an image of one color, alone or with ids."""
+    image = np.full((1, 1, 3), first, dtype=np.uint8)
+    return Row(np.array(ids, dtype=np.int32) if ids else NO_IDS, (image,), cost - len(ids))
 
 
-def job(caller: Caller, *lengths: int, first: int = 0, dims: int = 3, deadline: float = math.inf) -> Job:
-    """Rows of these lengths, whose first ids count up from `first`."""
-    return Job([row(first + i, length) for i, length in enumerate(lengths)], dims, caller, deadline)
+def make_job(caller: Caller, *lengths: int, first: int = 0, dims: int = 3, deadline: float = math.inf) -> Job:
+    """Return a job of rows of these lengths, whose first ids count up from `first`."""
+    return Job([make_row(first + i, length) for i, length in enumerate(lengths)], dims, caller, deadline)
 
 
-def first_chunks(one: Row) -> int:
-    return int(one.ids[0] if len(one.ids) else one.pictures[0][0, 0, 0])
+def first_id(row: Row) -> int:
+    """Return the first id of a row, or the color of its image."""
+    return int(row.ids[0] if len(row.ids) else row.images[0][0, 0, 0])
 
 
-def vectors_of(asked: Job) -> Vectors:
-    found = [[first_chunks(one), one.cost, one.ids.sum()] for one in asked.rows]
-    return np.array(found, dtype=np.float32)[:, : asked.dims]
+def expected_vectors(job: Job) -> Vectors:
+    """Return the vectors that the fake computes for a job."""
+    vectors = [[first_id(row), row.cost, row.ids.sum()] for row in job.rows]
+    return np.array(vectors, dtype=np.float32)[:, : job.dims]
 
 
-class Engine:
-    """`compute`, its record, a gate in front of it, some pauses in it and ways to go wrong."""
+class FakeEngine:
+    """A fake `compute` that records its batches. It can be held at a gate, pause, and fail."""
 
     def __init__(self) -> None:
         self.batches: list[list[Row]] = []
-        self.pauses: list[Callable[[], object]] = []  # what happens before each chance to compute something else
+        self.pause_actions: list[Callable[[], object]] = []  # each runs before a call of the pause hook
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
-        self.spoil: Callable[[Sequence[Row], Vectors], Vectors] = lambda _, vectors: vectors
+        self.transform: Callable[[Sequence[Row], Vectors], Vectors] = lambda _, vectors: vectors
 
     def compute(
         self, rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool
@@ -113,23 +114,23 @@ class Engine:
         assert len(rows) == len(dims)
         self.batches.append(list(rows))
         self.entered.set()
-        assert self.gate.wait(PATIENCE)
+        assert self.gate.wait(TIMEOUT_SECONDS)
         if pause_hook is not None:
-            for happens in self.pauses:
-                happens()
+            for action in self.pause_actions:
+                action()
                 pause_hook()
-        found = np.zeros((len(rows), 8), dtype=np.float32)
-        for vector, one in zip(found, rows, strict=True):
-            vector[:3] = first_chunks(one), one.cost, one.ids.sum()
-        return self.spoil(rows, found)
+        vectors = np.zeros((len(rows), 8), dtype=np.float32)
+        for vector, row in zip(vectors, rows, strict=True):
+            vector[:3] = first_id(row), row.cost, row.ids.sum()
+        return self.transform(rows, vectors)
 
-    def firsts(self) -> list[int]:
-        """First ids of all rows computed, in order."""
-        return [first_chunks(one) for batch in self.batches for one in batch]
+    def first_ids(self) -> list[int]:
+        """Return the first ids of all computed rows, in order."""
+        return [first_id(row) for batch in self.batches for row in batch]
 
 
 class DaemonExecutor(Executor):
-    """One thread that an engine in an endless loop cannot keep pytest alive with."""
+    """An executor of one daemon thread, so that an engine in an endless loop cannot keep pytest alive."""
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -137,28 +138,28 @@ class DaemonExecutor(Executor):
         def run() -> None:
             try:
                 future.set_result(work(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it
+            except BaseException as error:  # noqa: BLE001 - raised again by `result`
                 future.set_exception(error)
 
         threading.Thread(target=run, name="engine", daemon=True).start()
         return future
 
 
-class Running:
-    """A scheduler and its delivery thread; `close` as `finalize` does it."""
+class RunningScheduler:
+    """A scheduler and its sender thread, closed in the same order as by `EmbeddingServer.finalize`."""
 
     def __init__(
-        self, compute: Compute, watch: MetricsSink | None = None, budget: int = BUDGET, cache_bytes: int = 0
+        self, compute: Compute, metrics: MetricsSink | None = None, budget: int = BUDGET, cache_bytes: int = 0
     ) -> None:
-        self.delivery = Sender()
+        self.sender = Sender()
         self.scheduler = Scheduler(
-            compute, Budget(budget, budget // 2, budget // 4), self.delivery, DaemonExecutor(), watch, cache_bytes
+            compute, Budget(budget, budget // 2, budget // 4), self.sender, DaemonExecutor(), metrics, cache_bytes
         )
         self.submit = self.scheduler.submit
 
     @property
-    def admitted(self) -> int:
-        """Tokens that count in either lane; jobs that are waited for too, when nothing is left of them: none."""
+    def admitted_tokens(self) -> int:
+        """Tokens admitted to both lanes. Without any, no row may be pending."""
         admitted = self.scheduler._small.admitted_tokens + self.scheduler._large.admitted_tokens
         assert not self.scheduler._dedup._pending or admitted
         return admitted
@@ -166,344 +167,356 @@ class Running:
     def close(self) -> None:
         closing = threading.Thread(target=self.scheduler.close, daemon=True)
         closing.start()
-        closing.join(PATIENCE)
-        assert not closing.is_alive(), "the engine does not stop"
-        self.delivery.close()
+        closing.join(TIMEOUT_SECONDS)
+        assert not closing.is_alive(), "The engine did not stop"
+        self.sender.close()
 
 
 @pytest.fixture(autouse=True)
-def ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every job is asked whether it was cancelled, however short its wait."""
+def check_cancellation_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check every job for cancellation, however short its wait."""
     monkeypatch.setattr(job_file, "CANCEL_SECONDS", 0)
 
 
 @pytest.fixture(autouse=True)
-def undivided(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small jobs are forgotten at once: a pass over large ones is a budget."""
+def forget_small_jobs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expect no further small jobs, so that a pass over large jobs has a full budget."""
     monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 0.0)
 
 
 @pytest.fixture
-def engine() -> Engine:
-    return Engine()
+def engine() -> FakeEngine:
+    return FakeEngine()
 
 
 @pytest.fixture
-def running(engine: Engine) -> Iterator[Running]:
-    made = Running(engine.compute)
-    yield made
+def running(engine: FakeEngine) -> Iterator[RunningScheduler]:
+    running = RunningScheduler(engine.compute)
+    yield running
     engine.gate.set()
-    made.close()
+    running.close()
 
 
-def submitting(running: Running, jobs: Sequence[Job], threads: int) -> list[threading.Thread]:
-    """Threads that submit these jobs between them; `finish` waits for them."""
+def start_submitting(running: RunningScheduler, jobs: Sequence[Job], threads: int) -> list[threading.Thread]:
+    """Start threads that submit these jobs, each a share of them. Wait for them with `join_all`."""
 
     def submit(share: Sequence[Job]) -> None:
-        for one in share:
-            running.submit(one)
+        for job in share:
+            running.submit(job)
 
-    started = [threading.Thread(target=submit, args=(jobs[i::threads],), daemon=True) for i in range(threads)]
-    for thread in started:
+    running_threads = [threading.Thread(target=submit, args=(jobs[i::threads],), daemon=True) for i in range(threads)]
+    for thread in running_threads:
         thread.start()
-    return started
+    return running_threads
 
 
-def finish(threads: Sequence[threading.Thread]) -> None:
+def join_all(threads: Sequence[threading.Thread]) -> None:
     for thread in threads:
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "submit hangs"
+        thread.join(TIMEOUT_SECONDS)
+        assert not thread.is_alive(), "submit is blocked"
 
 
-def hold(engine: Engine, running: Running) -> Caller:
-    """Occupy the engine with one small job, so that what follows still waits."""
+def occupy_engine(engine: FakeEngine, running: RunningScheduler) -> Caller:
+    """Hold the engine in one small job, so that jobs submitted next have to wait."""
     engine.gate.clear()
     first = Caller()
-    running.submit(job(first, 1, first=10_000))
-    assert engine.entered.wait(PATIENCE)
+    running.submit(make_job(first, 1, first=10_000))
+    assert engine.entered.wait(TIMEOUT_SECONDS)
     return first
 
 
-def test_every_one_of_many_jobs_gets_its_own_rows_in_order(engine: Engine, running: Running) -> None:
+def test_each_of_many_jobs_gets_its_vectors_in_order(engine: FakeEngine, running: RunningScheduler) -> None:
     random = Random(0)
     callers = [Caller() for _ in range(400)]
     jobs = [
-        job(caller, *(random.randint(1, 14) for _ in range(random.choice([1, 1, 2, 9]))), first=100 * i, dims=1 + i % 3)
+        make_job(
+            caller, *(random.randint(1, 14) for _ in range(random.choice([1, 1, 2, 9]))), first=100 * i, dims=1 + i % 3
+        )
         for i, caller in enumerate(callers)
     ]
-    finish(submitting(running, jobs, threads=4))
-    for asked, caller in zip(jobs, callers, strict=True):
-        found = caller.outcome()
-        assert isinstance(found, np.ndarray)
-        assert found.dtype == np.float32
-        assert np.array_equal(found, vectors_of(asked))
+    join_all(start_submitting(running, jobs, threads=4))
+    for job, caller in zip(jobs, callers, strict=True):
+        vectors = caller.outcome()
+        assert isinstance(vectors, np.ndarray)
+        assert vectors.dtype == np.float32
+        assert np.array_equal(vectors, expected_vectors(job))
     running.close()
     assert all(len(caller.outcomes) == 1 for caller in callers)
-    assert all(1 <= caller.asked <= 2 for caller in callers)  # again where its first row did not fit
-    assert sorted(engine.firsts()) == sorted(first_chunks(one) for asked in jobs for one in asked.rows)
+    assert all(1 <= caller.cancel_checks <= 2 for caller in callers)  # twice if its first row did not fit
+    assert sorted(engine.first_ids()) == sorted(first_id(row) for job in jobs for row in job.rows)
 
 
-def test_a_batch_stays_within_the_budget_and_runs_from_short_to_long(engine: Engine, running: Running) -> None:
+def test_batch_stays_within_budget_and_is_sorted_by_length(engine: FakeEngine, running: RunningScheduler) -> None:
     random, callers = Random(1), [Caller() for _ in range(60)]
-    hold(engine, running)
-    jobs = [job(caller, *(random.randint(1, 14) for _ in range(3)), first=3 * i) for i, caller in enumerate(callers)]
-    threads = submitting(running, jobs, threads=1)
+    occupy_engine(engine, running)
+    jobs = [
+        make_job(caller, *(random.randint(1, 14) for _ in range(3)), first=3 * i) for i, caller in enumerate(callers)
+    ]
+    threads = start_submitting(running, jobs, threads=1)
     engine.gate.set()
-    finish(threads)
+    join_all(threads)
     for caller in callers:
         caller.outcome()
-    lengths = [[one.cost for one in batch] for batch in engine.batches]
+    lengths = [[row.cost for row in batch] for batch in engine.batches]
     assert all(sum(batch) <= BUDGET or len(batch) == 1 for batch in lengths)
     assert all(batch == sorted(batch) for batch in lengths)
     assert max(map(len, lengths)) > 1
 
 
-def test_a_job_larger_than_the_budget_is_split_and_answered_once(engine: Engine, running: Running) -> None:
+def test_job_larger_than_budget_is_split_and_answered_once(engine: FakeEngine, running: RunningScheduler) -> None:
     caller = Caller()
-    asked = job(caller, 4, 9, 4, 4, 1, 4, 4)
-    running.submit(asked)
-    found = caller.outcome()
-    assert isinstance(found, np.ndarray)
-    assert np.array_equal(found, vectors_of(asked))
+    job = make_job(caller, 4, 9, 4, 4, 1, 4, 4)
+    running.submit(job)
+    vectors = caller.outcome()
+    assert isinstance(vectors, np.ndarray)
+    assert np.array_equal(vectors, expected_vectors(job))
     assert len(engine.batches) > 2
 
 
-def test_a_row_longer_than_the_budget_is_computed_alone(engine: Engine, running: Running) -> None:
+def test_row_longer_than_budget_is_computed_alone(engine: FakeEngine, running: RunningScheduler) -> None:
     caller = Caller()
-    running.submit(job(caller, 1, 35, 1))
-    found = caller.outcome()
-    assert isinstance(found, np.ndarray)
-    assert found[:, 1].tolist() == [1, 35, 1]
-    assert [35] in [[one.cost for one in batch] for batch in engine.batches]
+    running.submit(make_job(caller, 1, 35, 1))
+    vectors = caller.outcome()
+    assert isinstance(vectors, np.ndarray)
+    assert vectors[:, 1].tolist() == [1, 35, 1]
+    assert [35] in [[row.cost for row in batch] for batch in engine.batches]
 
 
-def test_a_picture_counts_by_what_it_costs_in_all_towers(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_image_costs_its_tokens_in_all_towers(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     caller, dims = Caller(), 3
-    asked = Job([row(0, 2), picture(1, 6), picture(2, 8), picture(3, 2), picture(4, 9, 4, 4, 4)], dims, caller)
-    assert asked.cost == 27
-    running.submit(asked)
+    job = Job(
+        [
+            make_row(0, 2),
+            make_image_row(1, 6),
+            make_image_row(2, 8),
+            make_image_row(3, 2),
+            make_image_row(4, 9, 4, 4, 4),
+        ],
+        dims,
+        caller,
+    )
+    assert job.cost == 27
+    running.submit(job)
     engine.gate.set()
-    found = caller.outcome()
-    assert isinstance(found, np.ndarray)
-    assert np.array_equal(found, vectors_of(asked))
-    assert [[first_chunks(one) for one in batch] for batch in engine.batches[1:]] == [[0, 3, 1], [2], [4]]
+    vectors = caller.outcome()
+    assert isinstance(vectors, np.ndarray)
+    assert np.array_equal(vectors, expected_vectors(job))
+    assert [[first_id(row) for row in batch] for batch in engine.batches[1:]] == [[0, 3, 1], [2], [4]]
 
 
-def test_submit_waits_for_pictures_too(engine: Engine, running: Running) -> None:
-    hold(engine, running)
-    running.submit(Job([picture(1, ADMITTED_BUDGETS * BUDGET)], 3, Caller()))
-    late = threading.Thread(target=running.submit, args=(job(Caller(), 3),), daemon=True)
+def test_submit_blocks_on_tokens_of_images(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
+    running.submit(Job([make_image_row(1, ADMITTED_BUDGETS * BUDGET)], 3, Caller()))
+    late = threading.Thread(target=running.submit, args=(make_job(Caller(), 3),), daemon=True)
     late.start()
     late.join(0.2)
     assert late.is_alive()
     engine.gate.set()
-    late.join(PATIENCE)
+    late.join(TIMEOUT_SECONDS)
     assert not late.is_alive()
 
 
-def test_jobs_share_a_batch_and_are_served_first_come_first_served(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_jobs_share_batches_in_order_of_arrival(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     callers = [Caller() for _ in range(7)]
     for i, caller in enumerate(callers):
-        running.submit(job(caller, 2, first=i))
+        running.submit(make_job(caller, 2, first=i))
     engine.gate.set()
     for caller in callers:
         caller.outcome()
         assert caller.reused == [0]
-    assert [[first_chunks(one) for one in batch] for batch in engine.batches[1:]] == [[0, 1, 2, 3, 4], [5, 6]]
+    assert [[first_id(row) for row in batch] for batch in engine.batches[1:]] == [[0, 1, 2, 3, 4], [5, 6]]
 
 
 @pytest.mark.parametrize("size", [1, BUDGET])
-def test_submit_waits_when_a_lane_is_full_and_goes_on_when_there_is_room(
-    size: int, engine: Engine, running: Running
-) -> None:
-    """A lane holds eight budgets, and what brings it over them."""
-    hold(engine, running)
-    other = BUDGET if size == 1 else 1
-    running.submit(job(Caller(), other, first=10_001))  # counts elsewhere
-    fits = ADMITTED_BUDGETS * BUDGET // size - (size == 1)  # the one that holds the engine is a small one
-    callers = [Caller() for _ in range(fits + 2)]
+def test_submit_blocks_while_its_lane_is_full(size: int, engine: FakeEngine, running: RunningScheduler) -> None:
+    """Admit jobs until their lane holds eight budgets; the last one may exceed them."""
+    occupy_engine(engine, running)
+    other_size = BUDGET if size == 1 else 1
+    running.submit(make_job(Caller(), other_size, first=10_001))  # counts in the other lane
+    fitting_jobs = ADMITTED_BUDGETS * BUDGET // size - (size == 1)  # the job that holds the engine is small
+    callers = [Caller() for _ in range(fitting_jobs + 2)]
     admitted: list[int] = []
 
     def submit_all() -> None:
         for i, caller in enumerate(callers):
-            running.submit(job(caller, size, first=i))
+            running.submit(make_job(caller, size, first=i))
             admitted.append(i)
 
     thread = threading.Thread(target=submit_all, daemon=True)
     thread.start()
     thread.join(0.2)
     assert thread.is_alive()
-    assert admitted == list(range(fits))
-    running.submit(job(Caller(), other, first=10_002))  # the other lane has room
+    assert admitted == list(range(fitting_jobs))
+    running.submit(make_job(Caller(), other_size, first=10_002))  # the other lane has room
     engine.gate.set()
-    thread.join(PATIENCE)
-    assert admitted == list(range(fits + 2))
+    thread.join(TIMEOUT_SECONDS)
+    assert admitted == list(range(fitting_jobs + 2))
     for caller in callers:
         assert isinstance(caller.outcome(), np.ndarray)
 
 
-def raising(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-    if any(first_chunks(one) == POISON for one in rows):
-        raise MemoryError("the machine is full")
+def raise_on_poison(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+    if any(first_id(row) == POISON for row in rows):
+        raise MemoryError("out of memory")
     return vectors
 
 
-def not_finite(value: float) -> Callable[[Sequence[Row], Vectors], Vectors]:
-    def spoil(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-        for one, vector in zip(rows, vectors, strict=True):
-            if first_chunks(one) == POISON:
+def replace_value(value: float) -> Callable[[Sequence[Row], Vectors], Vectors]:
+    def transform(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+        for row, vector in zip(rows, vectors, strict=True):
+            if first_id(row) == POISON:
                 vector[1] = value
         return vectors
 
-    return spoil
+    return transform
 
 
-def too_few(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-    return vectors[:-1] if any(first_chunks(one) == POISON for one in rows) else vectors
+def drop_last_vector(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+    return vectors[:-1] if any(first_id(row) == POISON for row in rows) else vectors
 
 
-def too_short(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-    return vectors[:, :2] if any(first_chunks(one) == POISON for one in rows) else vectors
+def drop_last_value(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+    return vectors[:, :2] if any(first_id(row) == POISON for row in rows) else vectors
 
 
-WRONG = {
-    "raises": raising,
-    "nan": not_finite(float("nan")),
-    "infinite": not_finite(float("-inf")),
-    "too few vectors": too_few,
-    "vectors too short": too_short,
+FAILURES = {
+    "raises": raise_on_poison,
+    "nan": replace_value(float("nan")),
+    "infinite": replace_value(float("-inf")),
+    "too few vectors": drop_last_vector,
+    "vectors too short": drop_last_value,
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_forward_pass_that_goes_wrong_is_one_failure_and_the_next_one_runs(
-    wrong: str, engine: Engine, running: Running
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failed_pass_fails_its_job_and_the_next_pass_runs(
+    failure: str, engine: FakeEngine, running: RunningScheduler
 ) -> None:
-    engine.spoil = WRONG[wrong]
+    engine.transform = FAILURES[failure]
     bad, good = Caller(), Caller()
-    running.submit(job(bad, BUDGET, first=POISON))
-    asked = job(good, 3, 4)
-    running.submit(asked)
+    running.submit(make_job(bad, BUDGET, first=POISON))
+    good_job = make_job(good, 3, 4)
+    running.submit(good_job)
     assert isinstance(bad.outcome(), str)
-    assert "machine" not in str(bad.outcome())  # no exception text to callers
-    found = good.outcome()
-    assert isinstance(found, np.ndarray)
-    assert np.array_equal(found, vectors_of(asked))
+    assert "memory" not in str(bad.outcome())  # no exception text to callers
+    vectors = good.outcome()
+    assert isinstance(vectors, np.ndarray)
+    assert np.array_equal(vectors, expected_vectors(good_job))
     running.close()
     assert len(bad.outcomes) == len(good.outcomes) == 1
 
 
-@pytest.mark.parametrize("wrong", ["nan", "infinite"])
-def test_a_vector_that_is_not_finite_fails_its_own_job_alone(wrong: str, engine: Engine, running: Running) -> None:
-    hold(engine, running)
-    engine.spoil = WRONG[wrong]
+@pytest.mark.parametrize("failure", ["nan", "infinite"])
+def test_non_finite_vector_fails_only_its_job(failure: str, engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
+    engine.transform = FAILURES[failure]
     bad, good = Caller(), Caller()
-    running.submit(job(good, 3))
-    running.submit(job(bad, 3, 3, first=POISON - 1))
+    running.submit(make_job(good, 3))
+    running.submit(make_job(bad, 3, 3, first=POISON - 1))
     engine.gate.set()
     assert bad.outcome() == "The model computed a vector that is not finite"
     assert isinstance(good.outcome(), np.ndarray)
-    assert len(engine.batches) == 2  # they shared one
+    assert len(engine.batches) == 2  # the two jobs shared a batch
 
 
-def test_a_value_beyond_the_dimensions_asked_for_may_be_anything(engine: Engine, running: Running) -> None:
-    engine.spoil = not_finite(float("nan"))
+def test_non_finite_value_beyond_requested_dimensions_is_ignored(engine: FakeEngine, running: RunningScheduler) -> None:
+    engine.transform = replace_value(float("nan"))
     caller = Caller()
-    running.submit(job(caller, 2, first=POISON, dims=1))
+    running.submit(make_job(caller, 2, first=POISON, dims=1))
     assert isinstance(caller.outcome(), np.ndarray)
 
 
-def test_the_rest_of_a_failed_job_is_not_computed(engine: Engine, running: Running) -> None:
-    engine.spoil = raising
+def test_rest_of_failed_job_is_not_computed(engine: FakeEngine, running: RunningScheduler) -> None:
+    engine.transform = raise_on_poison
     bad, good = Caller(), Caller()
-    running.submit(job(bad, *[BUDGET] * 6, first=POISON))
-    running.submit(job(good, 3))
+    running.submit(make_job(bad, *[BUDGET] * 6, first=POISON))
+    running.submit(make_job(good, 3))
     assert isinstance(bad.outcome(), str)
     assert isinstance(good.outcome(), np.ndarray)
-    assert engine.firsts() == [POISON, 0]
+    assert engine.first_ids() == [POISON, 0]
 
 
-def test_admission_is_given_back_whatever_became_of_the_jobs(engine: Engine, running: Running) -> None:
-    """Had any of these kept its tokens, a later submit would wait for ever."""
-    engine.spoil = raising
+def test_admitted_tokens_are_released_after_every_outcome(engine: FakeEngine, running: RunningScheduler) -> None:
+    """Submit failing, cancelled and good jobs: one that kept its tokens would block a later submit forever."""
+    engine.transform = raise_on_poison
     for i in range(30):
         callers = [Caller(), Caller(cancelled=True), Caller()]
         for caller, first in zip(callers, (POISON, 0, i), strict=True):
-            finish(submitting(running, [job(caller, 7, 7, first=first)], threads=1))
+            join_all(start_submitting(running, [make_job(caller, 7, 7, first=first)], threads=1))
         for caller in callers:
             caller.outcome()
-    assert running.admitted == 0
+    assert running.admitted_tokens == 0
 
 
-class Broken(Caller):
-    """Its connection is gone: sending a result fails, and so may sending an error."""
+class BrokenCaller(Caller):
+    """A Reply without a connection: sending a result fails, and sending an error may fail too."""
 
-    def __init__(self, errors_too: bool) -> None:
+    def __init__(self, errors_fail_too: bool) -> None:
         super().__init__()
-        self.tries: list[str] = []
-        self._errors_too = errors_too
+        self.calls: list[str] = []
+        self._errors_fail_too = errors_fail_too
 
     def done(self, vectors: Vectors, reused: npt.NDArray[np.int32]) -> None:
-        self.tries.append("done")
-        raise ConnectionError("gone")
+        self.calls.append("done")
+        raise ConnectionError("connection lost")
 
     def failed(self, reason: str) -> None:
-        self.tries.append("failed")
-        if self._errors_too:
-            raise ConnectionError("gone")
+        self.calls.append("failed")
+        if self._errors_fail_too:
+            raise ConnectionError("connection lost")
         super().failed(reason)
 
 
-@pytest.mark.parametrize("errors_too", [False, True])
-def test_a_reply_that_cannot_be_sent_is_an_error_instead_and_harms_nobody(
-    errors_too: bool, engine: Engine, running: Running
+@pytest.mark.parametrize("errors_fail_too", [False, True])
+def test_unsendable_reply_becomes_an_error_and_affects_no_other_job(
+    errors_fail_too: bool, engine: FakeEngine, running: RunningScheduler
 ) -> None:
-    hold(engine, running)
-    broken, good = Broken(errors_too), Caller()
-    running.submit(job(broken, 2))
-    running.submit(job(good, 2, first=1))
+    occupy_engine(engine, running)
+    broken, good = BrokenCaller(errors_fail_too), Caller()
+    running.submit(make_job(broken, 2))
+    running.submit(make_job(good, 2, first=1))
     engine.gate.set()
     assert isinstance(good.outcome(), np.ndarray)
     running.close()
-    assert broken.tries == ["done", "failed"]
-    assert broken.outcomes == ([] if errors_too else ["The reply could not be sent"])
+    assert broken.calls == ["done", "failed"]
+    assert broken.outcomes == ([] if errors_fail_too else ["The reply could not be sent"])
 
 
-def test_a_cancelled_job_is_answered_but_never_computed(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_cancelled_job_is_answered_but_not_computed(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     gone, good = Caller(cancelled=True), Caller()
-    running.submit(job(gone, *[3] * 3, first=500))
-    running.submit(job(good, 2, first=1))
+    running.submit(make_job(gone, *[3] * 3, first=500))
+    running.submit(make_job(good, 2, first=1))
     engine.gate.set()
     assert gone.outcome() == "dropped: The request was cancelled"
     assert isinstance(good.outcome(), np.ndarray)
-    assert engine.firsts() == [10_000, 1]
+    assert engine.first_ids() == [10_000, 1]
 
 
-def test_a_job_whose_deadline_passes_before_it_begins_is_never_computed(engine: Engine, running: Running) -> None:
-    hold(engine, running)
+def test_job_past_its_deadline_is_not_computed(engine: FakeEngine, running: RunningScheduler) -> None:
+    occupy_engine(engine, running)
     late, early, good = Caller(), Caller(), Caller()
     now = time.monotonic()
-    running.submit(job(late, *[3] * 3, first=500, deadline=now + 0.01))
-    running.submit(job(early, 2, first=1, deadline=now + PATIENCE))
-    running.submit(job(good, 2, first=2))
+    running.submit(make_job(late, *[3] * 3, first=500, deadline=now + 0.01))
+    running.submit(make_job(early, 2, first=1, deadline=now + TIMEOUT_SECONDS))
+    running.submit(make_job(good, 2, first=2))
     while time.monotonic() < now + 0.02:
         time.sleep(0.01)
     engine.gate.set()
     assert late.outcome() == "dropped: The request's deadline passed before its computation started"
     assert isinstance(early.outcome(), np.ndarray)
     assert isinstance(good.outcome(), np.ndarray)
-    assert engine.firsts() == [10_000, 1, 2]
-    assert late.asked == 0
-    assert running.admitted == 0
+    assert engine.first_ids() == [10_000, 1, 2]
+    assert late.cancel_checks == 0
+    assert running.admitted_tokens == 0
 
 
-def test_a_job_that_has_begun_is_finished_whatever_its_deadline(engine: Engine, running: Running) -> None:
+def test_started_job_is_finished_despite_its_deadline(engine: FakeEngine, running: RunningScheduler) -> None:
     caller, deadline = Caller(), time.monotonic() + 0.2
     engine.gate.clear()
-    running.submit(job(caller, *[BUDGET] * 3, deadline=deadline))
+    running.submit(make_job(caller, *[BUDGET] * 3, deadline=deadline))
     assert engine.entered.wait(0.2)
     while time.monotonic() <= deadline:
         time.sleep(0.01)
@@ -511,8 +524,8 @@ def test_a_job_that_has_begun_is_finished_whatever_its_deadline(engine: Engine, 
     assert isinstance(caller.outcome(), np.ndarray)
 
 
-class Watching:
-    """A MetricsSink that remembers."""
+class RecordingMetrics:
+    """A MetricsSink that records its calls."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[list[float], float, int]] = []
@@ -520,359 +533,376 @@ class Watching:
         self.cache_bytes = 0
         self.threads: set[str] = set()
 
-    def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
+    def record_pass(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
         self.threads.add(threading.current_thread().name)
         self.passes.append((list(waits), seconds, tokens))
 
-    def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
+    def record_rows(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
         self.threads.add(threading.current_thread().name)
         self.rows += computed, in_flight, cached
         self.cache_bytes = cache_bytes
 
 
-def test_every_forward_pass_is_told_and_every_wait_once(engine: Engine) -> None:
-    watch = Watching()
-    running = Running(engine.compute, watch)
-    hold(engine, running)
+def test_metrics_record_every_pass_and_each_wait_once(engine: FakeEngine) -> None:
+    metrics = RecordingMetrics()
+    running = RunningScheduler(engine.compute, metrics)
+    occupy_engine(engine, running)
     callers = [Caller() for _ in range(3)]
     for i, (caller, lengths) in enumerate(zip(callers, ([4], [4], [3, 8]), strict=True)):
-        running.submit(job(caller, *lengths, first=10 * i))
+        running.submit(make_job(caller, *lengths, first=10 * i))
     time.sleep(0.05)
     engine.gate.set()
     for caller in callers:
         caller.outcome()
     running.close()
-    assert watch.threads == {"sender"}
-    told = watch.passes
-    assert [(len(waits), tokens) for waits, _, tokens in told] == [(1, 1), (2, 8), (1, 3), (0, 8)]
-    assert told[0][0][0] < 0.05 <= min(told[1][0])
-    assert told[0][1] >= 0.05
+    assert metrics.threads == {"sender"}
+    passes = metrics.passes
+    assert [(len(waits), tokens) for waits, _, tokens in passes] == [(1, 1), (2, 8), (1, 3), (0, 8)]
+    assert passes[0][0][0] < 0.05 <= min(passes[1][0])
+    assert passes[0][1] >= 0.05
 
 
-def test_a_watch_that_fails_harms_nobody(engine: Engine) -> None:
-    class Failing(Watching):
-        def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
+def test_failing_metrics_affect_no_job(engine: FakeEngine) -> None:
+    class Failing(RecordingMetrics):
+        def record_pass(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
             raise RuntimeError("no such metric")
 
-        def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
+        def record_rows(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
             raise RuntimeError("no such metric")
 
-    running, callers = Running(engine.compute, Failing()), [Caller() for _ in range(3)]
+    running, callers = RunningScheduler(engine.compute, Failing()), [Caller() for _ in range(3)]
     for i, caller in enumerate(callers):
-        running.submit(job(caller, 2, first=i))
+        running.submit(make_job(caller, 2, first=i))
     assert all(isinstance(caller.outcome(), np.ndarray) for caller in callers)
     running.close()
 
 
-def test_a_job_is_asked_once_and_not_again_half_way(engine: Engine, running: Running) -> None:
-    """Cancelled after its first batch: asking costs more than the rest is worth."""
-    caller = Caller(asked=lambda: bool(engine.batches))
-    running.submit(job(caller, *[BUDGET] * 3))
+def test_cancellation_is_not_checked_after_the_first_batch(engine: FakeEngine, running: RunningScheduler) -> None:
+    """Compute the rest of a job that is cancelled after its first batch: another check costs more than it saves."""
+    caller = Caller(is_cancelled=lambda: bool(engine.batches))
+    running.submit(make_job(caller, *[BUDGET] * 3))
     assert isinstance(caller.outcome(), np.ndarray)
-    assert caller.asked == 1
+    assert caller.cancel_checks == 1
 
 
-def test_a_caller_that_cannot_be_asked_harms_nobody(engine: Engine, running: Running) -> None:
+def test_failing_cancellation_check_affects_no_job(engine: FakeEngine, running: RunningScheduler) -> None:
     def fail() -> bool:
         raise RuntimeError("no such request")
 
-    hold(engine, running)
-    odd, good = Caller(asked=fail), Caller()
-    running.submit(job(odd, 2))
-    running.submit(job(good, 2, first=1))
+    occupy_engine(engine, running)
+    failing, good = Caller(is_cancelled=fail), Caller()
+    running.submit(make_job(failing, 2))
+    running.submit(make_job(good, 2, first=1))
     engine.gate.set()
     assert isinstance(good.outcome(), np.ndarray)
-    odd.outcome()
+    failing.outcome()
 
 
-def test_close_computes_everything_that_was_admitted(engine: Engine) -> None:
-    running = Running(engine.compute)
-    first = hold(engine, running)
+def test_close_computes_every_admitted_job(engine: FakeEngine) -> None:
+    running = RunningScheduler(engine.compute)
+    first = occupy_engine(engine, running)
     callers = [Caller() for _ in range(6)]
     for i, caller in enumerate(callers):
-        running.submit(job(caller, 3, first=i))
+        running.submit(make_job(caller, 3, first=i))
     closing = threading.Thread(target=running.close, daemon=True)
     closing.start()
     closing.join(0.1)
     assert closing.is_alive()
     assert all(not caller.outcomes for caller in callers)
     engine.gate.set()
-    closing.join(PATIENCE)
+    closing.join(TIMEOUT_SECONDS)
     assert not closing.is_alive()
-    # Answered already: nobody waits here.
+    # Not `outcome`, which would wait: all replies must have been sent.
     assert all(isinstance(outcome, np.ndarray) for caller in [first, *callers] for outcome in caller.outcomes)
     assert [len(caller.outcomes) for caller in [first, *callers]] == [1] * 7
 
 
-def test_a_job_that_did_not_wait_is_not_asked(
-    engine: Engine, running: Running, monkeypatch: pytest.MonkeyPatch
+def test_cancellation_is_not_checked_without_a_wait(
+    engine: FakeEngine, running: RunningScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_file, "CANCEL_SECONDS", PATIENCE)
+    monkeypatch.setattr(job_file, "CANCEL_SECONDS", TIMEOUT_SECONDS)
     caller = Caller()
-    caller.cancelled = lambda: pytest.fail("asked")  # type: ignore[method-assign]
-    running.submit(job(caller, 3))
+    caller.cancelled = lambda: pytest.fail("checked")  # type: ignore[method-assign]
+    running.submit(make_job(caller, 3))
     assert isinstance(caller.outcome(), np.ndarray)
 
 
 # Lanes: with a budget of 40 a job of up to 10 tokens is small.
-WIDE = 40
+WIDE_BUDGET = 40
 
 
 @pytest.fixture
-def wide(engine: Engine) -> Iterator[Running]:
-    made = Running(engine.compute, budget=WIDE)
-    yield made
+def wide(engine: FakeEngine) -> Iterator[RunningScheduler]:
+    running = RunningScheduler(engine.compute, budget=WIDE_BUDGET)
+    yield running
     engine.gate.set()
-    made.close()
+    running.close()
 
 
-def computed(engine: Engine) -> list[list[int]]:
-    """First ids of each forward pass."""
-    return [[first_chunks(one) for one in batch] for batch in engine.batches]
+def batch_ids(engine: FakeEngine) -> list[list[int]]:
+    """Return the first ids of the rows of each forward pass."""
+    return [[first_id(row) for row in batch] for batch in engine.batches]
 
 
 @pytest.mark.parametrize(("cost", "overtakes"), [(10, True), (11, False)])
-def test_a_small_job_overtakes_large_ones_and_shares_no_pass_with_them(
-    cost: int, overtakes: bool, engine: Engine, wide: Running
+def test_small_job_overtakes_large_ones_and_shares_no_pass(
+    cost: int, overtakes: bool, engine: FakeEngine, wide: RunningScheduler
 ) -> None:
-    hold(engine, wide)
-    wide.submit(job(Caller(), *[10] * 6))
+    occupy_engine(engine, wide)
+    wide.submit(make_job(Caller(), *[10] * 6))
     last = Caller()
-    wide.submit(job(last, cost, first=100))
+    wide.submit(make_job(last, cost, first=100))
     engine.gate.set()
     last.outcome()
     wide.close()
-    assert computed(engine)[1:] == ([[100], [0, 1, 2, 3], [4, 5]] if overtakes else [[0, 1, 2, 3], [4, 5, 100]])
+    assert batch_ids(engine)[1:] == ([[100], [0, 1, 2, 3], [4, 5]] if overtakes else [[0, 1, 2, 3], [4, 5, 100]])
 
 
-def test_where_both_lanes_wait_they_take_turns(engine: Engine, wide: Running) -> None:
-    hold(engine, wide)
+def test_lanes_take_turns_while_both_have_jobs(engine: FakeEngine, wide: RunningScheduler) -> None:
+    occupy_engine(engine, wide)
     for i in range(4):
-        wide.submit(job(Caller(), WIDE, first=i))
+        wide.submit(make_job(Caller(), WIDE_BUDGET, first=i))
         for k in range(10):
-            wide.submit(job(Caller(), 4, first=100 + 10 * i + k))
+            wide.submit(make_job(Caller(), 4, first=100 + 10 * i + k))
     engine.gate.set()
     wide.close()
-    sizes = [(len(batch), batch[0]) for batch in computed(engine)[1:]]
+    sizes = [(len(batch), batch[0]) for batch in batch_ids(engine)[1:]]
     assert sizes == [(10, 100), (1, 0), (10, 110), (1, 1), (10, 120), (1, 2), (10, 130), (1, 3)]
 
 
-def test_a_stream_of_small_jobs_starves_no_large_one(
-    engine: Engine, wide: Running, monkeypatch: pytest.MonkeyPatch
+def test_stream_of_small_jobs_does_not_starve_a_large_job(
+    engine: FakeEngine, wide: RunningScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two callers, each of whom asks again as soon as it is answered, for as long as a large job runs."""
+    """Run two callers, each of which submits its next small job when it gets a reply, while a large job runs."""
     monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 60.0)
     finished = threading.Event()
-    answered = [0, 0]
+    reply_counts = [0, 0]
 
-    def ask(me: int) -> None:
+    def submit_small_jobs(caller_index: int) -> None:
         while not finished.is_set():
             caller = Caller()
-            wide.submit(job(caller, 5, first=1_000_000 * me + answered[me]))
+            wide.submit(make_job(caller, 5, first=1_000_000 * caller_index + reply_counts[caller_index]))
             caller.outcome()
-            answered[me] += 1
+            reply_counts[caller_index] += 1
 
     def slow(rows: Sequence[Row], vectors: Vectors) -> Vectors:
         time.sleep(0.002)
         return vectors
 
-    engine.spoil = slow
-    threads = [threading.Thread(target=ask, args=(me,), daemon=True) for me in range(2)]
+    engine.transform = slow
+    threads = [
+        threading.Thread(target=submit_small_jobs, args=(caller_index,), daemon=True) for caller_index in range(2)
+    ]
     for thread in threads:
         thread.start()
     large = Caller()
-    asked = job(large, *[20] * 40, first=10**7)
-    wide.submit(asked)
-    assert isinstance(found := large.outcome(), np.ndarray)
-    assert np.array_equal(found, vectors_of(asked))
+    large_job = make_job(large, *[20] * 40, first=10**7)
+    wide.submit(large_job)
+    assert isinstance(vectors := large.outcome(), np.ndarray)
+    assert np.array_equal(vectors, expected_vectors(large_job))
     finished.set()
-    finish(threads)
-    begun = next(i for i, batch in enumerate(computed(engine)) if batch[0] >= 10**7)
-    ended = len(engine.batches) - next(i for i, b in enumerate(reversed(computed(engine))) if b[0] >= 10**7)
-    assert ended - begun <= 2 * 40  # at most every other one was somebody else's
-    assert min(answered) > 3
+    join_all(threads)
+    first_large = next(i for i, batch in enumerate(batch_ids(engine)) if batch[0] >= 10**7)
+    end_of_large = len(engine.batches) - next(
+        i for i, batch in enumerate(reversed(batch_ids(engine))) if batch[0] >= 10**7
+    )
+    assert end_of_large - first_large <= 2 * 40  # at most every other pass was over small jobs
+    assert min(reply_counts) > 3
 
 
-def test_a_large_pass_pauses_for_small_jobs_by_a_bounded_pass_at_a_time(engine: Engine, wide: Running) -> None:
+def test_large_pass_pauses_for_small_jobs_in_bounded_passes(engine: FakeEngine, wide: RunningScheduler) -> None:
     callers = [Caller() for _ in range(5)]
     order: list[str] = []
 
-    def five_come() -> None:
+    def submit_five() -> None:
         for i, caller in enumerate(callers):
-            wide.submit(job(caller, 4, first=100 + i))
+            wide.submit(make_job(caller, 4, first=100 + i))
 
-    def two_are_answered() -> None:
+    def expect_two_replies() -> None:
         order.append("pause")
         assert [isinstance(caller.outcome(), np.ndarray) for caller in callers[:2]] == [True, True]
         assert not any(caller.outcomes for caller in callers[2:])
 
-    engine.pauses = [five_come, two_are_answered, lambda: order.append("pause"), lambda: order.append("pause")]
+    engine.pause_actions = [
+        submit_five,
+        expect_two_replies,
+        lambda: order.append("pause"),
+        lambda: order.append("pause"),
+    ]
     large = Caller()
-    asked = job(large, 20, 20)
-    wide.submit(asked)
-    assert isinstance(found := large.outcome(), np.ndarray)
-    assert np.array_equal(found, vectors_of(asked))
+    large_job = make_job(large, 20, 20)
+    wide.submit(large_job)
+    assert isinstance(vectors := large.outcome(), np.ndarray)
+    assert np.array_equal(vectors, expected_vectors(large_job))
     assert order == ["pause"] * 3
-    assert computed(engine) == [[0, 1], [100, 101], [102, 103], [104]]  # at most 10 tokens each
+    assert batch_ids(engine) == [[0, 1], [100, 101], [102, 103], [104]]  # at most 10 tokens each
     for i, caller in enumerate(callers):
         assert np.array_equal(caller.outcome(), [[100 + i, 4, 103 + i]])
     wide.close()
-    assert wide.admitted == 0
+    assert wide.admitted_tokens == 0
 
 
-def test_small_jobs_get_a_budget_in_all_the_pauses_of_a_pass(engine: Engine, wide: Running) -> None:
-    """Where there are more of them the pass goes on, and theirs is the next."""
-    engine.pauses = [lambda: [wide.submit(job(Caller(), 6, first=100 + i)) for i in range(10)], *[lambda: None] * 20]
-    wide.submit(job(large := Caller(), 30, 30))
+def test_pauses_of_a_pass_compute_at_most_a_budget_of_small_jobs(engine: FakeEngine, wide: RunningScheduler) -> None:
+    """Compute the small jobs that exceed it in the next pass."""
+    engine.pause_actions = [
+        lambda: [wide.submit(make_job(Caller(), 6, first=100 + i)) for i in range(10)],
+        *[lambda: None] * 20,
+    ]
+    wide.submit(make_job(large := Caller(), 30, 30))
     large.outcome()
     wide.close()
-    assert computed(engine)[:9] == [[0], *([100 + i] for i in range(7)), [107, 108, 109]]
-    assert computed(engine)[9] == [1]
+    assert batch_ids(engine)[:9] == [[0], *([100 + i] for i in range(7)), [107, 108, 109]]
+    assert batch_ids(engine)[9] == [1]
 
 
-def test_small_jobs_get_no_more_of_a_shared_pass_than_it_takes_itself(
-    engine: Engine, wide: Running, monkeypatch: pytest.MonkeyPatch
+def test_pauses_of_a_shared_pass_compute_at_most_its_own_tokens(
+    engine: FakeEngine, wide: RunningScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many come: a shared pass is half a budget, 20 tokens."""
+    """Compute 20 tokens of small jobs in the pauses, because a shared pass is half a budget."""
     monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 60.0)
-    wide.submit(job(before := Caller(), 1, first=1000))
+    wide.submit(make_job(before := Caller(), 1, first=1000))
     before.outcome()
-    engine.pauses = [lambda: [wide.submit(job(Caller(), 6, first=100 + i)) for i in range(10)], *[lambda: None] * 20]
-    wide.submit(job(large := Caller(), 20, 20))
+    engine.pause_actions = [
+        lambda: [wide.submit(make_job(Caller(), 6, first=100 + i)) for i in range(10)],
+        *[lambda: None] * 20,
+    ]
+    wide.submit(make_job(large := Caller(), 20, 20))
     large.outcome()
     wide.close()
-    assert computed(engine)[1:7] == [[0], [100], [101], [102], [103], [104, 105, 106, 107, 108, 109]]
+    assert batch_ids(engine)[1:7] == [[0], [100], [101], [102], [103], [104, 105, 106, 107, 108, 109]]
 
 
-def test_a_small_pass_and_a_pass_in_a_pause_are_not_interrupted(engine: Engine, wide: Running) -> None:
-    betweens: list[bool] = []
+def test_passes_over_small_jobs_do_not_pause(engine: FakeEngine, wide: RunningScheduler) -> None:
+    has_pause_hook: list[bool] = []
     compute = engine.compute
 
-    def watched(rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool) -> Vectors:
-        betweens.append(pause_hook is not None)
+    def recording_compute(
+        rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool
+    ) -> Vectors:
+        has_pause_hook.append(pause_hook is not None)
         return compute(rows, dims, pause_hook, spare_core)
 
-    running = Running(watched, budget=WIDE)
-    engine.pauses = [lambda: running.submit(job(Caller(), 3, first=50))]
+    running = RunningScheduler(recording_compute, budget=WIDE_BUDGET)
+    engine.pause_actions = [lambda: running.submit(make_job(Caller(), 3, first=50))]
     alone, large = Caller(), Caller()
-    running.submit(job(alone, 3))
+    running.submit(make_job(alone, 3))
     alone.outcome()
-    running.submit(job(large, 35, first=1))
+    running.submit(make_job(large, 35, first=1))
     large.outcome()
     running.close()
-    assert betweens == [False, True, False]
+    assert has_pause_hook == [False, True, False]
 
 
-class Spared:
-    """An engine, and of each pass begun: its tokens, and whether it left a core to others."""
+class SpareCoreRecorder:
+    """A wrapper of an engine that records the tokens of each pass and whether it left a core free."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: FakeEngine) -> None:
         self._compute = engine.compute
         self.passes: list[tuple[int, bool]] = []
 
     def compute(
         self, rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool
     ) -> Vectors:
-        self.passes.append((sum(one.cost for one in rows), spare_core))
+        self.passes.append((sum(row.cost for row in rows), spare_core))
         return self._compute(rows, dims, pause_hook, spare_core)
 
 
-def spared(engine: Engine, budget: int, jobs: Sequence[Sequence[int]], first: int = 1) -> list[tuple[int, bool]]:
-    """The passes over jobs of rows of these lengths, which came while a job of `first` tokens was computed."""
-    seen = Spared(engine)
-    running = Running(seen.compute, budget=budget)
+def spare_core_passes(
+    engine: FakeEngine, budget: int, jobs: Sequence[Sequence[int]], first: int = 1
+) -> list[tuple[int, bool]]:
+    """Return the passes over jobs of rows of these lengths, submitted while a job of `first` tokens was computed."""
+    recorder = SpareCoreRecorder(engine)
+    running = RunningScheduler(recorder.compute, budget=budget)
     engine.gate.clear()
     engine.entered.clear()
     callers = [Caller() for _ in range(len(jobs) + 1)]
     for i, (caller, lengths) in enumerate(zip(callers, [[first], *jobs], strict=True)):
-        running.submit(job(caller, *lengths, first=100 * i))
-        assert i or engine.entered.wait(PATIENCE)
+        running.submit(make_job(caller, *lengths, first=100 * i))
+        assert i or engine.entered.wait(TIMEOUT_SECONDS)
     engine.gate.set()
     assert all(isinstance(caller.outcome(), np.ndarray) for caller in callers)
     running.close()
-    return seen.passes
+    return recorder.passes
 
 
-def test_several_jobs_of_few_tokens_leave_a_core_to_others(engine: Engine) -> None:
+def test_pass_over_several_light_jobs_leaves_a_core_free(engine: FakeEngine) -> None:
     light = scheduler_file.LIGHT_JOB_TOKENS
-    assert spared(engine, 400, [[light - 1], [light]]) == [(1, False), (2 * light - 1, True)]
-    assert spared(engine, 400, [[light], [light]]) == [(1, False), (2 * light, False)]
-    assert spared(engine, 400, [[5]]) == [(1, False), (5, False)]
+    assert spare_core_passes(engine, 400, [[light - 1], [light]]) == [(1, False), (2 * light - 1, True)]
+    assert spare_core_passes(engine, 400, [[light], [light]]) == [(1, False), (2 * light, False)]
+    assert spare_core_passes(engine, 400, [[5]]) == [(1, False), (5, False)]
 
 
-def test_while_small_jobs_come_passes_over_large_ones_are_halved(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_passes_over_large_jobs_are_halved_while_small_jobs_arrive(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And leave a core, as do the small ones among them."""
+    """Leave a core free in these passes, and in passes over small jobs between them."""
     monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 60.0)
-    alone = spared(engine, 40, [[20, 20, 20]], first=20)
+    alone = spare_core_passes(engine, 40, [[20, 20, 20]], first=20)
     assert alone == [(20, False), (40, False), (20, False)]
-    engine.pauses = [lambda: None] * 2
-    assert spared(engine, 40, [[20, 20, 20]]) == [(1, False), (20, True), (20, True), (20, True)]
-    assert spared(engine, 40, [[20, 20], [3]]) == [(1, False), (3, True), (20, True), (20, True)]
+    engine.pause_actions = [lambda: None] * 2
+    assert spare_core_passes(engine, 40, [[20, 20, 20]]) == [(1, False), (20, True), (20, True), (20, True)]
+    assert spare_core_passes(engine, 40, [[20, 20], [3]]) == [(1, False), (3, True), (20, True), (20, True)]
 
 
-def test_what_fails_in_a_pause_fails_alone(engine: Engine, wide: Running) -> None:
-    engine.spoil = raising
+def test_failure_in_a_pause_fails_only_its_job(engine: FakeEngine, wide: RunningScheduler) -> None:
+    engine.transform = raise_on_poison
     bad, good, large = Caller(), Caller(), Caller()
-    engine.pauses = [
-        lambda: wide.submit(job(bad, 3, first=POISON)),
-        lambda: wide.submit(job(good, 3, first=5)),
+    engine.pause_actions = [
+        lambda: wide.submit(make_job(bad, 3, first=POISON)),
+        lambda: wide.submit(make_job(good, 3, first=5)),
         lambda: None,
     ]
-    asked = job(large, 35, first=1)
-    wide.submit(asked)
-    assert isinstance(found := large.outcome(), np.ndarray)
-    assert np.array_equal(found, vectors_of(asked))
+    large_job = make_job(large, 35, first=1)
+    wide.submit(large_job)
+    assert isinstance(vectors := large.outcome(), np.ndarray)
+    assert np.array_equal(vectors, expected_vectors(large_job))
     assert isinstance(bad.outcome(), str)
     assert isinstance(good.outcome(), np.ndarray)
     wide.close()
     assert [len(caller.outcomes) for caller in (bad, good, large)] == [1, 1, 1]
-    assert wide.admitted == 0
+    assert wide.admitted_tokens == 0
 
 
-def test_a_large_pass_that_fails_takes_nothing_from_what_was_computed_in_its_pauses(
-    engine: Engine, wide: Running
-) -> None:
-    engine.spoil = raising
+def test_failed_large_pass_keeps_the_results_of_its_pauses(engine: FakeEngine, wide: RunningScheduler) -> None:
+    engine.transform = raise_on_poison
     small, large, next_one = Caller(), Caller(), Caller()
-    engine.pauses = [lambda: wide.submit(job(small, 3, first=5))]
-    wide.submit(job(large, 35, first=POISON))
+    engine.pause_actions = [lambda: wide.submit(make_job(small, 3, first=5))]
+    wide.submit(make_job(large, 35, first=POISON))
     assert large.outcome() == "The model failed to compute this request"
     assert isinstance(small.outcome(), np.ndarray)
-    engine.pauses = []
-    wide.submit(job(next_one, 35, first=6))
+    engine.pause_actions = []
+    wide.submit(make_job(next_one, 35, first=6))
     assert isinstance(next_one.outcome(), np.ndarray)
-    assert wide.admitted == 0
+    assert wide.admitted_tokens == 0
 
 
-def test_a_small_job_may_be_dropped_in_a_pause(engine: Engine, wide: Running) -> None:
+def test_small_job_can_be_dropped_in_a_pause(engine: FakeEngine, wide: RunningScheduler) -> None:
     gone, large = Caller(cancelled=True), Caller()
-    engine.pauses = [lambda: wide.submit(job(gone, 3, first=5))]
-    wide.submit(job(large, 35))
+    engine.pause_actions = [lambda: wide.submit(make_job(gone, 3, first=5))]
+    wide.submit(make_job(large, 35))
     assert gone.outcome() == "dropped: The request was cancelled"
     assert isinstance(large.outcome(), np.ndarray)
-    assert computed(engine) == [[0]]
+    assert batch_ids(engine) == [[0]]
 
 
-def test_the_seconds_of_a_pass_are_without_those_of_its_pauses(engine: Engine) -> None:
-    watch = Watching()
-    running = Running(engine.compute, watch, budget=WIDE)
+def test_seconds_of_a_pass_exclude_its_pauses(engine: FakeEngine) -> None:
+    metrics = RecordingMetrics()
+    running = RunningScheduler(engine.compute, metrics, budget=WIDE_BUDGET)
 
     def slow(rows: Sequence[Row], vectors: Vectors) -> Vectors:
-        time.sleep(0.1 if first_chunks(rows[0]) == 5 else 0.02)
+        time.sleep(0.1 if first_id(rows[0]) == 5 else 0.02)
         return vectors
 
-    engine.spoil = slow
-    engine.pauses = [lambda: running.submit(job(Caller(), 3, first=5))]
-    running.submit(job(Caller(), 35))
+    engine.transform = slow
+    engine.pause_actions = [lambda: running.submit(make_job(Caller(), 3, first=5))]
+    running.submit(make_job(Caller(), 35))
     running.close()
-    (_, small, _), (_, large, _) = watch.passes
+    (_, small, _), (_, large, _) = metrics.passes
     assert small >= 0.1
     assert 0.02 <= large < 0.1
 
 
-def test_waiting_costs_no_time(running: Running) -> None:
+def test_idle_scheduler_uses_no_cpu_time(running: RunningScheduler) -> None:
     time.sleep(0.05)
     before = time.process_time()
     time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""The wire contract of every family, through tritonclient over HTTP and gRPC, against the real tritonserver."""
+"""Tests of the wire contract of every family, with tritonclient over HTTP and gRPC against the real tritonserver."""
 
 import io
 import json
@@ -32,7 +32,7 @@ TEXTS = ["The cat sat.", "hello world", "a", "Where is the dog? " * 5, "0.5 - 0.
 
 
 class Client:
-    """One protocol, and the inputs of the contract."""
+    """A client for one protocol that creates the inputs of the contract."""
 
     def __init__(self, module: ModuleType, address: str) -> None:
         self.module = module
@@ -40,48 +40,48 @@ class Client:
 
     def text(self, *rows: str | bytes) -> Any:
         data = np.array(rows, dtype=np.object_)[:, None]
-        found = self.module.InferInput("TEXT", list(data.shape), "BYTES")
-        found.set_data_from_numpy(data)
-        return found
+        tensor = self.module.InferInput("TEXT", list(data.shape), "BYTES")
+        tensor.set_data_from_numpy(data)
+        return tensor
 
     def images(self, *rows: Sequence[bytes]) -> Any:
-        """Encoded files of each row; none is an empty one."""
+        """Return IMAGE with the encoded files of each row, padded with empty ones."""
         width = max(1, *map(len, rows), 1)
         data = np.array([[*row, *[b""] * (width - len(row))] for row in rows], dtype=np.object_)
-        found = self.module.InferInput("IMAGE", list(data.shape), "BYTES")
-        found.set_data_from_numpy(data)
-        return found
+        tensor = self.module.InferInput("IMAGE", list(data.shape), "BYTES")
+        tensor.set_data_from_numpy(data)
+        return tensor
 
     def ids(self, *rows: list[int]) -> Any:
         data = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
         for i, row in enumerate(rows):
             data[i, : len(row)] = row
-        found = self.module.InferInput("INPUT_IDS", list(data.shape), "INT32")
-        found.set_data_from_numpy(data)
-        return found
+        tensor = self.module.InferInput("INPUT_IDS", list(data.shape), "INT32")
+        tensor.set_data_from_numpy(data)
+        return tensor
 
     def infer(self, model: str, *inputs: Any, outputs: tuple[str, ...] = (), **parameters: Any) -> Any:
-        wanted = [self.module.InferRequestedOutput(name) for name in outputs] or None
-        return self.client.infer(model, list(inputs), outputs=wanted, parameters=parameters or None)
+        requested = [self.module.InferRequestedOutput(name) for name in outputs] or None
+        return self.client.infer(model, list(inputs), outputs=requested, parameters=parameters or None)
 
 
 @pytest.fixture(scope="module", params=list(PROTOCOLS))
 def client(request: pytest.FixtureRequest, triton: Triton) -> Any:
-    made = Client(PROTOCOLS[request.param], getattr(triton, request.param))
-    yield made
-    made.client.close()
+    client = Client(PROTOCOLS[request.param], getattr(triton, request.param))
+    yield client
+    client.client.close()
 
 
 @pytest.fixture(scope="module")
 def expected(bge_tiny: Any) -> np.ndarray:
-    """transformers' own forward over TEXTS, one at a time: CLS, normalised, float32."""
+    """Compute the vectors of TEXTS with transformers, one at a time: CLS pooling, normalized, float32."""
     network, tokenizer = AutoModel.from_pretrained(bge_tiny).eval(), AutoTokenizer.from_pretrained(bge_tiny)
     with torch.no_grad():
         rows = [network(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0] for text in TEXTS]
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
 
 
-def test_texts_become_the_vectors_transformers_computes(client: Client, expected: np.ndarray, bge_tiny: Any) -> None:
+def test_vectors_of_texts_equal_transformers(client: Client, expected: np.ndarray, bge_tiny: Any) -> None:
     answer = client.infer("bge_tiny", client.text(*TEXTS))
     np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected, atol=2e-5)
     tokenizer = AutoTokenizer.from_pretrained(bge_tiny)
@@ -95,7 +95,7 @@ def test_token_ids_are_used_as_they_are(client: Client, expected: np.ndarray, bg
     np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected, atol=2e-5)
 
 
-def test_one_text_alone_equals_the_same_text_among_31_others(client: Client) -> None:
+def test_vector_does_not_depend_on_other_texts_of_the_request(client: Client) -> None:
     others = [f"{'the dog and the cat ' * (i % 7)} {i}" for i in range(31)]
     for model in ("minilm", "bge_tiny"):
         together = client.infer(model, client.text(*others[:17], "hello world", *others[17:])).as_numpy("EMBEDDING")
@@ -114,20 +114,20 @@ def test_minilm_serves_its_real_weights(client: Client) -> None:
 
 
 @pytest.mark.parametrize("dimensions", [20, 40, 60])
-def test_dimensions_cut_then_normalise(client: Client, expected: np.ndarray, dimensions: int) -> None:
+def test_dimensions_truncate_then_normalize(client: Client, expected: np.ndarray, dimensions: int) -> None:
     answer = client.infer("bge_tiny", client.text(*TEXTS), dimensions=dimensions).as_numpy("EMBEDDING")
     cut = torch.nn.functional.normalize(torch.from_numpy(expected[:, :dimensions]), dim=-1).numpy()
     np.testing.assert_allclose(answer, cut, atol=2e-5)
 
 
-def test_an_instruction_goes_before_the_text(client: Client) -> None:
+def test_instruction_precedes_the_text(client: Client) -> None:
     plain = client.infer("bge_tiny", client.text("find the cat")).as_numpy("EMBEDDING")
     instructed = client.infer("bge_tiny", client.text("the cat"), instruction="find ").as_numpy("EMBEDDING")
     np.testing.assert_allclose(instructed, plain, atol=2e-6)
 
 
 @pytest.mark.parametrize(("side", "keep"), [("end", slice(0, 75)), ("start", slice(-75, None))])
-def test_truncation_keeps_special_tokens_and_says_so(client: Client, bge_tiny: Any, side: str, keep: slice) -> None:
+def test_truncation_keeps_special_tokens_and_is_reported(client: Client, bge_tiny: Any, side: str, keep: slice) -> None:
     text = " ".join("abcdefghij"[i % 10] for i in range(100))
     answer = client.infer("bge_tiny", client.text(text), truncate=side)
     assert answer.as_numpy("TOKENS").tolist() == [[77]]
@@ -149,25 +149,25 @@ def test_info_describes_the_model_without_computing(client: Client) -> None:
     assert info["default_prompt_name"] is None
 
 
-def test_only_the_outputs_asked_for_are_sent(client: Client) -> None:
+def test_only_requested_outputs_are_sent(client: Client) -> None:
     answer = client.infer("minilm", client.text("a"), outputs=("TOKENS",))
     assert answer.as_numpy("TOKENS").tolist() == [[3]]
     assert answer.as_numpy("EMBEDDING") is None
 
 
 def _wrong_type(client: Client) -> Any:
-    found = client.module.InferInput("TEXT", [1, 1], "FP32")
-    found.set_data_from_numpy(np.zeros((1, 1), dtype=np.float32))
-    return found
+    tensor = client.module.InferInput("TEXT", [1, 1], "FP32")
+    tensor.set_data_from_numpy(np.zeros((1, 1), dtype=np.float32))
+    return tensor
 
 
 def _wrong_shape(client: Client) -> Any:
-    found = client.module.InferInput("TEXT", [1, 2], "BYTES")
-    found.set_data_from_numpy(np.array([["a", "b"]], dtype=np.object_))
-    return found
+    tensor = client.module.InferInput("TEXT", [1, 2], "BYTES")
+    tensor.set_data_from_numpy(np.array([["a", "b"]], dtype=np.object_))
+    return tensor
 
 
-BAD: list[tuple[str, Any, dict[str, Any], str]] = [
+INVALID_INPUTS: list[tuple[str, Any, dict[str, Any], str]] = [
     ("wrong dtype", _wrong_type, {}, "data-type is 'FP32'"),
     ("wrong shape", _wrong_shape, {}, "unexpected shape for input 'TEXT'"),
     ("id past the vocabulary", lambda c: c.ids([1, 2], [1, 30522]), {}, "index 1 has token id 30522"),
@@ -200,8 +200,10 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("build", "parameters", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-def test_bad_input_is_refused_by_name(client: Client, build: Any, parameters: Any, message: str) -> None:
+@pytest.mark.parametrize(
+    ("build", "parameters", "message"), [row[1:] for row in INVALID_INPUTS], ids=[row[0] for row in INVALID_INPUTS]
+)
+def test_invalid_input_is_refused_with_its_name(client: Client, build: Any, parameters: Any, message: str) -> None:
     with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
         client.infer("minilm", build(client), **parameters)
     assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
@@ -214,12 +216,12 @@ def test_text_and_ids_together_are_refused(client: Client) -> None:
         client.infer("minilm", client.text("a"), client.ids([1]))
 
 
-def test_a_report_needs_its_output(client: Client) -> None:
-    message = refused(client, "minilm", client.text("a"), outputs=("EMBEDDING",), on_error="report")
+def test_report_needs_the_output_error(client: Client) -> None:
+    message = error_message(client, "minilm", client.text("a"), outputs=("EMBEDDING",), on_error="report")
     assert message == 'on_error "report" needs the output ERROR to be requested'
 
 
-def test_bad_rows_are_reported_and_the_others_embedded(client: Client, expected: np.ndarray) -> None:
+def test_invalid_rows_are_reported_and_the_others_embedded(client: Client, expected: np.ndarray) -> None:
     texts = [TEXTS[0], "", TEXTS[1], b"\xff", *TEXTS[2:]]
     answer = client.infer("bge_tiny", client.text(*texts), outputs=("EMBEDDING", "TOKENS", "ERROR"), on_error="report")
     assert [row[0].decode() for row in answer.as_numpy("ERROR")] == [
@@ -229,13 +231,13 @@ def test_bad_rows_are_reported_and_the_others_embedded(client: Client, expected:
         "Input at index 3 is not valid UTF-8",
         *[""] * 3,
     ]
-    found = answer.as_numpy("EMBEDDING")
-    np.testing.assert_allclose(np.delete(found, (1, 3), axis=0), expected, atol=2e-5)
-    assert not found[[1, 3]].any()
+    vectors = answer.as_numpy("EMBEDDING")
+    np.testing.assert_allclose(np.delete(vectors, (1, 3), axis=0), expected, atol=2e-5)
+    assert not vectors[[1, 3]].any()
     assert (answer.as_numpy("TOKENS")[:, 0] > 0).tolist() == [True, False, True, False, True, True, True]
 
 
-def test_a_request_of_bad_rows_alone_is_answered(client: Client) -> None:
+def test_request_of_only_invalid_rows_is_answered(client: Client) -> None:
     for inputs in (client.text("", " "), client.ids([-1], [30522])):
         answer = client.infer("minilm", inputs, on_error="report")
         assert all(answer.as_numpy("ERROR")[:, 0])
@@ -244,71 +246,73 @@ def test_a_request_of_bad_rows_alone_is_answered(client: Client) -> None:
         assert answer.as_numpy("TOKENS").tolist() == answer.as_numpy("DROPPED").tolist() == [[0], [0]]
 
 
-def test_nobody_is_told_of_errors_who_did_not_ask(client: Client) -> None:
-    """tritonclient that names no outputs asks for all."""
+def test_optional_outputs_are_not_sent_by_default(client: Client) -> None:
+    """Request no outputs by name, which means all of them."""
     answer = client.infer("minilm", client.text("a"))
     assert [answer.as_numpy(name) is None for name in ("ERROR", "IDS", "INFO", "EMBEDDING")] == [True] * 3 + [False]
 
 
-def test_ids_come_without_compute_and_uncut(client: Client, triton: Triton, bge_tiny: Any) -> None:
+def test_ids_need_no_compute_and_are_not_truncated(client: Client, triton: Triton, bge_tiny: Any) -> None:
     texts = ["a b " * 60, "hello", ""]
-    tokenizer, before = AutoTokenizer.from_pretrained(bge_tiny), computed(triton, "bge_tiny")
+    tokenizer, before = AutoTokenizer.from_pretrained(bge_tiny), computed_tokens(triton, "bge_tiny")
     answer = client.infer("bge_tiny", client.text(*texts[:2]), outputs=("IDS",))
-    wanted = [tokenizer(text).input_ids for text in texts[:2]]
-    assert len(wanted[0]) > 77
-    found = answer.as_numpy("IDS")
-    assert found.dtype == np.int32
-    assert [[i for i in row if i != -1] for row in found.tolist()] == wanted
+    expected_ids = [tokenizer(text).input_ids for text in texts[:2]]
+    assert len(expected_ids[0]) > 77
+    ids = answer.as_numpy("IDS")
+    assert ids.dtype == np.int32
+    assert [[i for i in row if i != -1] for row in ids.tolist()] == expected_ids
     answer = client.infer("bge_tiny", client.text(*texts), outputs=("IDS", "ERROR"), on_error="report")
-    assert answer.as_numpy("IDS")[2].tolist() == [-1] * len(wanted[0])
+    assert answer.as_numpy("IDS")[2].tolist() == [-1] * len(expected_ids[0])
     assert [bool(row[0]) for row in answer.as_numpy("ERROR")] == [False, False, True]
-    asked = client.infer("bge_tiny", client.text("the cat"), outputs=("IDS",), instruction="find ")
-    assert asked.as_numpy("IDS").tolist() == [tokenizer("find the cat").input_ids]
-    assert refused(client, "bge_tiny", client.text(*texts), outputs=("IDS",)).startswith("Input at index 2 cannot")
+    answer = client.infer("bge_tiny", client.text("the cat"), outputs=("IDS",), instruction="find ")
+    assert answer.as_numpy("IDS").tolist() == [tokenizer("find the cat").input_ids]
+    assert error_message(client, "bge_tiny", client.text(*texts), outputs=("IDS",)).startswith(
+        "Input at index 2 cannot"
+    )
     time.sleep(0.1)
-    assert computed(triton, "bge_tiny") == before
+    assert computed_tokens(triton, "bge_tiny") == before
 
 
-def test_each_row_may_have_its_own_prompt(client: Client, bge_tiny: Any) -> None:
+def test_each_row_may_have_a_prompt(client: Client, bge_tiny: Any) -> None:
     prompts = [{"instruction": "find "}, None, {"prompt_name": "query"}, {"prompt_name": ""}]
-    found = client.infer("bge_tiny", client.text(*["the cat"] * 4), prompts=json.dumps(prompts)).as_numpy("EMBEDDING")
+    vectors = client.infer("bge_tiny", client.text(*["the cat"] * 4), prompts=json.dumps(prompts)).as_numpy("EMBEDDING")
     query = "Represent this sentence for searching relevant passages: "
     rows = oracles.ids_of(bge_tiny, ["find the cat", "the cat", f"{query}the cat", "the cat"])
-    np.testing.assert_allclose(found, oracles.encoder_vectors(bge_tiny, rows, "cls"), atol=2e-5)
+    np.testing.assert_allclose(vectors, oracles.encoder_vectors(bge_tiny, rows, "cls"), atol=2e-5)
 
 
-def test_a_long_text_may_be_averaged(client: Client, bge_tiny: Any) -> None:
-    """One letter is one token: 77 take 75 of them."""
+def test_long_text_can_be_averaged(client: Client, bge_tiny: Any) -> None:
+    """Split a text of one-letter tokens: a chunk of 77 tokens holds 75 of them."""
     letters = ["abcdefghij"[i % 7] for i in range(170)]
     rows = oracles.ids_of(bge_tiny, [" ".join(letters[i : i + 75]) for i in (0, 75, 150)])
     mean = np.average(oracles.encoder_vectors(bge_tiny, rows, "cls"), axis=0, weights=[75, 75, 20])
     for dims in (60, 20):
         answer = client.infer("bge_tiny", client.text(" ".join(letters), "a"), long_text="mean", dimensions=dims)
-        wanted = mean[:dims] / np.linalg.norm(mean[:dims])
-        np.testing.assert_allclose(answer.as_numpy("EMBEDDING")[0], wanted, atol=2e-5)
+        truncated = mean[:dims] / np.linalg.norm(mean[:dims])
+        np.testing.assert_allclose(answer.as_numpy("EMBEDDING")[0], truncated, atol=2e-5)
         assert answer.as_numpy("TOKENS").tolist() == [[170 + 3 * 2], [3]]
         assert answer.as_numpy("DROPPED").tolist() == [[0], [0]]
 
 
-def test_a_request_whose_deadline_passed_is_dropped_before_it_is_computed(client: Client, triton: Triton) -> None:
-    """Behind one that takes long, for which a small one would not wait."""
-    asked = client.ids([7] * 200, [8] * 200)
-    assert client.infer("minilm", asked, timeout_ms=60_000).as_numpy("EMBEDDING") is not None
+def test_request_past_its_deadline_is_dropped_before_compute(client: Client, triton: Triton) -> None:
+    """Send it after a long request. It is large, because a small one would not wait for that."""
+    ids = client.ids([7] * 200, [8] * 200)
+    assert client.infer("minilm", ids, timeout_ms=60_000).as_numpy("EMBEDDING") is not None
     other = Client(tritonclient.grpc, triton.grpc)
     work = other.ids(*[[10 + i] * 200 for i in range(150)])
     busy = threading.Thread(target=other.infer, args=("minilm", work))
     busy.start()
     time.sleep(0.2)
     with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
-        client.infer("minilm", asked, timeout_ms=1)
+        client.infer("minilm", ids, timeout_ms=1)
     busy.join(60)
     other.client.close()
     assert caught.value.message() == "The request's deadline passed before its computation started"
-    assert caught.value.status() in ("400", "StatusCode.CANCELLED")  # HTTP has no word for it
+    assert caught.value.status() in ("400", "StatusCode.CANCELLED")  # HTTP has no status for it
 
 
-def test_a_query_does_not_wait_for_a_bulk_request(client: Client, triton: Triton) -> None:
-    """Which is interrupted for it, and right all the same."""
+def test_query_does_not_wait_for_a_bulk_request(client: Client, triton: Triton) -> None:
+    """Pause the bulk request for queries, and compare the vectors of both."""
     from conftest import MINILM
 
     other = Client(tritonclient.grpc, triton.grpc)
@@ -316,73 +320,73 @@ def test_a_query_does_not_wait_for_a_bulk_request(client: Client, triton: Triton
     work = other.ids(*rows)
     ended: list[float] = []
     vectors: list[Any] = []
-    began = time.perf_counter()
+    start_time = time.perf_counter()
 
     def bulk() -> None:
         vectors.append(other.infer("minilm", work).as_numpy("EMBEDDING"))
-        ended.append(time.perf_counter() - began)
+        ended.append(time.perf_counter() - start_time)
 
     busy = threading.Thread(target=bulk)
     busy.start()
     time.sleep(0.1)
-    took, queries = [], []
+    query_seconds, queries = [], []
     while not ended:
-        asked = time.perf_counter()
-        queries.append(client.infer("minilm", client.text(f"hello {len(took)}")).as_numpy("EMBEDDING")[0])
-        took.append(time.perf_counter() - asked)
+        query_start = time.perf_counter()
+        queries.append(client.infer("minilm", client.text(f"hello {len(query_seconds)}")).as_numpy("EMBEDDING")[0])
+        query_seconds.append(time.perf_counter() - query_start)
     busy.join(60)
     other.client.close()
-    texts = oracles.ids_of(MINILM, [f"hello {i}" for i in range(len(took))])
-    for found, wanted in ((vectors[0][::8], rows[::8]), (queries[::8], texts[::8])):
-        assert (found * oracles.encoder_vectors(MINILM, wanted, "mean")).sum(axis=1).min() > 0.999
-    assert len(took) > 5
-    assert np.median(took) < ended[0] / 10
+    texts = oracles.ids_of(MINILM, [f"hello {i}" for i in range(len(query_seconds))])
+    for computed_vectors, ids in ((vectors[0][::8], rows[::8]), (queries[::8], texts[::8])):
+        assert (computed_vectors * oracles.encoder_vectors(MINILM, ids, "mean")).sum(axis=1).min() > 0.999
+    assert len(query_seconds) > 5
+    assert np.median(query_seconds) < ended[0] / 10
 
 
-def scrape(triton: Triton) -> list[str]:
-    """The lines of Triton's own /metrics."""
+def metric_lines(triton: Triton) -> list[str]:
+    """Return the lines of Triton's /metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{triton._ports[2]}/metrics") as answer:
         return answer.read().decode().splitlines()
 
 
-def scraped(triton: Triton, name: str, model: str) -> float:
-    """A number of Triton's own /metrics."""
-    lines = scrape(triton)
+def metric_value(triton: Triton, name: str, model: str) -> float:
+    """Return a value from Triton's /metrics."""
+    lines = metric_lines(triton)
     return next(float(line.split()[-1]) for line in lines if line.startswith(f'{name}{{model="{model}"'))
 
 
 def rows_by_source(triton: Triton, model: str) -> Counter[str]:
-    """Rows that got a vector, by where it came from."""
-    lines = scrape(triton)
+    """Count the rows of a model by the source of their vector."""
+    lines = metric_lines(triton)
     start = f'triton_embed_rows_total{{model="{model}",source="'
-    found = (line.removeprefix(start).partition('"} ') for line in lines if line.startswith(start))
-    return Counter({source: int(float(value)) for source, _, value in found})
+    samples = (line.removeprefix(start).partition('"} ') for line in lines if line.startswith(start))
+    return Counter({source: int(float(value)) for source, _, value in samples})
 
 
-def computed(triton: Triton, model: str) -> float:
-    return scraped(triton, "triton_embed_forward_tokens_sum", model)
+def computed_tokens(triton: Triton, model: str) -> float:
+    return metric_value(triton, "triton_embed_forward_tokens_sum", model)
 
 
-def test_tritons_metrics_hold_the_engines_histograms(client: Client, triton: Triton) -> None:
+def test_triton_metrics_include_the_engine_histograms(client: Client, triton: Triton) -> None:
     kinds = ("wait_seconds", "forward_seconds", "forward_tokens")
 
-    def scrape(what: str) -> list[float]:
-        return [scraped(triton, f"triton_embed_{kind}_{what}", "minilm") for kind in kinds]
+    def read_all(suffix: str) -> list[float]:
+        return [metric_value(triton, f"triton_embed_{kind}_{suffix}", "minilm") for kind in kinds]
 
-    counts, sums = scrape("count"), scrape("sum")
-    began = time.perf_counter()
+    counts, sums = read_all("count"), read_all("sum")
+    start_time = time.perf_counter()
     for _ in range(3):
         client.infer("minilm", client.text("a"))
-    took = time.perf_counter() - began
+    query_seconds = time.perf_counter() - start_time
     time.sleep(0.1)
-    assert [after - before for before, after in zip(counts, scrape("count"), strict=True)] == [3, 3, 3]
-    waited, forward, tokens = (after - before for before, after in zip(sums, scrape("sum"), strict=True))
+    assert [after - before for before, after in zip(counts, read_all("count"), strict=True)] == [3, 3, 3]
+    waited, forward, tokens = (after - before for before, after in zip(sums, read_all("sum"), strict=True))
     assert tokens == 9
-    assert 0 < waited < took
-    assert 0 < forward < took
+    assert 0 < waited < query_seconds
+    assert 0 < forward < query_seconds
 
 
-def test_a_family_without_a_checkpoint_says_where_it_looked_and_what_to_do(client: Client) -> None:
+def test_missing_checkpoint_message_has_its_path_and_a_command(client: Client) -> None:
     with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
         client.infer("bge", client.text("a"))
     assert caught.value.status() in ("503", "StatusCode.UNAVAILABLE")
@@ -395,44 +399,44 @@ def test_identical_texts_of_a_request_are_computed_once(
     client: Client, triton: Triton, expected: np.ndarray, bge_tiny: Any
 ) -> None:
     tokenizer, before = AutoTokenizer.from_pretrained(bge_tiny), rows_by_source(triton, "bge_tiny")
-    tokens = computed(triton, "bge_tiny")
+    tokens = computed_tokens(triton, "bge_tiny")
     order = [0, 1, 0, 2, 3, 1, 0, 4]
     answer = client.infer("bge_tiny", client.text(*(TEXTS[i] for i in order)))
     np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected[order], atol=2e-5)
     reused = answer.as_numpy("REUSED")
     assert (reused.dtype, reused[:, 0].tolist()) == (np.int32, [0, 0, 1, 0, 0, 1, 1, 0])
     lengths = [len(tokenizer(text).input_ids) for text in TEXTS]
-    assert answer.as_numpy("TOKENS")[:, 0].tolist() == [lengths[i] for i in order]  # what was embedded is counted
+    assert answer.as_numpy("TOKENS")[:, 0].tolist() == [lengths[i] for i in order]  # tokens are counted for every row
     time.sleep(0.1)
-    assert computed(triton, "bge_tiny") - tokens == sum(lengths)
+    assert computed_tokens(triton, "bge_tiny") - tokens == sum(lengths)
     assert rows_by_source(triton, "bge_tiny") - before == Counter(computed=5, in_flight=3)
 
 
-def test_the_ids_of_a_text_are_the_same_row(client: Client, expected: np.ndarray, bge_tiny: Any) -> None:
-    """And a text with its prompt is what the model reads: not the text alone."""
+def test_rows_are_identified_by_their_ids_with_the_prompt(client: Client, expected: np.ndarray, bge_tiny: Any) -> None:
+    """Identify a text by its ids with the prompt, not by the text alone."""
     prompts = json.dumps([{}, {"instruction": "The cat "}, {}])
     answer = client.infer("bge_tiny", client.text("The cat sat.", "sat.", "sat."), prompts=prompts)
     assert answer.as_numpy("REUSED")[:, 0].tolist() == [0, 1, 0]
     np.testing.assert_allclose(answer.as_numpy("EMBEDDING")[:2], expected[[0, 0]], atol=2e-5)
 
 
-def test_long_texts_share_their_chunks_and_bad_rows_share_nothing(client: Client, bge_tiny: Any) -> None:
+def test_long_texts_share_chunks_and_invalid_rows_share_nothing(client: Client, bge_tiny: Any) -> None:
     letters = [" ".join("abcdefg"[(i * k) % 7] for i in range(150)) for k in (1, 2)]
     answer = client.infer(
         "bge_tiny", client.text(letters[0], "", letters[1], letters[0]), long_text="mean", on_error="report"
     )
     assert answer.as_numpy("REUSED")[:, 0].tolist() == [0, 0, 0, 1]
-    found = answer.as_numpy("EMBEDDING")
-    assert np.array_equal(found[0], found[3])
+    vectors = answer.as_numpy("EMBEDDING")
+    assert np.array_equal(vectors[0], vectors[3])
     chunks = oracles.ids_of(bge_tiny, [letters[0][:149], letters[0][150:]])
     mean = oracles.encoder_vectors(bge_tiny, chunks, "cls").sum(axis=0)
-    np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=2e-5)
+    np.testing.assert_allclose(vectors[0], mean / np.linalg.norm(mean), atol=2e-5)
 
 
 @pytest.fixture(scope="module")
-def remembering(bge_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
-    """`bge_tiny` with room for a few vectors in its cache."""
-    root = tmp_path_factory.mktemp("remembering")
+def caching_server(bge_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """Run a server of `bge_tiny` with a cache that holds a few vectors."""
+    root = tmp_path_factory.mktemp("caching")
     parameters = {"checkpoint": str(bge_tiny), "threads": "1", "dtype": "float32", "cache_bytes": "4000"}
     repository.write_model(REPOSITORY, "bge", root / "models", "bge_tiny", parameters)
     server = Triton(root / "models", root / "log")
@@ -440,9 +444,9 @@ def remembering(bge_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     server.stop()
 
 
-def test_the_cache_answers_what_comes_again(remembering: Triton, expected: np.ndarray) -> None:
-    client = Client(tritonclient.grpc, remembering.grpc)
-    before = rows_by_source(remembering, "bge_tiny")
+def test_cache_answers_repeated_texts(caching_server: Triton, expected: np.ndarray) -> None:
+    client = Client(tritonclient.grpc, caching_server.grpc)
+    before = rows_by_source(caching_server, "bge_tiny")
     for reused in ([0, 0], [2, 2]):
         answer = client.infer("bge_tiny", client.text(*TEXTS[:2]))
         assert answer.as_numpy("REUSED")[:, 0].tolist() == reused
@@ -452,47 +456,47 @@ def test_the_cache_answers_what_comes_again(remembering: Triton, expected: np.nd
     cut = torch.nn.functional.normalize(torch.from_numpy(expected[1:3, :20]), dim=-1).numpy()
     np.testing.assert_allclose(shorter.as_numpy("EMBEDDING"), cut, atol=2e-5)
     time.sleep(0.1)
-    assert rows_by_source(remembering, "bge_tiny") - before == Counter(computed=4, cache=2)
-    assert 0 < scraped(remembering, "triton_embed_cache_bytes", "bge_tiny") <= 4_000
-    for i in range(20):  # more than there is room for
+    assert rows_by_source(caching_server, "bge_tiny") - before == Counter(computed=4, cache=2)
+    assert 0 < metric_value(caching_server, "triton_embed_cache_bytes", "bge_tiny") <= 4_000
+    for i in range(20):  # more than the cache holds
         client.infer("bge_tiny", client.text(f"the {i}"))
     answer = client.infer("bge_tiny", client.text(TEXTS[0], "the 19"))
     assert answer.as_numpy("REUSED")[:, 0].tolist() == [0, 2]
     np.testing.assert_allclose(answer.as_numpy("EMBEDDING")[0], expected[0], atol=2e-5)
     time.sleep(0.1)
-    assert 0 < scraped(remembering, "triton_embed_cache_bytes", "bge_tiny") <= 4_000
+    assert 0 < metric_value(caching_server, "triton_embed_cache_bytes", "bge_tiny") <= 4_000
     client.client.close()
 
 
-def test_an_unloaded_model_takes_its_metrics_with_it(bge_tiny: Path, tmp_path: Path) -> None:
-    """They end while its process can still tell Triton; later is too late, and a crash at its very end."""
+def test_unloading_a_model_removes_its_metrics(bge_tiny: Path, tmp_path: Path) -> None:
+    """Remove them while the model's process can still report to Triton: later, the process would crash as it exits."""
     parameters = {"checkpoint": str(bge_tiny), "threads": "1"}
     repository.write_model(REPOSITORY, "bge", tmp_path / "models", "bge_tiny", parameters)
     server = Triton(tmp_path / "models", tmp_path / "log", "--model-control-mode=explicit", "--load-model=bge_tiny")
 
-    def told() -> bool:
-        return any(line.startswith("triton_embed_") for line in scrape(server))
+    def reported() -> bool:
+        return any(line.startswith("triton_embed_") for line in metric_lines(server))
 
     try:
         client = tritonclient.http.InferenceServerClient(server.http)
-        found = [told()]
+        states = [reported()]
         client.unload_model("bge_tiny")
         deadline = time.monotonic() + 20
-        while told() and time.monotonic() < deadline:
+        while reported() and time.monotonic() < deadline:
             time.sleep(0.1)
-        found.append(told())
+        states.append(reported())
         client.load_model("bge_tiny")
-        found.append(told())
+        states.append(reported())
         client.close()
     finally:
         server.stop()
-    assert found == [True, False, True]
+    assert states == [True, False, True]
 
 
-def test_identical_requests_at_once(triton: Triton, expected: np.ndarray) -> None:
-    """However they meet, everyone gets its vectors, and what is said to be computed was."""
+def test_identical_concurrent_requests_share_compute(triton: Triton, expected: np.ndarray) -> None:
+    """Return the right vectors to each request, and report as computed exactly the rows that were."""
     before = rows_by_source(triton, "bge_tiny")
-    told: list[list[int]] = []
+    sources: list[list[int]] = []
     start = threading.Barrier(16)
 
     def call() -> None:
@@ -500,7 +504,7 @@ def test_identical_requests_at_once(triton: Triton, expected: np.ndarray) -> Non
         start.wait()
         answer = client.infer("bge_tiny", client.text(*TEXTS))
         np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected, atol=2e-5)
-        told.append(answer.as_numpy("REUSED")[:, 0].tolist())
+        sources.append(answer.as_numpy("REUSED")[:, 0].tolist())
         client.client.close()
 
     threads = [threading.Thread(target=call) for _ in range(16)]
@@ -508,15 +512,15 @@ def test_identical_requests_at_once(triton: Triton, expected: np.ndarray) -> Non
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(told) == 16
+    assert len(sources) == 16
     time.sleep(0.1)
-    counts = np.bincount(np.concatenate(told), minlength=3)
+    counts = np.bincount(np.concatenate(sources), minlength=3)
     assert rows_by_source(triton, "bge_tiny") - before == Counter(computed=counts[0], in_flight=counts[1])
     assert counts.tolist() == [counts[0], 80 - counts[0], 0]
 
 
-def test_a_bad_request_among_good_ones_fails_alone(triton: Triton, expected: np.ndarray) -> None:
-    """Sixteen good and sixteen bad requests at once, so that Triton batches them together."""
+def test_invalid_request_in_a_batch_fails_alone(triton: Triton, expected: np.ndarray) -> None:
+    """Send 16 valid and 16 invalid requests at the same time, so that Triton batches them together."""
     outcomes: dict[int, Any] = {}
     start = threading.Barrier(32)
 
@@ -544,15 +548,15 @@ def test_a_bad_request_among_good_ones_fails_alone(triton: Triton, expected: np.
 
 
 def test_refusals_do_not_stall(client: Client) -> None:
-    """A response sent inside execute() stalls for 500 ms one time in a hundred.
+    """Check that responses are not sent inside execute(), where 1 in 100 stalls for 500 ms.
 
-    One in 600 is let pass: on a busy machine the thread that runs execute() may be held up before it is really over.
+    Allow 1 in 600: on a busy machine the thread that runs execute() may be delayed before it returns.
     """
     stalls = 0
     for _ in range(600):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         client.infer("bge_tiny", client.ids([0]), outputs=("INFO",))
-        stalls += time.perf_counter() - began > 0.4
+        stalls += time.perf_counter() - start_time > 0.4
     assert stalls <= 1
 
 
@@ -564,7 +568,7 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is this large and holds next to nothing."""
+    """Return a PNG whose header declares this size and which has almost no data."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -573,15 +577,15 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
-GOOD = png(60, 40)
-NO_FILE = "that cannot be read: it is not a BMP, GIF, JPEG, PNG, TIFF or WEBP file"
+VALID_PNG = png(60, 40)
+NOT_AN_IMAGE = "that cannot be read: it is not a BMP, GIF, JPEG, PNG, TIFF or WEBP file"
 BROKEN = "that cannot be read: the file is truncated or broken"
-BAD_IMAGES: dict[str, tuple[bytes, str]] = {
-    "truncated": (GOOD[: len(GOOD) // 2], BROKEN),
-    "header alone": (GOOD[:33], NO_FILE),
-    "text renamed .png": (b"this is a picture of a cat\n", NO_FILE),
-    "zeros": (bytes(64), NO_FILE),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', NO_FILE),
+INVALID_IMAGES: dict[str, tuple[bytes, str]] = {
+    "truncated": (VALID_PNG[: len(VALID_PNG) // 2], BROKEN),
+    "header alone": (VALID_PNG[:33], NOT_AN_IMAGE),
+    "text renamed .png": (b"this is an image of a cat\n", NOT_AN_IMAGE),
+    "zeros": (bytes(64), NOT_AN_IMAGE),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', NOT_AN_IMAGE),
     "1x1": (png(1, 1), "of 1x1 pixels; each side must have at least 2"),
     "1x5000": (png(1, 5000), "of 1x5000 pixels; each side must have at least 2"),
     "2x5000": (png(2, 5000), "of 2x5000 pixels; one side may be at most 200 times the other"),
@@ -592,150 +596,169 @@ BAD_IMAGES: dict[str, tuple[bytes, str]] = {
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("pictured") / "clip")
+    return write_clip(tmp_path_factory.mktemp("images") / "clip")
 
 
 @pytest.fixture(scope="module")
-def pictured(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
-    """`clip` and `gme_qwen2_vl` with tiny checkpoints."""
-    root = tmp_path_factory.mktemp("pictured_models")
+def image_server(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """Run a server of `clip` and `gme_qwen2_vl` with tiny checkpoints."""
+    root = tmp_path_factory.mktemp("image_models")
     gme = write_qwen2_vl(root / "gme")
     limits = {"min_image_tokens": "4", "max_image_tokens": "16"}
     for family, checkpoint, parameters in (("clip", tiny_clip, {}), ("gme_qwen2_vl", gme, limits)):
-        stated = {"checkpoint": str(checkpoint), "threads": "1", **parameters}
-        repository.write_model(REPOSITORY, family, root / "models", family, stated)
+        config = {"checkpoint": str(checkpoint), "threads": "1", **parameters}
+        repository.write_model(REPOSITORY, family, root / "models", family, config)
     server = Triton(root / "models", root / "log")
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="module", params=list(PROTOCOLS))
-def camera(request: pytest.FixtureRequest, pictured: Triton) -> Iterator[Client]:
-    made = Client(PROTOCOLS[request.param], getattr(pictured, request.param))
-    yield made
-    made.client.close()
+def image_client(request: pytest.FixtureRequest, image_server: Triton) -> Iterator[Client]:
+    client = Client(PROTOCOLS[request.param], getattr(image_server, request.param))
+    yield client
+    client.client.close()
 
 
-def refused(camera: Client, model: str, *inputs: Any, outputs: tuple[str, ...] = (), **parameters: Any) -> str:
-    """What the server says to bad input."""
+def error_message(
+    image_client: Client, model: str, *inputs: Any, outputs: tuple[str, ...] = (), **parameters: Any
+) -> str:
+    """Return the error message for invalid input."""
     with pytest.raises(tritonclient.utils.InferenceServerException) as caught:
-        camera.infer(model, *inputs, outputs=outputs, **parameters)
+        image_client.infer(model, *inputs, outputs=outputs, **parameters)
     assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
     message: str = caught.value.message()
     assert "Traceback" not in message
     return message
 
 
-@pytest.mark.parametrize("kind", BAD_IMAGES)
+@pytest.mark.parametrize("kind", INVALID_IMAGES)
 @pytest.mark.parametrize("model", ["clip", "gme_qwen2_vl"])
-def test_a_bad_image_is_refused_by_its_index(camera: Client, model: str, kind: str) -> None:
-    data, words = BAD_IMAGES[kind]
-    assert refused(camera, model, camera.images([GOOD], [data])) == f"Input at index 1 has an image {words}"
-    texts = camera.text("", "", "a cat")
-    assert refused(camera, model, texts, camera.images([data], [GOOD], [])).startswith("Input at index 0 has an image")
+def test_invalid_image_is_refused_with_its_index(image_client: Client, model: str, kind: str) -> None:
+    data, words = INVALID_IMAGES[kind]
+    assert (
+        error_message(image_client, model, image_client.images([VALID_PNG], [data]))
+        == f"Input at index 1 has an image {words}"
+    )
+    texts = image_client.text("", "", "a cat")
+    assert error_message(image_client, model, texts, image_client.images([data], [VALID_PNG], [])).startswith(
+        "Input at index 0 has an image"
+    )
 
 
-def test_an_empty_image_is_none(camera: Client) -> None:
+def test_empty_image_counts_as_absent(image_client: Client) -> None:
     for model in ("clip", "gme_qwen2_vl"):
-        plain = camera.infer(model, camera.text("a cat")).as_numpy("EMBEDDING")
-        beside = camera.infer(model, camera.text("a cat"), camera.images([b"", b""])).as_numpy("EMBEDDING")
-        np.testing.assert_allclose(beside, plain, atol=2e-6)
-        nothing = "Input at index 1 cannot be empty or whitespace only"
-        assert refused(camera, model, camera.text("a cat", " \n"), camera.images([], [b"", b""])) == nothing
-        assert refused(camera, model, camera.images([GOOD], [])) == nothing
+        plain = image_client.infer(model, image_client.text("a cat")).as_numpy("EMBEDDING")
+        with_empty = image_client.infer(model, image_client.text("a cat"), image_client.images([b"", b""])).as_numpy(
+            "EMBEDDING"
+        )
+        np.testing.assert_allclose(with_empty, plain, atol=2e-6)
+        empty = "Input at index 1 cannot be empty or whitespace only"
+        assert (
+            error_message(image_client, model, image_client.text("a cat", " \n"), image_client.images([], [b"", b""]))
+            == empty
+        )
+        assert error_message(image_client, model, image_client.images([VALID_PNG], [])) == empty
 
 
-BAD_ROWS: list[tuple[str, str, Callable[[Client], list[Any]], str]] = [
+INVALID_ROWS: list[tuple[str, str, Callable[[Client], list[Any]], str]] = [
     (
         "both in one row",
         "clip",
-        lambda c: [c.text("", "a cat"), c.images([GOOD], [GOOD])],
+        lambda c: [c.text("", "a cat"), c.images([VALID_PNG], [VALID_PNG])],
         "Model 'clip' embeds a text or an image, not both together (input at index 1)",
     ),
     (
         "two images in one row",
         "clip",
-        lambda c: [c.images([GOOD], [GOOD, GOOD])],
+        lambda c: [c.images([VALID_PNG], [VALID_PNG, VALID_PNG])],
         "Model 'clip' embeds one image at a time (input at index 1)",
     ),
     (
         "typed image token",
         "gme_qwen2_vl",
-        lambda c: [c.text("a", "<|image_pad|>"), c.images([], [GOOD])],
+        lambda c: [c.text("a", "<|image_pad|>"), c.images([], [VALID_PNG])],
         "Input at index 1 has <|image_pad|> in its text, which is reserved for images",
     ),
-    ("image and ids", "clip", lambda c: [c.images([GOOD]), c.ids([1])], "Send either INPUT_IDS or TEXT and IMAGE"),
-    ("invalid UTF-8", "clip", lambda c: [c.text(b"\xff"), c.images([GOOD])], "Input at index 0 is not valid UTF-8"),
+    ("image and ids", "clip", lambda c: [c.images([VALID_PNG]), c.ids([1])], "Send either INPUT_IDS or TEXT and IMAGE"),
+    (
+        "invalid UTF-8",
+        "clip",
+        lambda c: [c.text(b"\xff"), c.images([VALID_PNG])],
+        "Input at index 0 is not valid UTF-8",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("model", "build", "message"), [r[1:] for r in BAD_ROWS], ids=[r[0] for r in BAD_ROWS])
-def test_a_row_that_a_model_cannot_take(
-    camera: Client, model: str, build: Callable[[Client], list[Any]], message: str
+@pytest.mark.parametrize(("model", "build", "message"), [r[1:] for r in INVALID_ROWS], ids=[r[0] for r in INVALID_ROWS])
+def test_row_that_a_model_does_not_support_is_refused(
+    image_client: Client, model: str, build: Callable[[Client], list[Any]], message: str
 ) -> None:
-    assert refused(camera, model, *build(camera)) == message
+    assert error_message(image_client, model, *build(image_client)) == message
 
 
 def _image_of(client: Client, kind: str, dtype: type) -> Any:
-    found = client.module.InferInput("IMAGE", [1, 1], kind)
-    found.set_data_from_numpy(np.zeros((1, 1), dtype=dtype))
-    return found
+    tensor = client.module.InferInput("IMAGE", [1, 1], kind)
+    tensor.set_data_from_numpy(np.zeros((1, 1), dtype=dtype))
+    return tensor
 
 
-def test_tensors_that_are_not_those_of_the_contract(camera: Client) -> None:
-    """Triton itself looks at types and numbers of rows."""
-    wrong_type = _image_of(camera, "UINT8", np.uint8)
-    assert "data-type is 'UINT8'" in refused(camera, "clip", wrong_type)
-    wrong_type = _image_of(camera, "INT64", np.int64)
-    assert "data-type is 'INT64'" in refused(camera, "gme_qwen2_vl", camera.text("a"), wrong_type)
-    for texts, images in ((("a", "b"), ([GOOD],)), (("a",), ([GOOD], [GOOD]))):
-        message = refused(camera, "gme_qwen2_vl", camera.text(*texts), camera.images(*images))
+def test_tensors_outside_the_contract_are_refused(image_client: Client) -> None:
+    """Check that Triton itself refuses wrong types and numbers of rows."""
+    wrong_type = _image_of(image_client, "UINT8", np.uint8)
+    assert "data-type is 'UINT8'" in error_message(image_client, "clip", wrong_type)
+    wrong_type = _image_of(image_client, "INT64", np.int64)
+    assert "data-type is 'INT64'" in error_message(image_client, "gme_qwen2_vl", image_client.text("a"), wrong_type)
+    for texts, images in ((("a", "b"), ([VALID_PNG],)), (("a",), ([VALID_PNG], [VALID_PNG]))):
+        message = error_message(image_client, "gme_qwen2_vl", image_client.text(*texts), image_client.images(*images))
         assert "batch size" in message
 
 
-def test_an_image_for_a_model_that_reads_none(client: Client) -> None:
-    message = refused(client, "minilm", client.text("a"), client.images([GOOD]))
+def test_image_for_a_text_model_is_refused(client: Client) -> None:
+    message = error_message(client, "minilm", client.text("a"), client.images([VALID_PNG]))
     assert "unexpected inference input 'IMAGE'" in message
 
 
-def test_models_say_what_they_read(camera: Client) -> None:
-    stated = {}
+def test_info_lists_the_modalities(image_client: Client) -> None:
+    modalities = {}
     for model in ("clip", "gme_qwen2_vl"):
-        info = camera.infer(model, camera.images([b""]), outputs=("INFO",)).as_numpy("INFO")
-        stated[model] = json.loads(info[0, 0])["modalities"]
-    assert stated == {"clip": ["text", "image"], "gme_qwen2_vl": ["text", "image", "text+image"]}
+        info = image_client.infer(model, image_client.images([b""]), outputs=("INFO",)).as_numpy("INFO")
+        modalities[model] = json.loads(info[0, 0])["modalities"]
+    assert modalities == {"clip": ["text", "image"], "gme_qwen2_vl": ["text", "image", "text+image"]}
 
 
-def test_texts_and_pictures_of_one_request_come_back_in_order(camera: Client, tiny_clip: Path) -> None:
-    files = [GOOD, png(33, 90, seed=1)]
-    answer = camera.infer("clip", camera.text("", "a cat", "", "hello"), camera.images(files[:1], [], files[1:], []))
+def test_texts_and_images_of_one_request_keep_their_order(image_client: Client, tiny_clip: Path) -> None:
+    files = [VALID_PNG, png(33, 90, seed=1)]
+    answer = image_client.infer(
+        "clip", image_client.text("", "a cat", "", "hello"), image_client.images(files[:1], [], files[1:], [])
+    )
     ids = oracles.ids_of(tiny_clip, ["a cat", "hello"])
     texts = oracles.clip_text_vectors(tiny_clip, ids)
     images = oracles.clip_image_vectors(tiny_clip, [Image.open(io.BytesIO(file)) for file in files])
-    wanted = [images[0], texts[0], images[1], texts[1]]
-    np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), wanted, atol=2e-5)
+    expected_vectors = [images[0], texts[0], images[1], texts[1]]
+    np.testing.assert_allclose(answer.as_numpy("EMBEDDING"), expected_vectors, atol=2e-5)
     patches = oracles.clip_image_tokens(tiny_clip)
     assert answer.as_numpy("TOKENS")[:, 0].tolist() == [patches, len(ids[0]), patches, len(ids[1])]
     assert answer.as_numpy("DROPPED").tolist() == [[0]] * 4
 
 
-def test_a_bad_image_among_good_requests_fails_alone(pictured: Triton, tiny_clip: Path) -> None:
-    """Twelve good and twelve bad requests at once, so that Triton batches them together."""
+def test_invalid_image_in_a_batch_fails_alone(image_server: Triton, tiny_clip: Path) -> None:
+    """Send 12 valid and 12 invalid requests at the same time, so that Triton batches them together."""
     files = [png(30 + 7 * i, 60 - 3 * i, seed=i) for i in range(12)]
     texts = [f"a photo of {i} cats" for i in range(12)]
-    wanted = np.stack(
+    expected_vectors = np.stack(
         [
             oracles.clip_text_vectors(tiny_clip, oracles.ids_of(tiny_clip, texts)),
             oracles.clip_image_vectors(tiny_clip, [Image.open(io.BytesIO(file)) for file in files]),
         ],
         axis=1,
     )
-    bad = list(BAD_IMAGES.values())
+    bad = list(INVALID_IMAGES.values())
     outcomes: dict[int, Any] = {}
     start = threading.Barrier(24)
 
     def call(i: int) -> None:
-        client = Client(tritonclient.grpc, pictured.grpc)
+        client = Client(tritonclient.grpc, image_server.grpc)
         inputs = (
             client.text(texts[i // 2], ""),
             client.images([], [files[i // 2] if i % 2 else bad[i // 2 % len(bad)][0]]),
@@ -755,6 +778,6 @@ def test_a_bad_image_among_good_requests_fails_alone(pictured: Triton, tiny_clip
     assert len(outcomes) == 24
     for i, outcome in outcomes.items():
         if i % 2:
-            np.testing.assert_allclose(outcome, wanted[i // 2], atol=2e-5)
+            np.testing.assert_allclose(outcome, expected_vectors[i // 2], atol=2e-5)
         else:
             assert outcome.message() == f"Input at index 1 has an image {bad[i // 2 % len(bad)][1]}"

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 ON_GPU = 16_384
 # On a CPU a pass is just large enough to be fast, because the next request waits for it (measured on 2 cores: MiniLM
-# embeds 5 to 10 % more tokens per second in passes of 4,096 tokens than of 1,024, and 20 % more requests of 32 texts,
-# which then fit one call; bge-large gains 4 % and Qwen3-0.6B nothing, in passes of 4 and 6 seconds).
+# embeds 5 to 10 % more tokens per second in passes of 4,096 tokens than of 1,024, and about 20 % more requests of
+# 32 texts, which then fit one call; bge-large gains 4 % and Qwen3-0.6B nothing, in passes of 4 and 6 seconds).
 ON_CPU, ON_CPU_SMALL_NETWORK = 1_024, 4_096
 SMALL_NETWORK_WEIGHTS = 2**25  # most weights in linear layers of a small network
-# While small jobs arrive, passes over large jobs are this fraction of a whole pass (measured with MiniLM on 2 cores,
+# While small jobs arrive, passes over large jobs are this fraction of a full pass (measured with MiniLM on 2 cores,
 # one query after another under bulk requests: the p99 of queries falls from 40 to 13 ms, and bulk is as fast, because
 # threads that wait for each other also wait for everything else that runs).
 SHARED_FRACTION = 1 / 2
@@ -23,25 +23,26 @@ class Budget:
     """Limits in tokens.
 
     Attributes:
-        whole: A forward pass.
-        shared: A pass over large jobs while small jobs arrive.
-        small: A small job.
+        pass_tokens: A forward pass.
+        shared_pass_tokens: A pass over large jobs while small jobs arrive.
+        small_job_tokens: A small job.
     """
 
-    whole: int
-    shared: int
-    small: int
+    pass_tokens: int
+    shared_pass_tokens: int
+    small_job_tokens: int
 
     @classmethod
-    def of(cls, device: str, weights: int, whole: int = 0) -> "Budget":
+    def of(cls, device: str, weights: int, pass_tokens: int = 0) -> "Budget":
         """Return the budget of a network with this many weights in linear layers.
 
         Args:
-            whole: Tokens of a pass; 0: chosen for the device and the network.
+            pass_tokens: The operator's limit; 0: chosen for the device and the network.
         """
         on_cpu = device == "cpu"
-        if not whole:
-            on_this_cpu = ON_CPU_SMALL_NETWORK if weights <= SMALL_NETWORK_WEIGHTS else ON_CPU
-            whole = on_this_cpu if on_cpu else ON_GPU
-        base = min(whole, ON_CPU) if on_cpu else whole  # larger passes do not change the limits of small jobs
-        return cls(whole, int(base * SHARED_FRACTION), int(base * SMALL_FRACTION))
+        if not pass_tokens:
+            cpu_tokens = ON_CPU_SMALL_NETWORK if weights <= SMALL_NETWORK_WEIGHTS else ON_CPU
+            pass_tokens = cpu_tokens if on_cpu else ON_GPU
+        # Larger passes do not change the limits of small jobs.
+        base = min(pass_tokens, ON_CPU) if on_cpu else pass_tokens
+        return cls(pass_tokens, int(base * SHARED_FRACTION), int(base * SMALL_FRACTION))

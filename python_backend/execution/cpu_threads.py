@@ -45,14 +45,14 @@ class Threads:
             count = 1
         else:
             count = max(1, self._max_threads - 1) if spare_core else self._max_threads
-        _use(count)
+        _set_thread_count(count)
         before = _preemptions()
         try:
             yield
         finally:
             if small and count > 1:
                 self._record(_preemptions() - before)
-            _use(previous)  # this pass may be nested in another, which continues
+            _set_thread_count(previous)  # this pass may be nested in another, which continues
 
     def _record(self, preemptions: int) -> None:
         self._preemptions = (self._preemptions + preemptions) / 2
@@ -60,7 +60,7 @@ class Threads:
             self._preemptions, self._shared_until = 0.0, time.monotonic() + SHARED_SECONDS
 
 
-def _use(count: int) -> None:
+def _set_thread_count(count: int) -> None:
     if count != torch.get_num_threads():
         torch.set_num_threads(count)
 

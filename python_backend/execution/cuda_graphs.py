@@ -90,7 +90,7 @@ class CudaGraphs:
 
     def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
         size = size_of(sum(len(row.ids) for row in rows), len(rows))
-        if size is None or any(row.pictures for row in rows):
+        if size is None or any(row.images for row in rows):
             return self._fallback(rows)
         layout = self._network.lay_out(rows)
         return self._recordings[size].replay(layout.padded(*size), layout.lengths)

@@ -185,7 +185,7 @@ class Embedder:
         draw = np.random.default_rng(0)
         longest = min(self.model.max_tokens, 64)
         ids = [draw.integers(self.model.vocab_size, size=n, dtype=np.int32) for n in {1, min(7, longest), longest}]
-        alike = Row(max(ids, key=len), shared=longest // 2)
+        alike = Row(max(ids, key=len), shared_prefix_tokens=longest // 2)
         batches = [[*map(Row, ids), alike, alike], self._network.sample_pictures()]
         dims = self.model.dimensions
         return [(rows, [max(1, dims // 2), *[dims] * (len(rows) - 1)]) for rows in batches if rows]

@@ -55,14 +55,15 @@ class PrefixCache:
     def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
         sharing: dict[bytes, list[int]] = {}
         for i, row in enumerate(rows):
-            if 0 < row.shared < len(row.ids):
-                sharing.setdefault(row.ids[: min(row.shared, MAX_PREFIX_TOKENS)].tobytes(), []).append(i)
+            if 0 < row.shared_prefix_tokens < len(row.ids):
+                sharing.setdefault(row.ids[: min(row.shared_prefix_tokens, MAX_PREFIX_TOKENS)].tobytes(), []).append(i)
         # Prefixes that occurred before, in an earlier batch or in this one.
         recurring = {key: members for key, members in sharing.items() if self._occurred(key) or len(members) > 1}
         if not recurring:
             return self._network(rows)
         saved = {
-            key: len(members) * min(rows[members[0]].shared, MAX_PREFIX_TOKENS) for key, members in recurring.items()
+            key: len(members) * min(rows[members[0]].shared_prefix_tokens, MAX_PREFIX_TOKENS)
+            for key, members in recurring.items()
         }
         key = max(saved, key=lambda key: saved[key])
         if saved[key] < MIN_SAVED_SHARE * sum(len(row.ids) for row in rows):

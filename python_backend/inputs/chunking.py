@@ -17,13 +17,13 @@ from triton_embed.python_backend.inputs.row import Ids, Row
 Chunk = tuple[Row, int]  # (row, weight in tokens)
 
 
-def split_text(reader: TextProcessor, text: str, template: Template, index: int) -> Iterator[Chunk]:
+def split_text(processor: TextProcessor, text: str, template: Template, index: int) -> Iterator[Chunk]:
     """Yield the chunks of a text, each as long as the model allows. Chunks of white space alone are left out.
 
     Raises:
         BadRequest: if the template alone is as long as the model allows.
     """
-    tokenizer = reader.tokenizer
+    tokenizer = processor.tokenizer
     pieces = tokenizer.split_at_tokens(text)
     max_chunk = tokenizer.max_tokens - len(tokenizer.encode([template(Item())])[0])
     start = 0
@@ -41,16 +41,16 @@ def split_text(reader: TextProcessor, text: str, template: Template, index: int)
             raise _no_room(index)
         start += count
         if chunk.strip():
-            row = reader.mark_shared_prefix(reader.build_row(ids, (), template, "none", index), template)
+            row = processor.mark_shared_prefix(processor.build_row(ids, (), template, "none", index), template)
             yield row, max(1, tokenizer.count_tokens(chunk))
 
 
-def split_ids(reader: TextProcessor, ids: Ids, index: int) -> Iterator[Chunk]:
+def split_ids(processor: TextProcessor, ids: Ids, index: int) -> Iterator[Chunk]:
     """Yield the chunks of a caller's token ids. Each keeps the ids at the ends that pooling needs."""
-    ids = reader.check_token_ids(ids, index)
-    before, after = reader.tokenizer.pooled_ends
-    max_chunk = reader.tokenizer.max_tokens - before - after
-    if len(ids) <= reader.tokenizer.max_tokens:
+    ids = processor.check_token_ids(ids, index)
+    before, after = processor.tokenizer.pooled_ends
+    max_chunk = processor.tokenizer.max_tokens - before - after
+    if len(ids) <= processor.tokenizer.max_tokens:
         yield Row(ids), 1
         return
     if max_chunk < 1:
@@ -78,4 +78,7 @@ def first_chunks(counts: Sequence[int]) -> npt.NDArray[np.int64]:
 
 
 def _no_room(index: int) -> BadRequest:
-    return BadRequest(f"Input at index {index} is too long, and its instruction leaves no room for a part of it")
+    return BadRequest(
+        f"Input at index {index} is too long, and its instruction leaves no room for a chunk of it: "
+        "shorten the instruction"
+    )

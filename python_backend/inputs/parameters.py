@@ -46,7 +46,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
         return parameters
     for key, value in parameters.items():
         if key not in PARAMETERS:
-            raise BadRequest(f"Unknown parameter '{key}'; known are {', '.join(PARAMETERS)}")
+            raise BadRequest(f"Unknown parameter '{key}'; supported: {', '.join(PARAMETERS)}")
         if type(value) is not PARAMETERS[key]:
             kind = "a whole number" if PARAMETERS[key] is int else "a string"
             raise BadRequest(f"Parameter '{key}' must be {kind}, got {value!r}")
@@ -92,7 +92,7 @@ def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
     except (ValueError, RecursionError):
         raise BadRequest("prompts is not valid JSON") from None
     if not isinstance(entries, list) or len(entries) != rows:
-        count = f"{len(entries)} entries" if isinstance(entries, list) else "no list"
+        count = f"{len(entries)} entries" if isinstance(entries, list) else "a value that is not a list"
         raise BadRequest(f"prompts must be a list with an entry for each of the {rows} rows, got {count}")
     prompts = [{} if prompt is None else prompt for prompt in entries]
     for i, prompt in enumerate(prompts):

@@ -156,7 +156,7 @@ class TextProcessor:
             return row
         prefix = self._stable_prefix(template.prefix)
         is_shared = 0 < len(prefix) < len(row.ids) and np.array_equal(row.ids[: len(prefix)], prefix)
-        return replace(row, shared=len(prefix)) if is_shared else row
+        return replace(row, shared_prefix_tokens=len(prefix)) if is_shared else row
 
     def _plain_template(self) -> Template:
         return Template()

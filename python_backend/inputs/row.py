@@ -18,14 +18,14 @@ class Row:
     Attributes:
         vision_tokens: Tokens of the vision tower, over all images.
         dropped: Tokens removed by truncation.
-        shared: How many leading ids belong to an instruction, so that other rows probably begin with them too.
+        shared_prefix_tokens: Leading ids that belong to an instruction, so that other rows probably begin with them.
     """
 
     ids: Ids
-    pictures: tuple[Pixels, ...] = ()
+    images: tuple[Pixels, ...] = ()
     vision_tokens: int = 0
     dropped: int = 0
-    shared: int = 0
+    shared_prefix_tokens: int = 0
 
     @property
     def tokens(self) -> int:

@@ -26,8 +26,8 @@ class RequestRows:
     `rows` are to be computed: one for each valid input or, with long_text "mean", for each of its chunks.
     """
 
-    def __init__(self, reader: TextProcessor, parameters: Mapping[str, Any], count: int) -> None:
-        self._reader = reader
+    def __init__(self, processor: TextProcessor, parameters: Mapping[str, Any], count: int) -> None:
+        self._processor = processor
         self._truncate: str = parameters.get("truncate", "end")
         self._mean = parameters.get("long_text") == "mean"
         self._report = parameters.get("on_error") == "report"
@@ -158,17 +158,17 @@ class ItemRows(RequestRows):
 
     def __init__(
         self,
-        reader: TextProcessor,
+        processor: TextProcessor,
         parameters: Mapping[str, Any],
         text: npt.NDArray[np.object_] | None,
         image: npt.NDArray[np.object_] | None,
     ) -> None:
-        super().__init__(reader, parameters, count_rows(text, image))
+        super().__init__(processor, parameters, count_rows(text, image))
         self._items = [Item()] * self._count
         for i in range(self._count):
             try:
                 item = read_item(text, image, i)
-                reader.check(item, i)
+                processor.check(item, i)
             except BadRequest as error:
                 self._add_error(i, error)
             else:
@@ -177,17 +177,17 @@ class ItemRows(RequestRows):
             self._templates = [Template()] * self._count
             for i, prompt in enumerate(parse_prompts(parameters["prompts"], self._count)):
                 try:
-                    self._templates[i] = reader.template(prompt)
+                    self._templates[i] = processor.template(prompt)
                 except BadRequest as error:
                     self._add_error(i, BadRequest(f"{error} (input at index {i})"))
         else:
-            self._templates = [reader.template(parameters)] * self._count
-        self._encoded = [i for i in self._valid() if reader.has_ids(self._items[i])]
+            self._templates = [processor.template(parameters)] * self._count
+        self._encoded = [i for i in self._valid() if processor.has_ids(self._items[i])]
         self._pixels: list[list[Future[Pixels]]] = []
 
     def decode_images(self, pool: Executor) -> None:
         """Start decoding the images; `make_rows` waits for them."""
-        decode = self._reader.decode_image
+        decode = self._processor.decode_image
         self._pixels = [
             [] if i in self.row_errors else [pool.submit(decode, image, i) for image in item.images]
             for i, item in enumerate(self._items)
@@ -206,15 +206,15 @@ class ItemRows(RequestRows):
     def _fit(self, index: int, truncate: str) -> Row:
         template = self._templates[index]
         images = tuple(future.result() for future in self._pixels[index])
-        return self._reader.mark_shared_prefix(
-            self._reader.build_row(self._ids[index], images, template, truncate, index), template
+        return self._processor.mark_shared_prefix(
+            self._processor.build_row(self._ids[index], images, template, truncate, index), template
         )
 
     def _split(self, index: int, max_tokens: int) -> Sequence[Chunk]:
         item = self._items[index]
-        if item.images or len(self._ids[index]) <= self._reader.tokenizer.max_tokens:
+        if item.images or len(self._ids[index]) <= self._processor.tokenizer.max_tokens:
             return [(self._fit(index, "none"), 1)]
-        return _up_to(max_tokens, split_text(self._reader, item.text, self._templates[index], index))
+        return _up_to(max_tokens, split_text(self._processor, item.text, self._templates[index], index))
 
     def _all_ids(self, index: int) -> Ids:
         if self._items[index].images:
@@ -225,8 +225,8 @@ class ItemRows(RequestRows):
 class IdRows(RequestRows):
     """Rows of INPUT_IDS."""
 
-    def __init__(self, reader: TextProcessor, parameters: Mapping[str, Any], ids: npt.NDArray[np.int32]) -> None:
-        super().__init__(reader, parameters, len(ids))
+    def __init__(self, processor: TextProcessor, parameters: Mapping[str, Any], ids: npt.NDArray[np.int32]) -> None:
+        super().__init__(processor, parameters, len(ids))
         if not parameters.keys().isdisjoint(PROMPTS):
             raise BadRequest("instruction, prompt_name and prompts need TEXT: token ids are used as they are")
         for i, row in enumerate(ids):
@@ -236,13 +236,13 @@ class IdRows(RequestRows):
                 self._add_error(i, error)
 
     def _row(self, index: int) -> Row:
-        return self._reader.row_from_ids(self._ids[index], self._truncate, index)
+        return self._processor.row_from_ids(self._ids[index], self._truncate, index)
 
     def _split(self, index: int, max_tokens: int) -> Sequence[Chunk]:
-        return _up_to(max_tokens, split_ids(self._reader, self._ids[index], index))
+        return _up_to(max_tokens, split_ids(self._processor, self._ids[index], index))
 
     def _all_ids(self, index: int) -> Ids:
-        return self._reader.check_token_ids(self._ids[index], index)
+        return self._processor.check_token_ids(self._ids[index], index)
 
 
 def _check_total(tokens: int, limit: int) -> None:

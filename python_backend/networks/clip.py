@@ -48,14 +48,14 @@ class Clip(nn.Module):
         self.visual_projection = Projection(shape.vision.hidden_size, shape.hidden_size, bias=False)
 
     def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
-        texts = [i for i, row in enumerate(rows) if not row.pictures]
-        pictured = [i for i, row in enumerate(rows) if row.pictures]
+        texts = [i for i, row in enumerate(rows) if not row.images]
+        pictured = [i for i, row in enumerate(rows) if row.images]
         y = torch.empty(len(rows), self.text_projection.weight.shape[0], device=self._device)
         if texts:
             batch = self.lay_out([rows[i] for i in texts]).to(self._device)
             y[texts] = self.compute(batch)[: len(texts)]
         if pictured:
-            patches = torch.cat([self._patches(rows[i].pictures[0]) for i in pictured])
+            patches = torch.cat([self._patches(rows[i].images[0]) for i in pictured])
             y[pictured] = self.visual_projection(self.vision_model(patches, len(pictured)).float())
         return y, one_each(len(rows), self._device)
 

@@ -41,7 +41,7 @@ class Qwen2VL(nn.Module):
     def forward(self, rows: Sequence[Row], prefix: Prefix | None = None) -> tuple[Tensor, Packed]:
         batch = self.lay_out(rows, prefix).to(self._device)
         x = self.language_model.embed_tokens(batch.ids)
-        if pictures := [picture for row in rows for picture in row.pictures]:
+        if pictures := [picture for row in rows for picture in row.images]:
             x[batch.ids == self._shape.image_token] = self.visual(pictures).to(x.dtype)
         return self.language_model.decode(batch, x, prefix), batch.states
 
@@ -70,12 +70,12 @@ class Qwen2VL(nn.Module):
         """
         count = len(row.ids)
         places = np.flatnonzero(row.ids == self._shape.image_token)
-        if self._rule == "sequential" or not row.pictures:
+        if self._rule == "sequential" or not row.images:
             return np.tile(np.arange(count), (3, 1))
         side = self._shape.patch_size * self._shape.merge
         found = np.empty((3, count), dtype=np.int64)
         token, position = 0, 0
-        for picture in row.pictures:
+        for picture in row.images:
             high, wide = picture.shape[0] // side, picture.shape[1] // side
             start = int(places[places >= token][0])
             found[:, token:start] = np.arange(position, position + start - token)

@@ -88,10 +88,10 @@ class DedupCache:
             if not pending.jobs and not pending.started:
                 del self._pending[pending.key]
 
-    def complete(self, rows: Sequence[PendingRow], vectors: Iterable[Vector]) -> list[Job]:
+    def complete(self, pending_rows: Sequence[PendingRow], vectors: Iterable[Vector]) -> list[Job]:
         """Give the vectors to every job that needs them. Return the jobs that are complete."""
         complete = []
-        for pending, vector in zip(rows, vectors, strict=True):
+        for pending, vector in zip(pending_rows, vectors, strict=True):
             del self._pending[pending.key]
             if self._cache:
                 self._cache.put(pending.key, vector)
@@ -101,11 +101,11 @@ class DedupCache:
                     complete.append(job)
         return complete
 
-    def fail(self, rows: Sequence[PendingRow]) -> set[Job]:
+    def fail(self, pending_rows: Sequence[PendingRow]) -> set[Job]:
         """Drop rows whose computation failed. Return the jobs that needed them."""
-        for pending in rows:
+        for pending in pending_rows:
             del self._pending[pending.key]
-        return {job for pending in rows for job in pending.jobs}
+        return {job for pending in pending_rows for job in pending.jobs}
 
 
 def entry_bytes(key: Key, vector: Vector) -> int:

@@ -76,7 +76,7 @@ class Job:
     @property
     def started(self) -> bool:
         """Whether a forward pass includes any of its rows."""
-        return any(row.started for row in self.pending)
+        return any(pending.started for pending in self.pending)
 
     def fill(self, indices: Sequence[int], vector: npt.NDArray[np.float32]) -> None:
         """Set the vector of these rows, which are identical."""
@@ -120,9 +120,9 @@ def identity(row: Row, dims: int) -> Key:
     Images are hashed with SHA-256, for which callers cannot construct collisions.
     """
     images = b""
-    if row.pictures:
+    if row.images:
         digest = hashlib.sha256()
-        for pixels in row.pictures:
+        for pixels in row.images:
             digest.update(repr(pixels.shape).encode())
             digest.update(pixels.tobytes())
         images = digest.digest()

@@ -36,14 +36,14 @@ class EngineMetrics:
         self._cache = create("cache_bytes", "Bytes of cached vectors", family.GAUGE).Metric(labels={"model": model})
         self._cache_bytes = 0
 
-    def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
+    def record_pass(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
         """Record one forward pass, and how long each request that started with it had waited."""
         for wait in waits:
             self._waits.observe(wait)
         self._seconds.observe(seconds)
         self._tokens.observe(tokens)
 
-    def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
+    def record_rows(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
         """Record rows by the source of their vector, and the size of the cache."""
         for metric, rows in zip(self._rows, (computed, in_flight, cached), strict=True):
             if rows:

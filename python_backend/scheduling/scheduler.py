@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 ADMITTED_BUDGETS = 8  # per lane, in forward passes
 # Jobs below this size cost as much I/O as compute, so a pass over several of them leaves a core to I/O (measured with
-# MiniLM on 2 cores: 128 callers of 12 tokens each are served 17 % faster, but 32 callers of 100 tokens 20 % slower).
+# MiniLM on 2 cores: 128 callers of 12 tokens each are served about 17 % faster, but 32 callers of 100 tokens about 20 %
+# slower).
 LIGHT_JOB_TOKENS = 32
 # How long after the last small job another one is expected. Meanwhile passes over large jobs are smaller and leave a
 # core to I/O.
@@ -51,10 +52,10 @@ class Compute(Protocol):
 class MetricsSink(Protocol):
     """Receives measurements on the sender thread."""
 
-    def passed(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
+    def record_pass(self, waits: Sequence[float], seconds: float, tokens: int) -> None:
         """Record one forward pass: its own seconds, and how long each job that started with it had waited."""
 
-    def answered(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
+    def record_rows(self, computed: int, in_flight: int, cached: int, cache_bytes: int) -> None:
         """Record rows by the source of their vector, and the size of the cache."""
 
 
@@ -105,7 +106,7 @@ class Scheduler:
         """Admit a job. Block while its lane is full."""
         lane = self._lane_of(job)
         with self._changed:
-            self._changed.wait_for(lambda: lane.admitted_tokens < ADMITTED_BUDGETS * self._budget.whole)
+            self._changed.wait_for(lambda: lane.admitted_tokens < ADMITTED_BUDGETS * self._budget.pass_tokens)
             if lane is self._small:
                 self._latest_small = time.monotonic()
             cached = self._dedup.join(job)
@@ -116,7 +117,7 @@ class Scheduler:
             else:
                 self._sender.put(job.finish)
         if cached:
-            self._report_answered(0, 0, cached)
+            self._report_rows(0, 0, cached)
 
     def close(self) -> None:
         """Compute every admitted job, then stop."""
@@ -128,10 +129,10 @@ class Scheduler:
     def _run_engine(self) -> None:
         while (lane := self._next_lane()) is not None:
             if lane is self._small:
-                self._run_small_pass(self._budget.whole)
+                self._run_small_pass(self._budget.pass_tokens)
             else:
                 shared = time.monotonic() - self._latest_small < RECENT_SECONDS
-                self._pause_tokens = self._budget.shared if shared else self._budget.whole
+                self._pause_tokens = self._budget.shared_pass_tokens if shared else self._budget.pass_tokens
                 self._run_pass(self._take(lane, self._pause_tokens), self._pause, spare_core=shared)
 
     def _next_lane(self) -> Lane | None:
@@ -149,15 +150,15 @@ class Scheduler:
         if not self._small.queue or self._pause_tokens <= 0:  # without the lock: the next pause looks again
             return
         start = time.monotonic()
-        self._pause_tokens -= self._run_small_pass(self._budget.small)
+        self._pause_tokens -= self._run_small_pass(self._budget.small_job_tokens)
         self._paused_seconds += time.monotonic() - start
 
     def _run_small_pass(self, max_tokens: int) -> int:
         """Compute up to `max_tokens` tokens of small jobs. Return the number of tokens."""
-        rows = self._take(self._small, max_tokens)
-        tokens, jobs = _tokens(rows), len({job for row in rows for job in row.jobs})
+        pending_rows = self._take(self._small, max_tokens)
+        tokens, jobs = _tokens(pending_rows), len({job for pending in pending_rows for job in pending.jobs})
         light = jobs > 1 and tokens < LIGHT_JOB_TOKENS * jobs
-        self._run_pass(rows, spare_core=light or self._large.admitted_tokens > 0)
+        self._run_pass(pending_rows, spare_core=light or self._large.admitted_tokens > 0)
         return tokens
 
     def _take(self, lane: Lane, max_tokens: int) -> list[PendingRow]:
@@ -165,7 +166,7 @@ class Scheduler:
 
         Jobs that are cancelled or too late are dropped, so the result may be empty.
         """
-        rows: list[PendingRow] = []
+        pending_rows: list[PendingRow] = []
         tokens = 0
         with self._changed:
             while lane.queue:
@@ -175,38 +176,44 @@ class Scheduler:
                     self._sender.put(partial(job.reply.dropped, reason))
                     continue
                 while job.queue:
-                    row = job.queue[0]
-                    if not row.started:  # else it is computed for another job
-                        if rows and tokens + row.row.cost > max_tokens:
+                    pending = job.queue[0]
+                    if not pending.started:  # else it is computed for another job
+                        if pending_rows and tokens + pending.row.cost > max_tokens:
                             break
-                        row.started = True
-                        job.reused[row.jobs[job][0]] = COMPUTED
-                        rows.append(row)
-                        tokens += row.row.cost
+                        pending.started = True
+                        job.reused[pending.jobs[job][0]] = COMPUTED
+                        pending_rows.append(pending)
+                        tokens += pending.row.cost
                     job.queue.popleft()
                 if job.queue:
                     break
                 lane.queue.popleft()
-        return sorted(rows, key=lambda row: row.row.cost)
+        return sorted(pending_rows, key=lambda pending: pending.row.cost)
 
-    def _run_pass(self, rows: Sequence[PendingRow], pause_hook: PauseHook | None = None, *, spare_core: bool) -> None:
-        if not rows:
+    def _run_pass(
+        self, pending_rows: Sequence[PendingRow], pause_hook: PauseHook | None = None, *, spare_core: bool
+    ) -> None:
+        if not pending_rows:
             return
         start, paused_before = time.monotonic(), self._paused_seconds
-        dims = [row.dims for row in rows]
+        dims = [pending.dims for pending in pending_rows]
         try:
-            vectors = self._compute([row.row for row in rows], dims, pause_hook, spare_core)
-            if len(vectors) != len(rows) or vectors.shape[1] < max(dims):
-                raise ValueError(f"got vectors {vectors.shape} for {len(rows)} rows of up to {max(dims)} dimensions")
+            vectors = self._compute([pending.row for pending in pending_rows], dims, pause_hook, spare_core)
+            if len(vectors) != len(pending_rows) or vectors.shape[1] < max(dims):
+                raise ValueError(
+                    f"got vectors {vectors.shape} for {len(pending_rows)} rows of up to {max(dims)} dimensions"
+                )
         except Exception:
-            log.exception("A forward pass over %d rows failed", len(rows))
-            self._fail(rows)
+            log.exception("A forward pass over %d rows failed", len(pending_rows))
+            self._fail(pending_rows)
             return
         seconds = time.monotonic() - start - (self._paused_seconds - paused_before)
         with self._changed:
-            jobs = {job: None for row in rows for job in row.jobs}
-            row_count = sum(len(indices) for row in rows for indices in row.jobs.values())
-            complete = self._dedup.complete(rows, (vector[:size] for vector, size in zip(vectors, dims, strict=True)))
+            jobs = {job: None for pending in pending_rows for job in pending.jobs}
+            row_count = sum(len(indices) for pending in pending_rows for indices in pending.jobs.values())
+            complete = self._dedup.complete(
+                pending_rows, (vector[:size] for vector, size in zip(vectors, dims, strict=True))
+            )
             for job in complete:
                 self._lane_of(job).admitted_tokens -= job.cost
             self._changed.notify_all()
@@ -218,12 +225,12 @@ class Scheduler:
         waits = [max(0.0, start - job.submitted) for job in jobs if not job.wait_reported]
         for job in jobs:
             job.wait_reported = True
-        self._sender.put(partial(self._metrics.passed, waits, seconds, _tokens(rows)))
-        self._report_answered(len(rows), max(0, row_count - len(rows)), 0)
+        self._sender.put(partial(self._metrics.record_pass, waits, seconds, _tokens(pending_rows)))
+        self._report_rows(len(pending_rows), max(0, row_count - len(pending_rows)), 0)
 
-    def _fail(self, rows: Sequence[PendingRow]) -> None:
+    def _fail(self, pending_rows: Sequence[PendingRow]) -> None:
         with self._changed:
-            jobs = self._dedup.fail(rows)
+            jobs = self._dedup.fail(pending_rows)
             self._remove(jobs)
         for job in jobs:
             self._sender.put(partial(job.finish, "The model failed to compute this request"))
@@ -239,13 +246,13 @@ class Scheduler:
         self._changed.notify_all()
 
     def _lane_of(self, job: Job) -> Lane:
-        return self._small if job.cost <= self._budget.small else self._large
+        return self._small if job.cost <= self._budget.small_job_tokens else self._large
 
-    def _report_answered(self, computed: int, in_flight: int, cached: int) -> None:
+    def _report_rows(self, computed: int, in_flight: int, cached: int) -> None:
         if self._metrics is not None:
-            report = partial(self._metrics.answered, computed, in_flight, cached, self._dedup.cache_bytes)
+            report = partial(self._metrics.record_rows, computed, in_flight, cached, self._dedup.cache_bytes)
             self._sender.put(report)
 
 
-def _tokens(rows: Sequence[PendingRow]) -> int:
-    return sum(row.row.cost for row in rows)
+def _tokens(pending_rows: Sequence[PendingRow]) -> int:
+    return sum(pending.row.cost for pending in pending_rows)

@@ -33,4 +33,4 @@ class Sender:
             try:
                 send()
             except Exception:
-                log.exception("a response could not be sent")
+                log.exception("A response could not be sent")
