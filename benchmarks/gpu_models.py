@@ -50,7 +50,7 @@ QUERY_TOKENS, PREFIX_TOKENS = 32, 20
 Vectors = npt.NDArray[np.float32]
 # Variant name -> the settings that an operator changes for it. A setting that this engine lacks is skipped.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "torch kernels": {"kernels": "torch"},
+    "torch kernels": {"kernels": "reference"},
     "no graphs": {"cuda_graphs": False},
     "no prefix reuse": {"prefix_reuse": False},
 }
