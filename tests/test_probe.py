@@ -123,7 +123,7 @@ def test_a_model_that_dies_while_it_is_asked(tmp_path: Path, monkeypatch: pytest
     repository.write_model(REPOSITORY, "bge", tmp_path / "models", "bge", {"checkpoint": str(checkpoint)})
 
     async def ask(client: TritonClient, *_: object) -> ProbeResult:
-        await examine_module._loaded(client, "bge")
+        await examine_module._wait_until_loaded(client, "bge")
         stubs = [child for child in processes(tmp_path) if "stub" in words(child)[0]]
         assert len(stubs) == 1
         stubs[0].kill()
