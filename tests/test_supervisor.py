@@ -283,7 +283,8 @@ def test_the_end_leaves_nobody_without_an_answer(workers: int, tmp_path: Path) -
 def test_without_load_the_end_is_quick(workers: int, tmp_path: Path) -> None:
     stack = Stack(tmp_path / "log", "--model=minilm", f"--workers={workers}")
     metrics = set(Path(tmp_path.root, "tmp").glob("triton-embed-metrics-*"))
-    assert stack.stop(signal.SIGINT) < 4
+    # Waiting for the drain (4 s) would take more than 6 s in all; a stop without it takes 2.8 to 4.0 s on 2 cores.
+    assert stack.stop(signal.SIGINT) < 5
     assert stack.process.returncode == 0
     assert len(metrics - set(Path(tmp_path.root, "tmp").glob("triton-embed-metrics-*"))) >= workers - 1
 
