@@ -1,8 +1,8 @@
-"""Tiny seeded checkpoints of every family, saved by transformers itself and laid out as the hub's files are.
+"""Tiny seeded checkpoints of every family, saved by transformers and laid out like the files on the hub.
 
-Odd on purpose: 6 query heads on 2 key heads, heads that are not hidden/heads wide, vocabularies that are no multiple of
-8, weights large enough for a wrong layer to show, and no bias or norm at its starting value of 0 or 1, which hides
-mistakes. Each is below 2 MB and takes well below a second.
+The sizes are odd on purpose: 6 query heads share 2 key heads, heads are not hidden/heads wide, vocabulary sizes are not
+multiples of 8, and weights are large enough for a wrong layer to show. No bias or norm keeps its initial value of 0 or
+1, which would hide mistakes. Each checkpoint is smaller than 2 MB and is written in much less than a second.
 """
 
 import json
@@ -47,7 +47,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 FAMILIES = ("bge", "clip", "e5_mistral", "gme_qwen2_vl", "gte_qwen2", "qwen3_embedding")
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
-# What the tokenizers are made from; texts of other words fall back to characters or bytes.
+# Training text of the tokenizers. Words that are not in it fall back to characters or bytes.
 CORPUS = (
     "the cat sat on the mat and the dog ran after the cat over the hill while the other dog sat",
     f"Instruct: {TASK}\nQuery: hello world\nQuery: hello there, the world is a hill",
@@ -71,7 +71,7 @@ _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-# In the order of Qwen's ids; gte-Qwen2 stops after the third.
+# In the order of Qwen's ids. gte-Qwen2 has only the first three.
 _QWEN_SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -106,16 +106,21 @@ def write_decoder(
     max_seq_length: int | None = 100,
     **config_changes: object,
 ) -> Path:
-    """A Mistral, Llama, Qwen2 or Qwen3 embedder.
+    """Write a Mistral, Llama, Qwen2 or Qwen3 embedder.
 
-    `form`: `model` (bare names), `causal_lm` (`model.` before every name, a head of its own beside them), `tied` (the
-    head is the embedding, and not in the file) or `sharded` (bare names in several files).
-    `old_rope`: config.json as transformers 4 wrote it and the hub has it: `rope_theta`, `rope_scaling`, `torch_dtype`.
-    `is_causal`: what gte-Qwen2's config.json says; None leaves the key out. `inv_freq`: the constants that files of
-    Llama 2's time hold. `max_seq_length`: of sentence_bert_config.json, which Qwen3-Embedding does not have.
+    Args:
+        directory: Created if necessary.
+        kind: A key of `KINDS`.
+        form: `model` (names without a prefix), `causal_lm` (prefix `model.`, plus a separate `lm_head`), `tied` (the
+            head is the embedding and not stored) or `sharded` (names without a prefix, in several files).
+        old_rope: Write config.json like transformers 4 and most files on the hub: `rope_theta`, `rope_scaling`,
+            `torch_dtype`.
+        is_causal: The key of gte-Qwen2's config.json; None omits it.
+        inv_freq: Store the rotary constants, as files of Llama 2's time do.
+        max_seq_length: Of sentence_bert_config.json, which Qwen3-Embedding does not have.
     """
     tokenizer, tokenizer_config = decoder_tokenizer(kind)
-    # Llama refuses a hidden size that is no multiple of its heads; Qwen2's config has no head_dim.
+    # Llama requires a hidden size that is a multiple of its heads; Qwen2's config has no head_dim.
     widths = {"llama": {"hidden_size": 60, "head_dim": 16}, "qwen2": {"hidden_size": 60}}
     sizes = {
         **widths.get(kind, {"hidden_size": 52, "head_dim": 16}),
@@ -133,16 +138,16 @@ def write_decoder(
         "eos_token_id": tokenizer.token_to_id("<|endoftext|>" if kind.startswith("qwen") else "</s>"),
         **({} if is_causal is None else {"is_causal": is_causal}),
     }
-    config_class, bare, headed = KINDS[kind]
+    config_class, base_class, lm_class = KINDS[kind]
     config = config_class(**{**sizes, **config_changes})
-    network = _seeded(headed if form in {"causal_lm", "tied"} else bare, config, seed)
+    network = _seeded(lm_class if form in {"causal_lm", "tied"} else base_class, config, seed)
     _save(network, directory, dtype, "40KB" if form == "sharded" else "50GB")
     if inv_freq:
         prefix = "" if form in {"model", "sharded"} else "model."
         names = [f"{prefix}layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.num_hidden_layers)]
         _add_tensors(directory, {name: torch.ones(config.head_dim // 2) for name in names})
     if old_rope:
-        _as_transformers_4_wrote(directory / "config.json")
+        _rewrite_as_transformers_4(directory / "config.json")
     _save_tokenizer(directory, tokenizer, tokenizer_config)
     _save_modules(directory, config.hidden_size, pooling, _PROMPTS[kind])
     if kind != "qwen3" and max_seq_length:
@@ -164,13 +169,18 @@ def write_clip(
     vision: Mapping[str, object] | None = None,
     **changes: object,
 ) -> Path:
-    """A CLIP with towers of different width, `text` and `vision` changing their configs.
+    """Write a CLIP with towers of different width.
 
-    `eos_rule`: `old` is OpenAI's own files: `eos_token_id: 2`, which makes transformers look for the highest id, int64
-    `position_ids` among the tensors and a preprocessor of plain numbers; `new` names the real id.
-    `extra_token`: a token above <|endoftext|>, as textual inversion adds them: there the two rules part.
-    `sparse`: config.json leaves out what is transformers' default, as clip-vit-large-patch14-336's does.
-    `form`: `model` or `sharded`.
+    Args:
+        directory: Created if necessary.
+        eos_rule: `old` as in OpenAI's files: `eos_token_id: 2`, which makes transformers pool the highest id, int64
+            `position_ids` among the tensors, and a preprocessor with sizes as plain numbers. `new` stores the real id.
+        form: `model` or `sharded`.
+        extra_token: Add a token above <|endoftext|>, as textual inversion does. Then the two rules pool different
+            tokens.
+        sparse: Omit transformers' defaults from config.json, as clip-vit-large-patch14-336 does.
+        text: Changes to the config of the text tower.
+        vision: Changes to the config of the vision tower.
     """
     tokenizer, tokenizer_config = clip_tokenizer(extra_token)
     start, end = (tokenizer.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>"))
@@ -233,14 +243,19 @@ def write_qwen2_vl(
     vision: Mapping[str, object] | None = None,
     **changes: object,
 ) -> Path:
-    """A Qwen2-VL as GME is one, `changes` for its text stack, `vision` for its vision tower.
+    """Write a Qwen2-VL like GME.
 
-    `form`: `conditional_generation` (a head of its own), `tied` or `sharded`.
-    `names`: `hub` (`model.layers…`, `visual.…`, `lm_head`) or `transformers` (`model.language_model.layers…`,
-    `model.visual.…`). `layout` of config.json: `hub` (the text stack's keys at the top, `rope_scaling` of type mrope)
-    or `transformers` (`text_config`, `rope_parameters`).
+    Args:
+        directory: Created if necessary.
+        form: `conditional_generation` (a separate head), `tied` or `sharded`.
+        names: `hub` (`model.layers…`, `visual.…`, `lm_head`) or `transformers` (`model.language_model.layers…`,
+            `model.visual.…`).
+        layout: Of config.json: `hub` (the keys of the text stack at the top level, `rope_scaling` of type mrope) or
+            `transformers` (`text_config`, `rope_parameters`).
+        vision: Changes to the config of the vision tower.
+        changes: Changes to the config of the text stack.
     """
-    tokenizer, tokenizer_config = qwen_tokenizer(_QWEN_SPECIALS, tail=False)
+    tokenizer, tokenizer_config = qwen_tokenizer(_QWEN_SPECIALS, appends_end=False)
     ids = {token: tokenizer.token_to_id(token) for token in _QWEN_SPECIALS}
     text_config = {
         "vocab_size": _odd(tokenizer.get_vocab_size() + 3),
@@ -278,7 +293,7 @@ def write_qwen2_vl(
     _save(network, directory, dtype, "40KB" if form == "sharded" else "50GB")
     _rename(directory, _to_hub_name if names == "hub" else _to_transformers_name)
     if layout == "hub":
-        _flatten(directory / "config.json", ids["<|vision_pad|>"])
+        _move_text_config_to_top(directory / "config.json", ids["<|vision_pad|>"])
     _save_tokenizer(directory, tokenizer, tokenizer_config)
     _save_modules(directory, config.text_config.hidden_size, "last", _PROMPTS["qwen2_vl"])
     _write(
@@ -315,10 +330,12 @@ def write_xlm_roberta(
     max_seq_length: int = 77,
     **changes: object,
 ) -> Path:
-    """An XLM-RoBERTa as bge-m3 (CLS) and multilingual-e5 (mean) are: positions count from padding_idx + 1.
+    """Write an XLM-RoBERTa like bge-m3 (CLS) and multilingual-e5 (mean): positions count from padding_idx + 1.
 
-    `form`: `model` (bare names, the int64 `position_ids` that older files carry beside them), `masked_lm` (`roberta.`
-    before every name, a head beside them) or `sharded`.
+    Args:
+        directory: Created if necessary.
+        form: `model` (names without a prefix, plus the int64 `position_ids` of older files), `masked_lm` (prefix
+            `roberta.`, plus a head) or `sharded`.
     """
     tokenizer, tokenizer_config = xlm_roberta_tokenizer()
     sizes = {
@@ -346,20 +363,22 @@ def write_xlm_roberta(
 
 
 def decoder_tokenizer(kind: str) -> tuple[Tokenizer, dict[str, Any]]:
-    """(tokenizer, tokenizer_config.json) of a kind of decoder."""
+    """Return (tokenizer, content of tokenizer_config.json) for a key of `KINDS`."""
     if kind == "mistral":
         return _mistral_tokenizer()
     if kind == "llama":
         return _llama_tokenizer()
     if kind == "qwen2":
-        return qwen_tokenizer(_QWEN_SPECIALS[:3], tail=False)
-    return qwen_tokenizer(_QWEN_SPECIALS, tail=True)
+        return qwen_tokenizer(_QWEN_SPECIALS[:3], appends_end=False)
+    return qwen_tokenizer(_QWEN_SPECIALS, appends_end=True)
 
 
 def _mistral_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
-    """BPE over characters that falls back to bytes. tokenizer.json puts <s> first and nothing last, although
-    e5-mistral's tokenizer_config.json asks for </s>."""
-    learned, merges = _learn(pre_tokenizers.Metaspace(), alphabet=[])
+    """Build a character BPE with byte fallback.
+
+    tokenizer.json prepends <s> and appends nothing, although e5-mistral's tokenizer_config.json requests </s>.
+    """
+    learned, merges = _train_bpe(pre_tokenizers.Metaspace(), alphabet=[])
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
     tokenizer = Tokenizer(models.BPE(_numbered(tokens), merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -384,8 +403,8 @@ def _mistral_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _llama_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
-    """Byte-level BPE whose special tokens have the last ids, as in Llama 3; nothing appends </s>."""
-    tokens, merges = _learn(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    """Build a byte-level BPE whose special tokens have the last ids, as in Llama 3. It does not append </s>."""
+    tokens, merges = _train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer = Tokenizer(models.BPE(_numbered(tokens), merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -406,16 +425,21 @@ def _llama_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
     }
 
 
-def qwen_tokenizer(specials: Sequence[str], tail: bool) -> tuple[Tokenizer, dict[str, Any]]:
-    """Qwen's byte-level BPE. `tail`: the post-processor appends <|endoftext|> while the config's eos_token is another,
-    <|im_end|>, as in Qwen3-Embedding; without it nothing is appended, as in gte-Qwen2 and Qwen2-VL."""
+def qwen_tokenizer(specials: Sequence[str], appends_end: bool) -> tuple[Tokenizer, dict[str, Any]]:
+    """Build Qwen's byte-level BPE.
+
+    Args:
+        specials: The special tokens, in the order of their ids.
+        appends_end: Append <|endoftext|> although the config's eos_token is <|im_end|>, as in Qwen3-Embedding. The
+            tokenizers of gte-Qwen2 and Qwen2-VL append nothing.
+    """
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_QWEN_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokens, merges = _learn(split)
+    tokens, merges = _train_bpe(split)
     tokenizer = Tokenizer(models.BPE(_numbered(tokens), merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = split
@@ -423,7 +447,7 @@ def qwen_tokenizer(specials: Sequence[str], tail: bool) -> tuple[Tokenizer, dict
     _add_special(tokenizer, specials)
     plain = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     template = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", len(tokens))])
-    tokenizer.post_processor = processors.Sequence([plain, template]) if tail else plain
+    tokenizer.post_processor = processors.Sequence([plain, template]) if appends_end else plain
     gte = len(specials) == 3
     return tokenizer, {
         "add_prefix_space": False,
@@ -431,7 +455,7 @@ def qwen_tokenizer(specials: Sequence[str], tail: bool) -> tuple[Tokenizer, dict
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>" if gte else "<|im_end|>",
         "errors": "replace",
-        "model_max_length": 131072 if tail else 32768,
+        "model_max_length": 131072 if appends_end else 32768,
         "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer",
@@ -440,7 +464,11 @@ def qwen_tokenizer(specials: Sequence[str], tail: bool) -> tuple[Tokenizer, dict
 
 
 def clip_tokenizer(extra_token: bool = False) -> tuple[Tokenizer, dict[str, Any]]:
-    """CLIP's lower-casing byte-level BPE with </w> at the end of a word; <|endoftext|> has the highest id."""
+    """Build CLIP's lower-casing byte-level BPE. Words end in </w>, and <|endoftext|> has the highest id.
+
+    Args:
+        extra_token: Add a token above <|endoftext|>.
+    """
     normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -451,9 +479,10 @@ def clip_tokenizer(extra_token: bool = False) -> tuple[Tokenizer, dict[str, Any]
         ]
     )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    both = [*letters, *(f"{letter}</w>" for letter in letters)]
-    learned, merges = _learn(split, end_of_word="</w>")
-    tokens = [*both, *(token for token in learned if token not in set(both)), "<|startoftext|>", "<|endoftext|>"]
+    alphabet = [*letters, *(f"{letter}</w>" for letter in letters)]
+    learned, merges = _train_bpe(split, end_of_word="</w>")
+    new_tokens = [token for token in learned if token not in set(alphabet)]
+    tokens = [*alphabet, *new_tokens, "<|startoftext|>", "<|endoftext|>"]
     tokenizer = Tokenizer(
         models.BPE(
             _numbered(tokens),
@@ -487,7 +516,7 @@ def clip_tokenizer(extra_token: bool = False) -> tuple[Tokenizer, dict[str, Any]
 
 
 def xlm_roberta_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
-    """Unigram pieces: the corpus's words, some beginnings and endings, and single characters."""
+    """Build a unigram tokenizer of the corpus's words, some prefixes and suffixes, and single characters."""
     words = sorted({f"▁{word}" for line in CORPUS for word in line.split()})
     parts = sorted({word[:i] for word in words for i in (3, 4)} | {word[-i:] for word in words for i in (2, 3)})
     characters = sorted({*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"-", *"".join(words)})
@@ -530,7 +559,8 @@ _PROMPTS: dict[str, dict[str, str]] = {
 
 
 @cache
-def _learned(split: str, end_of_word: str, alphabet: str) -> str:
+def _trained_json(split: str, end_of_word: str, alphabet: str) -> str:
+    """Return tokenizer.json of a BPE trained on the corpus. `split` is that of an untrained tokenizer."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=end_of_word) if end_of_word else models.BPE())
     tokenizer.pre_tokenizer = Tokenizer.from_str(split).pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -540,20 +570,20 @@ def _learned(split: str, end_of_word: str, alphabet: str) -> str:
         initial_alphabet=list(alphabet),
         **({"end_of_word_suffix": end_of_word} if end_of_word else {}),
     )
-    lower = bool(end_of_word)  # CLIP
-    tokenizer.train_from_iterator([line.lower() if lower else line for line in CORPUS], trainer)
-    found: str = tokenizer.to_str()
-    return found
+    is_clip = bool(end_of_word)
+    tokenizer.train_from_iterator([line.lower() if is_clip else line for line in CORPUS], trainer)
+    serialized: str = tokenizer.to_str()
+    return serialized
 
 
-def _learn(
+def _train_bpe(
     split: pre_tokenizers.PreTokenizer, end_of_word: str = "", alphabet: Sequence[str] | None = None
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """(tokens in the order of their ids, merges) of a BPE learned from the corpus; the same on every machine."""
-    holder = Tokenizer(models.BPE())
-    holder.pre_tokenizer = split
+    """Return (tokens in the order of their ids, merges) of a BPE trained on the corpus, equal on every machine."""
+    untrained = Tokenizer(models.BPE())
+    untrained.pre_tokenizer = split
     letters = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
-    model = json.loads(_learned(holder.to_str(), end_of_word, "".join(sorted(letters))))["model"]
+    model = json.loads(_trained_json(untrained.to_str(), end_of_word, "".join(sorted(letters))))["model"]
     return sorted(model["vocab"], key=model["vocab"].get), [tuple(merge) for merge in model["merges"]]
 
 
@@ -562,7 +592,7 @@ def _numbered(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _odd(size: int) -> int:
-    """Room for ids that the tokenizer does not use, and no multiple of anything."""
+    """Return an odd vocabulary size that leaves room for ids the tokenizer does not use."""
     return size | 1
 
 
@@ -574,12 +604,12 @@ def _seeded(network_class: Callable[[Any], PreTrainedModel], config: object, see
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = network_class(config).eval()
-        _stir(network)
+        _randomize_vectors(network)
     return network
 
 
-def _stir(network: nn.Module) -> None:
-    """Give biases and norms random values as well."""
+def _randomize_vectors(network: nn.Module) -> None:
+    """Add noise to biases and norms, which transformers initializes to 0 and 1."""
     for parameter in network.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn(parameter.shape)
@@ -596,7 +626,7 @@ def _save_tokenizer(directory: Path, tokenizer: Tokenizer, config: Mapping[str, 
 
 
 def _save_modules(directory: Path, size: int, pooling: str, prompts: Mapping[str, str]) -> None:
-    """modules.json, 1_Pooling and config_sentence_transformers.json as sentence-transformers 2 to 4 wrote them."""
+    """Write modules.json, 1_Pooling and config_sentence_transformers.json like sentence-transformers 2 to 4."""
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     _write(
         directory / "modules.json",
@@ -628,27 +658,30 @@ def _save_modules(directory: Path, size: int, pooling: str, prompts: Mapping[str
     )
 
 
-def _as_transformers_4_wrote(path: Path) -> None:
+def _rewrite_as_transformers_4(path: Path) -> None:
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
-    # Llama 3 came with the newer key; linear, dynamic and yarn files have the older one.
-    named = {"rope_type" if kind == "llama3" else "type": kind, **rope}
-    config["rope_scaling"] = None if kind == "default" else named
+    # Files of Llama 3 use the newer key; linear, dynamic and yarn files the older one.
+    scaling = {"rope_type" if kind == "llama3" else "type": kind, **rope}
+    config["rope_scaling"] = None if kind == "default" else scaling
     config["torch_dtype"] = config.pop("dtype")
     config.pop("layer_types", None)
     if config.get("head_dim") == config["hidden_size"] // config["num_attention_heads"]:
         del config["head_dim"]
     if config["model_type"] == "qwen2":
-        # The hub's files state a window and that it is not used.
+        # The hub's files configure a window and disable it.
         config |= {"sliding_window": 5, "use_sliding_window": False, "max_window_layers": 1}
     _write(path, config)
 
 
-def _flatten(path: Path, vision_pad: int) -> None:
-    """config.json as transformers 4 wrote it: the text stack's keys at the top, `rope_scaling` of type mrope, and only
-    what differs from the class's defaults of the vision tower."""
+def _move_text_config_to_top(path: Path, vision_pad: int) -> None:
+    """Write config.json again like transformers 4.
+
+    The keys of the text stack are at the top level, `rope_scaling` has type mrope, and the vision config contains only
+    values that differ from the defaults of its class.
+    """
     config = json.loads(path.read_text())
     text, vision = config.pop("text_config"), config.pop("vision_config")
     rope = text.pop("rope_parameters")
@@ -674,10 +707,10 @@ def _flatten(path: Path, vision_pad: int) -> None:
 
 
 def _without_defaults(config: Mapping[str, Any], default: PreTrainedConfig) -> dict[str, Any]:
-    """A nested config as transformers 4 wrote it: whatever differs from its class's default, and nothing else."""
+    """Return a nested config like transformers 4 writes it: only values that differ from the defaults of its class."""
     defaults = default.to_dict()
-    unwritten = {"dtype", "rope_parameters"}
-    return {k: v for k, v in config.items() if (k == "model_type" or defaults.get(k) != v) and k not in unwritten}
+    omitted = {"dtype", "rope_parameters"}
+    return {k: v for k, v in config.items() if (k == "model_type" or defaults.get(k) != v) and k not in omitted}
 
 
 def _to_hub_name(name: str) -> str:
@@ -704,7 +737,7 @@ def _rename(directory: Path, name_of: Callable[[str], str]) -> None:
 
 
 def _add_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put further tensors into the (last) file."""
+    """Add tensors to the weight file, or to the last shard."""
     file = max(directory.glob("*.safetensors"))
     save_file({**load_file(file), **tensors}, file, {"format": "pt"})
     index = directory / "model.safetensors.index.json"
@@ -742,31 +775,28 @@ def _write(path: Path, value: object) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint that a family is proved with.
+    """A tiny checkpoint that a family is tested with."""
 
-    `limit`: tokens of the longest row it takes. `parameters`: what the operator sets in config.pbtxt.
-    """
-
-    family: str
+    family: str  # a directory of model_repository
     id: str
     write: Callable[[Path], Path]
-    limit: int
-    parameters: Mapping[str, str] = field(default_factory=dict)
+    limit: int  # tokens of the longest row that the model accepts
+    parameters: Mapping[str, str] = field(default_factory=dict)  # set in config.pbtxt
 
     @property
     def name(self) -> str:
-        """Its Triton model."""
+        """The name of its Triton model."""
         return f"{self.family}-{self.id}"
 
 
 def _bert(directory: Path, pooling: str, **changes: object) -> Path:
-    from conftest import write_bert  # conftest may come to need this file
+    from conftest import write_bert  # conftest imports this file
 
     write_bert(directory, 7, pooling, **changes)
     network = BertModel.from_pretrained(directory)
     with torch.random.fork_rng():
         torch.manual_seed(8)
-        _stir(network)
+        _randomize_vectors(network)
     network.save_pretrained(directory)
     _write(directory / "config_sentence_transformers.json", {"prompts": _PROMPTS["bert"]})
     return directory
@@ -823,7 +853,7 @@ CASES: list[Case] = [
         old_rope=True,
         seed=3,
         hidden_size=60,
-        head_dim=10,  # hidden/heads, which old files do not say
+        head_dim=10,  # hidden/heads, which old files omit
         num_key_value_heads=1,
     ),
     _e5("llama3", kind="llama", form="causal_lm", old_rope=True, seed=4, rope_parameters=_LLAMA3),

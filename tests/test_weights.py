@@ -1,6 +1,6 @@
-"""safetensors into parameters: every value where it belongs, and every fault named by file and tensor.
+"""Loading safetensors into parameters: every value is in its place, and errors name the file and the tensor.
 
-The files are written by safetensors itself; what a parameter must hold is what was written, concatenated by torch.
+safetensors itself writes the files. The expected value of a parameter is the written one, concatenated by torch.
 """
 
 import json
@@ -32,7 +32,7 @@ NAMING = Naming(
 
 
 class Network(nn.Module):
-    """A fused projection of 8 + 2 + 2 rows, a table and a norm, two levels deep, and a projection in fp32."""
+    """An embedding table, a fused projection of 8 + 2 + 2 rows, a norm, and a projection that stays in fp32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ PARTS = {"query": 8, "key": 2, "value": 2}
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A checkpoint for it, all values different."""
+    """Return a checkpoint of `Network` with random values."""
     shapes = {
         "embeddings.weight": (11, 6),
         "block.norm.weight": (6,),
@@ -66,43 +66,44 @@ def load(directory: Path, dtype: torch.dtype = torch.float32, naming: Naming = N
 
 
 def expected(stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    found = {name: tensor for name, tensor in stored.items() if ".self." not in name}
+    """Return the parameters that `Network` must have after loading `stored` in `dtype`."""
+    parameters = {name: tensor for name, tensor in stored.items() if ".self." not in name}
     for kind in ("weight", "bias"):
-        found[f"block.self.qkv.{kind}"] = torch.cat([stored[f"block.self.{name}.{kind}"] for name in PARTS])
-    own = {"projection.weight": torch.float32}
-    return {name: tensor.to(own.get(name, dtype)) for name, tensor in found.items()}
+        parameters[f"block.self.qkv.{kind}"] = torch.cat([stored[f"block.self.{name}.{kind}"] for name in PARTS])
+    own_dtypes = {"projection.weight": torch.float32}
+    return {name: tensor.to(own_dtypes.get(name, dtype)) for name, tensor in parameters.items()}
 
 
-@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("prefix", ["", "bert.", "model.", "model.inner."])
-def test_every_value_arrives_in_the_dtype_asked_for(
-    prefix: str, stored: torch.dtype, wanted: torch.dtype, tmp_path: Path
+def test_every_value_is_loaded_in_the_requested_dtype(
+    prefix: str, stored: torch.dtype, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     written = tensors(stored)
     names = ("pooler.dense.weight", f"{prefix}pooler.bias", "cls.bias", f"{prefix}embeddings.position_ids")
     extra = {name: torch.arange(3) for name in (*names, f"{prefix}block.self.rotary.inv_freq")}
     save_file({**{prefix + name: x for name, x in written.items()}, **extra}, tmp_path / "model.safetensors")
-    found = dict(load(tmp_path, wanted).named_parameters())
-    right = expected(written, wanted)
-    assert found.keys() == right.keys()
-    for name, value in found.items():
-        assert torch.equal(value, right[name]), name
-        assert (value.dtype, value.requires_grad) == (right[name].dtype, False)
+    loaded = dict(load(tmp_path, dtype).named_parameters())
+    correct = expected(written, dtype)
+    assert loaded.keys() == correct.keys()
+    for name, value in loaded.items():
+        assert torch.equal(value, correct[name]), name
+        assert (value.dtype, value.requires_grad) == (correct[name].dtype, False)
 
 
-@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16], ids=str)
-def test_a_module_with_a_dtype_of_its_own_keeps_it(wanted: torch.dtype, tmp_path: Path) -> None:
-    """fp32 values that no half can hold: they must not have been halves on their way."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_module_that_declares_a_dtype_keeps_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Load fp32 values that half precision cannot represent; a conversion in between would change them."""
     written = {**tensors(), "projection.weight": torch.full((4, 6), 1.0 + 2**-20)}
     save_file(written, tmp_path / "model.safetensors")
-    found = load(tmp_path, wanted)
-    assert torch.equal(found.projection.weight, written["projection.weight"])
-    assert found.embeddings.weight.dtype == wanted
+    network = load(tmp_path, dtype)
+    assert torch.equal(network.projection.weight, written["projection.weight"])
+    assert network.embeddings.weight.dtype == dtype
 
 
-def test_the_first_rename_that_fits_counts_and_only_at_the_beginning(tmp_path: Path) -> None:
-    """`model.inner.` would become `inner.` by the shorter one, and `block.bert.` is nobody's prefix."""
+def test_first_matching_rename_applies_and_only_to_a_prefix(tmp_path: Path) -> None:
+    """Check that the shorter `model.` does not rename `model.inner.`, and that `bert.` inside a name stays."""
     written = {f"model.inner.{name}": tensor for name, tensor in tensors().items()}
     save_file(written, tmp_path / "model.safetensors")
     load(tmp_path)
@@ -114,31 +115,31 @@ def test_the_first_rename_that_fits_counts_and_only_at_the_beginning(tmp_path: P
         load(tmp_path)
 
 
-def test_a_renamed_tensor_is_renamed_once(tmp_path: Path) -> None:
+def test_tensor_is_renamed_once(tmp_path: Path) -> None:
     written = {f"bert.model.{name}": tensor for name, tensor in tensors().items()}
     save_file(written, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"'embeddings\.weight' is missing"):
         load(tmp_path)
 
 
-def test_a_prefix_may_stand_for_another(tmp_path: Path) -> None:
-    """What transformers 5 calls model.language_model., the hub calls model."""
+def test_rename_replaces_one_prefix_by_another(tmp_path: Path) -> None:
+    """Replace a prefix, as for `model.language_model.` in transformers 5, which is `model.` on the hub."""
     written = tensors()
     save_file({name.replace("block.", "layer."): x for name, x in written.items()}, tmp_path / "model.safetensors")
-    found = dict(load(tmp_path, naming=replace(NAMING, renames=(("layer.", "block."),))).named_parameters())
+    loaded = dict(load(tmp_path, naming=replace(NAMING, renames=(("layer.", "block."),))).named_parameters())
     for name, value in expected(written, torch.float32).items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(loaded[name], value), name
 
 
-def test_a_network_that_ignores_nothing(tmp_path: Path) -> None:
+def test_tensor_that_is_not_ignored_is_refused(tmp_path: Path) -> None:
     save_file({**tensors(), "pooler.bias": torch.ones(1)}, tmp_path / "model.safetensors")
     load(tmp_path)
     with pytest.raises(ConfigError, match=r"'pooler\.bias' is not part of this network \(1 unexpected tensors\)"):
         load(tmp_path, naming=replace(NAMING, ignored=()))
 
 
-def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
-    """Whichever came last would win."""
+def test_two_tensors_for_one_parameter_are_refused(tmp_path: Path) -> None:
+    """Refuse them, because otherwise the last one would silently win."""
     written = tensors()
     save_file({**written, "bert.block.norm.bias": torch.ones(6)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model\.safetensors: tensors '.*' and '.*' both map to") as refused:
@@ -158,7 +159,7 @@ def test_two_shards_with_one_tensor_are_refused(tmp_path: Path) -> None:
 
 
 def shard(directory: Path, written: Mapping[str, Tensor]) -> None:
-    """Two files and their index, every other tensor in each."""
+    """Write two shards and their index. Tensors alternate between the shards."""
     names = list(written)
     files = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for file, inside in files.items():
@@ -167,29 +168,29 @@ def shard(directory: Path, written: Mapping[str, Tensor]) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_a_fused_projection_may_lie_across_shards(tmp_path: Path) -> None:
+def test_fused_projection_is_loaded_from_several_shards(tmp_path: Path) -> None:
     written = tensors()
     shard(tmp_path, written)
-    found = dict(load(tmp_path).named_parameters())
+    loaded = dict(load(tmp_path).named_parameters())
     for name, value in expected(written, torch.float32).items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(loaded[name], value), name
 
 
-def test_a_missing_shard(tmp_path: Path) -> None:
+def test_missing_shard_is_named(tmp_path: Path) -> None:
     shard(tmp_path, tensors())
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model-2\.safetensors, which is missing"):
         load(tmp_path)
 
 
-def test_a_shard_that_the_index_does_not_name_is_not_read(tmp_path: Path) -> None:
+def test_shard_missing_from_the_index_is_not_read(tmp_path: Path) -> None:
     shard(tmp_path, tensors())
-    (tmp_path / "rubbish.safetensors").write_bytes(b"rubbish")
+    (tmp_path / "invalid.safetensors").write_bytes(b"invalid")
     load(tmp_path)
 
 
 @pytest.mark.parametrize("name", list(tensors()))
-def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
+def test_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
     written = tensors()
     del written[name]
     save_file(written, tmp_path / "model.safetensors")
@@ -201,13 +202,13 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
     "name",
     ["block.self.inv_freq", "lm_head.weight", "poolers.x", "encoder.pooler.x", "position_ids", "x.position_ids.y"],
 )
-def test_a_tensor_the_network_has_no_place_for_is_named(name: str, tmp_path: Path) -> None:
+def test_unexpected_tensor_is_named(name: str, tmp_path: Path) -> None:
     save_file({**tensors(), name: torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'model.safetensors'}: tensor '{name}' is not part")):
         load(tmp_path)
 
 
-def test_what_is_left_over_is_counted_and_the_first_named(tmp_path: Path) -> None:
+def test_unexpected_tensors_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     extra = {name: torch.ones(1) for name in ("c.weight", "b.weight", "cls.weight", "d.weight")}
     save_file({**tensors(), **extra}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"'b\.weight' is not part of this network \(3 unexpected tensors\)"):
@@ -216,9 +217,7 @@ def test_what_is_left_over_is_counted_and_the_first_named(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("shape", [(3, 6), (7, 6), (2, 5), (12,), (2, 6, 1)], ids=str)
 @pytest.mark.parametrize("name", [f"block.self.{part}.weight" for part in PARTS])
-def test_a_part_of_a_fused_tensor_that_has_another_shape_is_named(
-    name: str, shape: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_part_of_a_fused_tensor_with_a_wrong_shape_is_named(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     save_file({**tensors(), name: torch.ones(shape)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=re.escape(name)) as refused:
         load(tmp_path)
@@ -226,8 +225,8 @@ def test_a_part_of_a_fused_tensor_that_has_another_shape_is_named(
     assert str(list(shape)) in str(refused.value)
 
 
-def test_parts_of_a_fused_tensor_do_not_make_up_for_each_other(tmp_path: Path) -> None:
-    """7 + 3 + 2 rows are as many as 8 + 2 + 2, and every head would be wrong."""
+def test_wrong_parts_with_the_right_total_are_refused(tmp_path: Path) -> None:
+    """Refuse 7 + 3 + 2 rows instead of 8 + 2 + 2: the sum is the same, but every head would be wrong."""
     changed = {"block.self.query.weight": torch.ones(7, 6), "block.self.key.weight": torch.ones(3, 6)}
     save_file({**tensors(), **changed}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"block\.self\.(query|key)\.weight"):
@@ -235,7 +234,7 @@ def test_parts_of_a_fused_tensor_do_not_make_up_for_each_other(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shape", [(10, 6), (11, 7), (66,)], ids=str)
-def test_a_tensor_of_another_shape_is_named_with_both_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_tensor_with_a_wrong_shape_is_named_with_both_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
     save_file({**tensors(), "embeddings.weight": torch.ones(shape)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"'embeddings\.weight'") as refused:
         load(tmp_path)
@@ -244,22 +243,27 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(shape: tuple[int, .
 
 
 @pytest.mark.parametrize("damage", ["cut in the data", "cut in the header", "empty", "text", "a directory"])
-def test_a_file_that_cannot_be_read_is_named(damage: str, tmp_path: Path) -> None:
+def test_unreadable_file_is_named(damage: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(tensors(), file)
-    whole = file.read_bytes()
+    content = file.read_bytes()
     file.unlink()
     if damage == "a directory":
         file.mkdir()
     else:
-        pieces = {"cut in the data": whole[:-10], "cut in the header": whole[:100], "empty": b"", "text": b"<html>" * 9}
-        file.write_bytes(pieces[damage])
+        damaged = {
+            "cut in the data": content[:-10],
+            "cut in the header": content[:100],
+            "empty": b"",
+            "text": b"<html>" * 9,
+        }
+        file.write_bytes(damaged[damage])
     with pytest.raises(ConfigError, match=re.escape(f"{file} cannot be read")):
         load(tmp_path)
 
 
-def test_nothing_of_a_file_stays_mapped(tmp_path: Path) -> None:
-    """Whoever replaced a file that is still read from would end the process with SIGBUS."""
+def test_file_is_not_mapped_after_loading(tmp_path: Path) -> None:
+    """Check that no mapping remains: replacing the file would kill the process with SIGBUS."""
     save_file(tensors(), tmp_path / "model.safetensors")
     network = load(tmp_path)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
@@ -268,7 +272,7 @@ def test_nothing_of_a_file_stays_mapped(tmp_path: Path) -> None:
 
 
 MEGABYTE = 1 << 20
-# What a process of its own does: a small load first, for what libraries keep for themselves.
+# Runs in a separate process. It loads a small file first, so that memory the libraries keep is not counted.
 LOAD = """
     import sys
     from pathlib import Path
@@ -284,7 +288,7 @@ LOAD = """
     def load(directory, layers, rows, dtype):
         with torch.device("meta"):
             fused = (FusedLinear(256, (2 * rows, rows, rows), bias=False) for _ in range(layers))
-            network = nn.ModuleList(nn.ModuleDict({"qkv": one}) for one in fused)
+            network = nn.ModuleList(nn.ModuleDict({"qkv": linear}) for linear in fused)
         weights.load(network, weights.Naming(fused={"qkv": ("a", "b", "c")}), directory, dtype, "cpu")
         return network
 
@@ -293,7 +297,7 @@ LOAD = """
     for dtype in (torch.float32, torch.bfloat16):
         load(small, 2, 8, dtype)
         before = status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         network = load(large, 30, 512, dtype)
         print(status("VmHWM") - before)
         del network
@@ -308,14 +312,14 @@ def _write_layers(directory: Path, layers: int, rows: int) -> Path:
     return directory
 
 
-def test_loading_takes_the_memory_of_the_weights_and_of_a_tensor(tmp_path: Path) -> None:
-    """A file of 60 MB that stayed mapped, or tensors kept until all are read, would double the peak."""
+def test_peak_memory_of_loading_is_the_weights_plus_one_tensor(tmp_path: Path) -> None:
+    """Measure the peak. A 60 MB file that stays mapped, or tensors kept until the end, would double it."""
     small, large = _write_layers(tmp_path / "small", 2, 8), _write_layers(tmp_path / "large", 30, 512)
     assert (large / "model.safetensors").stat().st_size // MEGABYTE == 60
     command = [sys.executable, "-c", textwrap.dedent(LOAD), str(small), str(large)]
-    # Every tensor memory of its own, given back when it is done with: glibc keeps holes of several MB otherwise.
+    # glibc keeps free blocks of several MB in its heap unless every tensor is a separate mmap.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=environment).stdout
-    single, half = (int(grown) / MEGABYTE for grown in said.split())
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env=environment).stdout
+    single, half = (int(grown) / MEGABYTE for grown in printed.split())
     assert 60 <= single <= 1.15 * 60
     assert 30 <= half <= 1.25 * 30
