@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
+from triton_embed.python_backend import wire
 from triton_embed.python_backend.checkpoint import files as checkpoint
 from triton_embed.python_backend.checkpoint.config import ServingConfig
 from triton_embed.python_backend.errors import BadRequest
@@ -139,16 +140,16 @@ class EmbeddingServer:
         if self._unavailable is not None:
             request.refuse(self._unavailable, pb_utils.TritonError.UNAVAILABLE)
             return
-        if request.outputs == {"INFO"}:
+        if request.outputs == {wire.INFO}:
             request.reply_info(self._info)
             return
         from triton_embed.python_backend.inputs.rows import IdRows, ItemRows
 
         request.parameters = parameters = parse_parameters(request.triton.parameters())
         check_dimensions(parameters.get("dimensions"), self._serving.name, self._model)
-        if request.reports_errors and "ERROR" not in request.outputs:
+        if request.reports_errors and wire.ERROR not in request.outputs:
             raise BadRequest('on_error "report" needs the output ERROR to be requested')
-        ids, text, image = (request.tensor(name) for name in ("INPUT_IDS", "TEXT", "IMAGE"))
+        ids, text, image = (request.tensor(name) for name in (wire.INPUT_IDS, wire.TEXT, wire.IMAGE))
         if ids is None:
             request.rows = items = ItemRows(self._processor, parameters, text, image)
             if not request.wants_ids:
@@ -174,7 +175,7 @@ class EmbeddingServer:
 
         rows, parameters = request.rows, request.parameters
         if request.wants_ids:
-            request.reply({"IDS": rows.padded_ids()})
+            request.reply({wire.IDS: rows.padded_ids()})
             return
         rows.make_rows(self._serving.max_request_tokens)
         request.dims = dims = parameters.get("dimensions") or self._model.dimensions
@@ -231,7 +232,7 @@ class _InferRequest:
     @property
     def wants_ids(self) -> bool:
         """Whether IDS are requested, and nothing that must be computed. A request without output names wants all."""
-        return "IDS" in self.outputs and self.outputs <= {"IDS", "ERROR"}
+        return wire.IDS in self.outputs and self.outputs <= {wire.IDS, wire.ERROR}
 
     def tensor(self, name: str) -> npt.NDArray[Any] | None:
         tensor = pb_utils.get_input_tensor_by_name(self.triton, name)
@@ -239,9 +240,10 @@ class _InferRequest:
 
     def reply_info(self, info: bytes) -> None:
         """Reply with INFO, one row per input row."""
-        tensor = next((x for x in map(self.tensor, ("TEXT", "IMAGE", "INPUT_IDS")) if x is not None), None)
+        inputs = map(self.tensor, (wire.TEXT, wire.IMAGE, wire.INPUT_IDS))
+        tensor = next((tensor for tensor in inputs if tensor is not None), None)
         rows = np.full((1 if tensor is None else len(tensor), 1), info, dtype=np.object_)
-        self.reply({"INFO": rows})
+        self.reply({wire.INFO: rows})
 
     def reply(self, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
         """Reply with outputs that needed no compute."""
@@ -271,15 +273,15 @@ class _InferRequest:
     ) -> dict[str, npt.NDArray[Any]]:
         """Return the outputs for the vectors of the rows and their sources."""
         return {
-            "EMBEDDING": self.rows.embeddings(vectors, self.dims),
-            "TOKENS": self.rows.tokens(),
-            "DROPPED": self.rows.dropped(),
-            "REUSED": self.rows.reused(reused),
+            wire.EMBEDDING: self.rows.embeddings(vectors, self.dims),
+            wire.TOKENS: self.rows.tokens(),
+            wire.DROPPED: self.rows.dropped(),
+            wire.REUSED: self.rows.reused(reused),
         }
 
     def _tensors(self, outputs: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
         """Return the requested outputs, with ERROR if errors are reported."""
-        available = {**outputs, "ERROR": self.rows.errors()} if self.reports_errors else outputs
+        available = {**outputs, wire.ERROR: self.rows.errors()} if self.reports_errors else outputs
         return [pb_utils.Tensor(name, value) for name, value in available.items() if name in self.outputs]
 
     def _send(self, tensors: list[Any], error: Any = None) -> None:

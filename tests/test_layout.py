@@ -1,6 +1,6 @@
-"""The rules of the source tree, read from its syntax: who may import whom, and what may appear where.
+"""Rules of the source tree, checked on its syntax: permitted imports, and where names may be used.
 
-A broken rule names file and line. Every file has a place in one of the orders below, and a test.
+A failure names file and line. Every source file needs a position in ORDER and a test file.
 """
 
 import ast
@@ -28,6 +28,7 @@ OTHERS = [
     *sorted((ROOT / "examples").glob("*.py")),
 ]
 MAX_FILES = 12  # per folder
+WIRE = "python_backend/wire.py"  # the one file of the engine that the gateway imports
 
 # A file imports only files before it in its folder.
 ORDER = {
@@ -39,7 +40,7 @@ ORDER = {
         "ops",
     ),
     "python_backend": (
-        "errors",
+        "wire errors",
         "checkpoint/json_file checkpoint/hf_config",
         "inputs/row inputs/images",
         "spec",
@@ -71,9 +72,9 @@ ORDER = {
         "cli",
     ),
 }
-# Files without a test file of their own, and where they are tested.
+# Files without a test file of the same name, and where they are tested.
 TESTED_ELSEWHERE = {
-    "python_backend/errors.py": "every test that expects a refusal",
+    "python_backend/errors.py": "every test that expects an error",
     "python_backend/spec.py": "test_config.py",
     "python_backend/inputs/row.py": "test_vectors.py",
     "python_backend/networks/layers.py": "test_vectors.py",
@@ -116,7 +117,7 @@ TESTS_OF_SEVERAL_FILES = {
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module; ours are written as paths, folder/name.py."""
+    """One imported module; a module of this repository is written as its path, folder/name.py."""
 
     file: str
     line: int
@@ -125,12 +126,12 @@ class Import:
 
     @property
     def top(self) -> str:
-        """The top-level package."""
+        """Return the top-level package."""
         return self.module.partition(".")[0]
 
     @property
     def ours(self) -> bool:
-        """Whether the module is a file of this repository."""
+        """Return whether the module is a file of this repository."""
         return "/" in self.module
 
 
@@ -164,7 +165,7 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 
 def _module(origin: str, name: str) -> str:
-    """Return what `from origin import name` imports: a path for a file of ours, else a dotted name."""
+    """Return what `from origin import name` imports: a path for a file of this repository, else a dotted name."""
     prefix, _, rest = origin.partition(".")
     if prefix != PREFIX:
         return f"{origin}.{name}"
@@ -184,36 +185,36 @@ def listed(broken: Sequence[Import]) -> list[str]:
 
 
 def third_party(*folders: str) -> list[Import]:
-    """Return imports that are neither ours nor the standard library's."""
+    """Return imports from outside this repository and the standard library."""
     return [item for item in all_imports(*folders) if not item.ours and item.top not in sys.stdlib_module_names]
 
 
-def test_the_rules_have_files_to_apply_to() -> None:
+def test_source_files_are_found() -> None:
     assert len(SOURCES) > 30
     assert len(FAMILIES) == len(list((ROOT / "model_repository").iterdir()))
     assert all(any(item.ours for item in imports(path)) for path in FAMILIES)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_file_imports_ours_by_our_prefix_and_only_files_before_it(path: Path) -> None:
+def test_file_imports_only_earlier_files_by_prefix(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     assert listed([item for item in imports(path) if item.top in {*FOLDERS, PREFIX, ""} and not item.ours]) == []
     if folder in ORDER:
         order = [f"{folder}/{name}.py" for line in ORDER[folder] for name in line.split()]
-        assert name_of(path) in order, f"give {name_of(path)} a place in ORDER"
+        assert name_of(path) in order, f"add {name_of(path)} to ORDER"
         before = order[: order.index(name_of(path))]
         own = [item for item in imports(path) if item.module.startswith(f"{folder}/")]
         assert listed([item for item in own if item.module not in before]) == []
 
 
-def test_no_folder_holds_more_files_than_a_reader_can_scan() -> None:
+def test_folders_stay_below_the_file_limit() -> None:
     counts: dict[str, int] = {}
     for path in SOURCES:
         counts[name_of(path.parent)] = counts.get(name_of(path.parent), 0) + 1
     assert {folder: count for folder, count in counts.items() if count > MAX_FILES} == {}
 
 
-def test_kernels_import_torch_and_each_other_through_ops_alone() -> None:
+def test_only_ops_and_backends_connect_kernel_files() -> None:
     compiled = {"kernels/cpu/simd.py", "kernels/cpu/loops.py"}
     allowed = {"torch", "triton", "numpy"}
     others = [item for item in third_party("kernels") if item.top not in allowed]
@@ -226,72 +227,77 @@ def test_kernels_import_torch_and_each_other_through_ops_alone() -> None:
     assert listed([item for item in crossing if item.file not in entries]) == []
 
 
-def test_the_two_kernel_wings_do_not_know_each_other() -> None:
-    for mine, other in (("gpu", "cpu"), ("cpu", "gpu")):
-        ours = [item for item in all_imports("kernels") if item.file.startswith(f"kernels/{mine}/")]
+def test_gpu_and_cpu_kernels_do_not_import_each_other() -> None:
+    for folder, other in (("gpu", "cpu"), ("cpu", "gpu")):
+        ours = [item for item in all_imports("kernels") if item.file.startswith(f"kernels/{folder}/")]
         assert listed([item for item in ours if item.module.startswith(f"kernels/{other}/")]) == []
 
 
-def test_triton_is_imported_only_when_a_gpu_needs_it() -> None:
-    """`ops`, which every process imports, imports it lazily."""
+def test_triton_is_imported_only_by_the_gpu_backend() -> None:
+    """Check that `ops`, which every process imports, imports it lazily."""
     assert "triton" in eager_packages(ROOT / "kernels" / "gpu" / "backend.py")
     assert "triton" not in eager_packages(ROOT / "kernels" / "ops.py")
 
 
-def test_numba_is_imported_only_when_a_cpu_needs_it() -> None:
+def test_numba_is_imported_only_by_the_cpu_backend() -> None:
     assert "numba" in eager_packages(ROOT / "kernels" / "cpu" / "backend.py")
     assert "numba" not in eager_packages(ROOT / "kernels" / "ops.py")
 
 
 def test_kernels_is_not_a_top_level_package() -> None:
-    """With an __init__.py, or tests of that name, it would be taken for Hugging Face's `kernels`."""
+    """Keep it apart from Hugging Face's `kernels`: no __init__.py, and no test folder of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "tests" / "kernels").exists()
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=name_of)
-def test_tests_benchmarks_and_examples_import_ours_by_our_prefix(path: Path) -> None:
+def test_tests_benchmarks_and_examples_import_by_prefix(path: Path) -> None:
     assert listed([item for item in imports(path) if item.top in FOLDERS and not item.ours]) == []
 
 
-def test_the_engine_sees_the_entry_of_the_kernels_and_nothing_of_the_gateway() -> None:
+def test_engine_imports_only_the_entry_points_of_kernels() -> None:
     ours = [item for item in all_imports("python_backend") if item.ours]
     allowed = ("python_backend/", "kernels/ops.py", "kernels/packed.py")
     assert listed([item for item in ours if not item.module.startswith(allowed)]) == []
 
 
-def test_one_file_talks_to_tritons_python_backend() -> None:
+def test_only_serve_imports_tritons_python_backend() -> None:
     files = {item.file for item in all_imports(*FOLDERS, "model_repository") if item.top.startswith("triton_python")}
     assert files == {"python_backend/serve.py"}
 
 
-def test_a_family_imports_the_engine_alone() -> None:
+def test_family_imports_only_the_engine() -> None:
     foreign = [item for item in all_imports("model_repository") if not item.module.startswith("python_backend/")]
     assert listed(foreign) == []
 
 
-def test_the_gateway_knows_neither_torch_nor_the_engine() -> None:
-    """Except commands: `verify` compares with transformers, and both commands read checkpoints as the engine does."""
+def test_gateway_imports_neither_torch_nor_the_engine() -> None:
+    """Allow only commands: `verify` compares with transformers, and `verify` and `cli` read checkpoints."""
     heavy = {"torch", "transformers", "sentence_transformers", "tokenizers", "safetensors", "triton", "pytriton"}
     items = all_imports("gateway")
     oracle = [item for item in items if item.file == "gateway/verify/oracle.py" and item.lazy]
     assert listed([item for item in items if item.top in heavy and item not in oracle]) == []
     assert listed([item for item in items if item.module.startswith("kernels/")]) == []
-    engine = [item for item in items if item.module.startswith("python_backend/")]
+    engine = [item for item in items if item.module.startswith("python_backend/") and item.module != WIRE]
     assert listed([item for item in engine if item.file not in {"gateway/cli.py", "gateway/verify/command.py"}]) == []
 
 
-def test_one_file_talks_to_triton_over_the_wire() -> None:
+def test_wire_contract_imports_only_the_standard_library() -> None:
+    """Check that the gateway can import it without torch, and the stub before it decides to load a checkpoint."""
+    assert listed([item for item in imports(ROOT / WIRE) if item.top not in sys.stdlib_module_names]) == []
+
+
+def test_only_the_client_imports_grpc() -> None:
     wire = [item for item in all_imports("gateway", "python_backend") if item.top in {"tritonclient", "grpc"}]
     client = "gateway/triton/client.py"
     assert any(item.file == client for item in wire)
-    # config.pbtxt is read and written as the protocol buffer it is
+    # config.pbtxt is a protocol buffer; the repository reads and writes it as one.
     allowed = {("python_backend/checkpoint/repository.py", "tritonclient.grpc.model_config_pb2")}
     assert listed([item for item in wire if item.file != client and (item.file, item.module) not in allowed]) == []
 
 
-def test_the_serving_path_does_without_transformers() -> None:
-    """It may be imported lazily for checkpoints that ship without a tokenizer.json, and by `verify`."""
+def test_serving_does_not_import_transformers() -> None:
+    """Allow lazy imports only: for checkpoints without a tokenizer.json, and in `verify`."""
     items = [item for item in third_party(*FOLDERS) if item.top in {"transformers", "sentence_transformers"}]
     allowed = {
         "python_backend/checkpoint/files.py",
@@ -302,33 +308,33 @@ def test_the_serving_path_does_without_transformers() -> None:
 
 
 def eager_packages(path: Path) -> set[str]:
-    """Return every third-party package that importing a file imports, through files of ours."""
+    """Return every third-party package that importing a file imports, directly or through this repository."""
     items = [item for file in reachable(path, lazily=False) for item in imports(file) if not item.lazy]
     return {item.top for item in items if not item.ours} - sys.stdlib_module_names
 
 
 def reachable(path: Path, lazily: bool = True) -> set[Path]:
-    """Return the files of ours that a file imports, directly or not, itself included."""
-    seen, waiting = set(), [path]
-    while waiting:
-        seen.add(file := waiting.pop())
+    """Return the files of this repository that a file imports, directly or not, including the file."""
+    seen, pending = set(), [path]
+    while pending:
+        seen.add(file := pending.pop())
         ours = {ROOT / item.module for item in imports(file) if item.ours and (lazily or not item.lazy)}
-        waiting += ours - seen
+        pending += ours - seen
     return seen
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.parent.parent.name)
-def test_a_family_without_a_checkpoint_costs_no_heavy_import(path: Path) -> None:
+def test_family_without_a_checkpoint_imports_nothing_heavy(path: Path) -> None:
     assert eager_packages(path) <= {"numpy", "triton_python_backend_utils"}
 
 
-def test_serving_never_reaches_the_verify_wing() -> None:
+def test_serving_does_not_import_verify() -> None:
     serving = {name_of(path) for path in reachable(ROOT / "gateway" / "process" / "supervisor.py")}
     assert "gateway/app.py" in serving
     assert not [file for file in serving if file.startswith("gateway/verify/")]
 
 
-def test_commands_start_light() -> None:
+def test_commands_import_nothing_heavy_at_startup() -> None:
     assert eager_packages(ROOT / "python_backend" / "launcher.py") == set()
     heavy = {"torch", "numpy", "transformers", "fastapi", "huggingface_hub"}
     assert not eager_packages(ROOT / "gateway" / "cli.py") & heavy
@@ -340,7 +346,7 @@ def installed_with(declared: Sequence[str]) -> set[str]:
     for text in declared:
         requirement = Requirement(text)
         names.add(_canonical(requirement.name))
-        if requirement.name == "triton-embed":  # another of our extras
+        if requirement.name == "triton-embed":  # another extra of this package
             continue
         for line in metadata.requires(requirement.name) or []:
             needed = Requirement(line)
@@ -358,9 +364,9 @@ def missing(items: Sequence[Import], declared: Sequence[str]) -> list[str]:
     """Return imports of packages that these requirements do not install."""
     installed = installed_with(declared)
     owners = metadata.packages_distributions()
-    # pytriton carries the first in a directory that the server puts on the path; the second is an extra for GPUs.
+    # tritonserver puts the first on the path of its stubs; the second is installed by the extra for GPUs.
     elsewhere = {"triton_python_backend_utils", "triton"}
-    optional = {"tiktoken", "opentelemetry", "sentence_transformers"}  # imported lazily, when an operator asks for them
+    optional = {"tiktoken", "opentelemetry", "sentence_transformers"}  # imported lazily, when configured
     return listed(
         [
             item
@@ -373,7 +379,7 @@ def missing(items: Sequence[Import], declared: Sequence[str]) -> list[str]:
 
 
 def test_every_import_is_installed_by_the_extra_that_needs_it() -> None:
-    """Test tools bring more packages: a module of theirs would be missing on a user's machine."""
+    """Check extras, not this environment: it has packages of the test tools that users do not have."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base, engine = project["dependencies"], project["optional-dependencies"]["engine"]
     gateway = third_party("gateway")
@@ -403,11 +409,11 @@ def uses(path: Path, *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nothing_is_printed_and_sys_path_is_not_touched(path: Path) -> None:
+def test_sources_do_not_print_or_change_sys_path(path: Path) -> None:
     assert uses(path, "print", "sys.path", "breakpoint") == []
 
 
-# One place for defaults per side; the other two pass the environment on to processes they start.
+# One file per side reads defaults; the launcher and the supervisor of Triton pass the environment to child processes.
 ENVIRONMENT = {
     "python_backend/checkpoint/config.py",
     "python_backend/launcher.py",
@@ -416,22 +422,22 @@ ENVIRONMENT = {
 }
 
 
-def test_the_environment_is_read_in_four_files() -> None:
+def test_only_listed_files_read_the_environment() -> None:
     names = ("os.environ", "os.getenv", "os.environb", "os.putenv")
     elsewhere = [path for path in SOURCES if name_of(path) not in ENVIRONMENT]
     assert [line for path in elsewhere for line in uses(path, *names)] == []
 
 
-def test_no_file_has_a_name_that_says_nothing() -> None:
+def test_file_names_are_specific() -> None:
     assert [str(path) for path in SOURCES if path.stem in {"utils", "util", "base", "helpers", "common", "misc"}] == []
 
 
-def test_every_file_has_tests_and_every_test_a_file() -> None:
-    """The tests of wing/name.py are in test_name.py or test_wing_name.py."""
+def test_every_source_file_has_a_test_file_and_vice_versa() -> None:
+    """Expect the tests of wing/name.py in test_name.py or test_wing_name.py."""
     files = {name_of(path) for path in SOURCES if path not in FAMILIES}
     assert TESTED_ELSEWHERE.keys() <= files
     names = {file: {f"test_{Path(file).name}", f"test_{Path(file).parent.name}_{Path(file).name}"} for file in files}
-    folders = (ROOT / "tests", ROOT / "tests" / "interpreted")  # those of clients test other people's code
+    folders = (ROOT / "tests", ROOT / "tests" / "interpreted")  # tests/clients tests external clients
     tests = {path.name for folder in folders for path in folder.glob("test_*.py")}
     assert {file for file in files - TESTED_ELSEWHERE.keys() if not names[file] & tests} == set()
     assert tests - TESTS_OF_SEVERAL_FILES - {name for each in names.values() for name in each} == set()

@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
 from triton_embed.gateway.errors import ApiError, invalid
+from triton_embed.python_backend import wire
 
 T = TypeVar("T")
 Metadata = Sequence[tuple[str, str]]
@@ -88,9 +89,9 @@ class TritonClient:
         """Return a model's INFO output: a JSON object, computed without a forward pass."""
         request = service_pb2.ModelInferRequest(model_name=model)
         _add_ids(request, [[0]])
-        request.outputs.add(name="INFO")
+        request.outputs.add(name=wire.INFO)
         reply = await self._call(model, lambda: self._stub.ModelInfer(request), CONTROL_SECONDS)
-        return _output(reply, "INFO")[4:]  # after the length
+        return _output(reply, wire.INFO)[4:]  # after the length
 
     async def embed(
         self,
@@ -118,20 +119,21 @@ class TritonClient:
         infer = service_pb2.ModelInferRequest(model_name=model)
         _add_inputs(infer, request, rows, images)
         report, receipt = request.errors.report, request.vector_format.receipt
-        for name in ("EMBEDDING", "TOKENS", "DROPPED", *["ERROR"] * report, *["REUSED"] * receipt):
+        optional = [wire.ERROR] * report + [wire.REUSED] * receipt
+        for name in (wire.EMBEDDING, wire.TOKENS, wire.DROPPED, *optional):
             infer.outputs.add(name=name)
         _add_parameters(infer, request.parameters(rows))
         if seconds is not None:
             infer.parameters["timeout_ms"].int64_param = max(1, int(1_000 * seconds))
         reply = await self._call(model, lambda: self._stub.ModelInfer(infer, metadata=metadata), None, ended)
-        vectors = np.frombuffer(_output(reply, "EMBEDDING"), FLOAT32).reshape(len(rows), -1)
-        errors = [cell.decode() for cell in _cells(_output(reply, "ERROR"))] if report else ()
+        vectors = np.frombuffer(_output(reply, wire.EMBEDDING), FLOAT32).reshape(len(rows), -1)
+        errors = [cell.decode() for cell in _cells(_output(reply, wire.ERROR))] if report else ()
         return Embeddings(
             vectors,
-            _counts(reply, "TOKENS", len(rows)),
-            _counts(reply, "DROPPED", len(rows)),
+            _counts(reply, wire.TOKENS, len(rows)),
+            _counts(reply, wire.DROPPED, len(rows)),
             errors,
-            _counts(reply, "REUSED", len(rows)) if receipt else None,
+            _counts(reply, wire.REUSED, len(rows)) if receipt else None,
         )
 
     async def tokenize(self, model: str, request: EmbeddingRequest, takes_images: bool) -> list[list[int]]:
@@ -139,10 +141,10 @@ class TritonClient:
         infer = service_pb2.ModelInferRequest(model_name=model)
         rows = range(request.count)
         _add_inputs(infer, request, rows, [()] * request.count if takes_images else None)
-        infer.outputs.add(name="IDS")
+        infer.outputs.add(name=wire.IDS)
         _add_parameters(infer, request.parameters(rows))
         reply = await self._call(model, lambda: self._stub.ModelInfer(infer), None)
-        padded = np.frombuffer(_output(reply, "IDS"), INT32).reshape(request.count, -1)
+        padded = np.frombuffer(_output(reply, wire.IDS), INT32).reshape(request.count, -1)
         return [row[row >= 0].tolist() for row in padded]
 
     async def _call(
@@ -183,12 +185,12 @@ def _add_inputs(
     if request.ids:
         _add_ids(infer, [request.ids[i] for i in rows])
         return
-    _add_bytes(infer, "TEXT", (len(rows), 1), [request.texts[i].encode() for i in rows])
+    _add_bytes(infer, wire.TEXT, (len(rows), 1), [request.texts[i].encode() for i in rows])
     if images is not None:
         selected = [images[i] for i in rows]
         width = max(1, *map(len, selected))
         cells = [cell for row in selected for cell in (*row, *[b""] * (width - len(row)))]
-        _add_bytes(infer, "IMAGE", (len(rows), width), cells)
+        _add_bytes(infer, wire.IMAGE, (len(rows), width), cells)
 
 
 def _add_parameters(infer: Any, parameters: Mapping[str, int | str]) -> None:
@@ -210,7 +212,7 @@ def _add_ids(infer: Any, rows: Sequence[Sequence[int]]) -> None:
     padded = np.full((len(rows), max(1, *map(len, rows))), -1, INT32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
-    infer.inputs.add(name="INPUT_IDS", datatype="INT32", shape=padded.shape)
+    infer.inputs.add(name=wire.INPUT_IDS, datatype="INT32", shape=padded.shape)
     infer.raw_input_contents.append(padded.tobytes())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from triton_embed.python_backend import wire
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest
 
@@ -19,22 +20,6 @@ class Item:
     images: tuple[bytes, ...] = ()
 
 
-PARAMETERS = {
-    "dimensions": int,
-    "instruction": str,
-    "prompt_name": str,
-    "prompts": str,
-    "truncate": str,
-    "long_text": str,
-    "on_error": str,
-    "timeout_ms": int,
-}
-# Parameters with a fixed set of values; the first is the default.
-CHOICES = {"truncate": ("end", "start", "none"), "long_text": ("truncate", "mean"), "on_error": ("fail", "report")}
-PROMPT = ("instruction", "prompt_name")  # keys of an entry of prompts, which may have one of them
-PROMPTS = (*PROMPT, "prompts")
-
-
 def parse_parameters(text: str) -> dict[str, Any]:
     """Parse the request parameters.
 
@@ -45,18 +30,18 @@ def parse_parameters(text: str) -> dict[str, Any]:
     if not parameters:
         return parameters
     for key, value in parameters.items():
-        if key not in PARAMETERS:
-            raise BadRequest(f"Unknown parameter '{key}'; supported: {', '.join(PARAMETERS)}")
-        if type(value) is not PARAMETERS[key]:
-            kind = "a whole number" if PARAMETERS[key] is int else "a string"
+        if key not in wire.PARAMETERS:
+            raise BadRequest(f"Unknown parameter '{key}'; supported: {', '.join(wire.PARAMETERS)}")
+        if type(value) is not wire.PARAMETERS[key]:
+            kind = "a whole number" if wire.PARAMETERS[key] is int else "a string"
             raise BadRequest(f"Parameter '{key}' must be {kind}, got {value!r}")
-    for key, choices in CHOICES.items():
+    for key, choices in wire.CHOICES.items():
         if parameters.get(key, choices[0]) not in choices:
             words = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise BadRequest(f"{key} must be {words}, got '{parameters[key]}'")
     if parameters.get("timeout_ms", 1) < 1:
         raise BadRequest(f"timeout_ms must be greater than 0, got {parameters['timeout_ms']}")
-    if "prompts" in parameters and not parameters.keys().isdisjoint(PROMPT):
+    if "prompts" in parameters and not parameters.keys().isdisjoint(wire.PROMPT_KEYS):
         raise BadRequest("Send either prompts or one instruction or prompt_name for all rows")
     return parameters
 
@@ -96,7 +81,7 @@ def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
         raise BadRequest(f"prompts must be a list with an entry for each of the {rows} rows, got {count}")
     prompts = [{} if prompt is None else prompt for prompt in entries]
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, dict) or not prompt.keys() <= set(PROMPT) or len(prompt) > 1:
+        if not isinstance(prompt, dict) or not prompt.keys() <= set(wire.PROMPT_KEYS) or len(prompt) > 1:
             raise BadRequest(f"An entry of prompts must hold an instruction or a prompt_name (input at index {i})")
         for key, value in prompt.items():
             if not isinstance(value, str):

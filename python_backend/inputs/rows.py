@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from triton_embed.python_backend import wire
 from triton_embed.python_backend.errors import BadRequest
 from triton_embed.python_backend.inputs.chunking import Chunk, combine, first_chunks, split_ids, split_text
-from triton_embed.python_backend.inputs.parameters import PROMPTS, Item, count_rows, parse_prompts, read_item, unpad_ids
+from triton_embed.python_backend.inputs.parameters import Item, count_rows, parse_prompts, read_item, unpad_ids
 from triton_embed.python_backend.inputs.processors import Template, TextProcessor
 from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
 
@@ -227,7 +228,7 @@ class IdRows(RequestRows):
 
     def __init__(self, processor: TextProcessor, parameters: Mapping[str, Any], ids: npt.NDArray[np.int32]) -> None:
         super().__init__(processor, parameters, len(ids))
-        if not parameters.keys().isdisjoint(PROMPTS):
+        if not parameters.keys().isdisjoint((*wire.PROMPT_KEYS, "prompts")):
             raise BadRequest("instruction, prompt_name and prompts need TEXT: token ids are used as they are")
         for i, row in enumerate(ids):
             try:
