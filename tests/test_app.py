@@ -61,7 +61,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(triton: Triton) -> Iterator[Served]:
-    """A gateway with two ready models, minilm and bge_tiny; bge has no checkpoint."""
+    """Start a gateway with two ready models, minilm and bge_tiny; bge has no checkpoint."""
     gateway = Served(triton_grpc=triton.grpc)
     yield gateway
     gateway.stop()
@@ -69,7 +69,7 @@ def served(triton: Triton) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def locked(triton: Triton) -> Iterator[Served]:
-    """A gateway with an API key and small limits."""
+    """Start a gateway with an API key and small limits."""
     gateway = Served(triton_grpc=triton.grpc, api_key="k3y", max_body_bytes=2000, max_inputs=3, request_timeout=5)
     yield gateway
     gateway.stop()
@@ -329,7 +329,7 @@ dynamic_batching { }
 IMAGE_INFO = {
     "family": "test", "checkpoint": None, "dimensions": 3, "max_model_len": 77, "vocab_size": 100, "pooling": "last",
     "matryoshka": None, "instructions": True, "prompt_names": [], "default_prompt_name": None, "batch_tokens": 1024,
-    "small_tokens": 256,     "max_request_tokens": 300_000, "dtype": "float32", "device": "cpu", "kernels": "",
+    "small_tokens": 256, "max_request_tokens": 300_000, "dtype": "float32", "device": "cpu", "kernels": "",
 }  # fmt: skip
 IMAGES = {"/a.png": b"\x89PNG a" * 99, "/b.jpg": bytes(70_000), "/c": b"GIF89a c"}
 
@@ -344,7 +344,7 @@ class ImageSite(BaseHTTPRequestHandler):
         self.wfile.write(body or b"")
 
     def log_message(self, *_: object) -> None:
-        """Suppress the log."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def site() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def image_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
-    """tritonserver with two image models. Only `fused` embeds text and image together."""
+    """Start tritonserver with two image models, of which only `fused` embeds text and image together."""
     directory = tmp_path_factory.mktemp("images")
     for name, modalities in {"fused": ["text", "image", "text+image"], "either": ["text", "image"]}.items():
         (directory / "models" / name / "1").mkdir(parents=True)
@@ -618,7 +618,7 @@ def test_quantized_output(served: Served) -> None:
 
 
 def test_on_error_report_embeds_the_valid_inputs(served: Served) -> None:
-    """Include input errors that the gateway detects, and one that only the model detects."""
+    """Report input errors that the gateway detects, and one that only the model detects."""
     inputs = ["hello", " ", {"text": 7}, "world " * 400, "the cat", {"image": "x"}]
     body = {"model": "minilm", "input": inputs, "truncate": "none", "on_error": "report", "return_receipt": True}
     response = served.post(body)
@@ -639,8 +639,8 @@ def test_on_error_report_embeds_the_valid_inputs(served: Served) -> None:
     assert served.post({"model": "minilm", "input": [" "], "on_error": "report"}).json()["usage"]["total_tokens"] == 0
 
 
-def test_each_input_can_have_its_own_prompt(served: Served) -> None:
-    """Compare with separate requests: an instruction must apply to its own text only."""
+def test_prompts_of_individual_inputs(served: Served) -> None:
+    """Compare with separate requests: an instruction must apply only to the text it came with."""
     texts = ["the cat", {"text": "the cat", "instruction": "a dog: "}, {"text": "the cat", "instruction": "hello "}]
     together = vectors_of(served.post({"model": "tiny", "input": texts}))
     for vector, text in zip(together, texts, strict=True):
@@ -759,7 +759,7 @@ def test_token_encoding_without_tables_is_400(served: Served) -> None:
 
 
 def test_full_queue_is_429_with_retry_after(triton: Triton) -> None:
-    """Exceed the limit of pending tokens. Rejected requests get a Retry-After."""
+    """Send more tokens than may be pending: rejected requests get a Retry-After header."""
     gateway = Served(triton_grpc=triton.grpc, max_waiting_tokens=3_000)
     try:
         body = {"model": "minilm", "input": [f"{i} {'word ' * 200}" for i in range(40)]}
@@ -796,7 +796,7 @@ def test_interactive_requests_overtake_a_batch_request(served: Served) -> None:
 
 
 def test_disconnect_cancels_pending_work(triton: Triton) -> None:
-    """Disconnect after sending 300 texts: the next request must not wait for them."""
+    """Send 300 texts and disconnect: the next request must not wait for them."""
     gateway = Served(triton_grpc=triton.grpc)
     texts = [f"{i} {'word ' * 120}" for i in range(300)]
     try:
@@ -866,7 +866,7 @@ def test_served_model_name_and_triton_restart(triton: Triton, model_directory: P
         while {model["ready"] for model in gateway.get("/v1/models").json()["data"]} != {False}:
             assert time.monotonic() < deadline, "the registry still reports a model as ready"
             time.sleep(REFRESH_GAP_SECONDS)
-        assert gateway.post({"model": "unheard-of", "input": "a"}).status_code == 503
+        assert gateway.post({"model": "unknown", "input": "a"}).status_code == 503
 
         server.start()
         deadline = time.monotonic() + 10

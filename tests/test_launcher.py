@@ -104,7 +104,7 @@ def test_backend_directory_of_the_caller_is_kept(execve: list[Any], monkeypatch:
     assert [word for word in execve[2] if word.startswith("--backend-directory")] == ["--backend-directory"]
 
 
-def test_official_server_runs_with_an_unchanged_environment(
+def test_official_server_keeps_its_environment(
     execve: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     official = tmp_path / "tritonserver"
@@ -226,7 +226,7 @@ class Processes:
         return process
 
     def stub(self, server: object, region: str = "region", code: str = "") -> subprocess.Popen[bytes]:
-        """Start a stub with the arguments of Triton 2.51 and later: model, region, region size, growth, server pid, ..."""
+        """Start a stub with the arguments of Triton 2.51 and later: model, region, size, growth, server pid, ..."""
         return self.start(
             launcher.STUB, region, 1048576, 1048576, server, "/backends/python", 336, "minilm_0_0", "DEFAULT", code=code
         )
@@ -245,7 +245,7 @@ class Processes:
 
 @pytest.fixture(autouse=True)
 def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
-    """Guard os.kill in every test: a broken launcher must not kill servers the tests did not start."""
+    """Replace os.kill by a guard in every test: a broken launcher must not kill servers the tests did not start."""
     started = Processes(tmp_path)
     monkeypatch.setattr(os, "kill", started.guarded_kill)
     yield started

@@ -272,7 +272,7 @@ def test_family_imports_only_the_engine() -> None:
 
 
 def test_gateway_imports_neither_torch_nor_the_engine() -> None:
-    """Allow only commands: `verify` compares with transformers, and `verify` and `cli` read checkpoints."""
+    """Accept it in commands only: `verify` compares with transformers, and `verify` and `cli` read checkpoints."""
     heavy = {"torch", "transformers", "sentence_transformers", "tokenizers", "safetensors", "triton", "pytriton"}
     items = all_imports("gateway")
     oracle = [item for item in items if item.file == "gateway/verify/oracle.py" and item.lazy]
@@ -297,7 +297,7 @@ def test_only_the_client_imports_grpc() -> None:
 
 
 def test_serving_does_not_import_transformers() -> None:
-    """Allow lazy imports only: for checkpoints without a tokenizer.json, and in `verify`."""
+    """Accept lazy imports only: for checkpoints without a tokenizer.json, and in `verify`."""
     items = [item for item in third_party(*FOLDERS) if item.top in {"transformers", "sentence_transformers"}]
     allowed = {
         "python_backend/checkpoint/files.py",
@@ -433,7 +433,7 @@ def test_file_names_are_specific() -> None:
 
 
 def test_every_source_file_has_a_test_file_and_vice_versa() -> None:
-    """Expect the tests of wing/name.py in test_name.py or test_wing_name.py."""
+    """Look for the tests of wing/name.py in test_name.py or test_wing_name.py."""
     files = {name_of(path) for path in SOURCES if path not in FAMILIES}
     assert TESTED_ELSEWHERE.keys() <= files
     names = {file: {f"test_{Path(file).name}", f"test_{Path(file).parent.name}_{Path(file).name}"} for file in files}

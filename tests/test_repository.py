@@ -1,4 +1,4 @@
-"""Model directories written for a checkpoint: the family is found, its files are copied, nothing else changes."""
+"""Writing a model directory for a checkpoint: the family is detected, its files are copied, nothing else changes."""
 
 import json
 import shlex
@@ -36,7 +36,7 @@ def _checkpoint(directory: Path, model_type: str, pooling: dict[str, object] | N
         ("bert", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "bge"),
         ("bert", {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "minilm"),
         ("bert", {"pooling_mode": "mean"}, "minilm"),
-        ("bert", {"pooling_mode": "lasttoken"}, "minilm"),  # no BGE: its query sentence would be wrong
+        ("bert", {"pooling_mode": "lasttoken"}, "minilm"),  # not BGE: its query instruction would be wrong
         ("bert", {"pooling_mode_max_tokens": True}, "minilm"),
         ("xlm-roberta", {"pooling_mode_cls_token": True}, "bge"),
         ("xlm-roberta", {"pooling_mode_mean_tokens": True}, "bge"),
@@ -59,54 +59,54 @@ def test_family_of_real_weights() -> None:
     assert repository.family_of(MINILM, REPOSITORY) == "minilm"
 
 
-def test_models_that_were_added_are_no_families(tmp_path: Path) -> None:
+def test_added_models_are_not_families(tmp_path: Path) -> None:
     models = _copy(tmp_path, "bge", "minilm")
     for name, pooling in (("m3", "cls"), ("e5", "mean"), ("a-bert", "mean")):
         repository.write_model(models, "bge", models, name, {"checkpoint": "org/x", "pooling": pooling})
     assert repository.model_names(models) == ["a-bert", "bge", "e5", "m3", "minilm"]
     assert repository.family_names(models) == ["bge", "minilm"]
-    found = _checkpoint(tmp_path / "new", "xlm-roberta", {"pooling_mode_mean_tokens": True})
-    assert repository.family_of(found, models) == "bge"
+    checkpoint = _checkpoint(tmp_path / "new", "xlm-roberta", {"pooling_mode_mean_tokens": True})
+    assert repository.family_of(checkpoint, models) == "bge"
     shutil.rmtree(models / "bge")
     shutil.rmtree(models / "minilm")
     with pytest.raises(RepositoryError, match="contains no family"):
-        repository.family_of(found, models)
+        repository.family_of(checkpoint, models)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "pooling", "says"),
+    ("model_type", "pooling", "message"),
     [
         ("t5", None, "model_type 't5' belongs to no family; supported: bert, clip, llama"),
         ("bert", None, "has pooling 'nothing'; families of model_type 'bert': bge (cls) and minilm (mean)"),
         ("bert", {"pooling_mode_max_tokens": False}, "has pooling 'nothing'"),
     ],
 )
-def test_family_of_refuses_to_guess(tmp_path: Path, model_type: str, pooling: object, says: str) -> None:
+def test_family_of_rejects_unknown_checkpoints(tmp_path: Path, model_type: str, pooling: object, message: str) -> None:
     checkpoint = _checkpoint(tmp_path / "checkpoint", model_type, pooling)  # type: ignore[arg-type]
     with pytest.raises(RepositoryError) as caught:
         repository.family_of(checkpoint, REPOSITORY)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_family_of_names_a_missing_config(tmp_path: Path) -> None:
+def test_family_of_reports_a_missing_config(tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match=r"config\.json is missing"):
         repository.family_of(tmp_path, REPOSITORY)
 
 
 @pytest.mark.parametrize("mode", ["cls", "mean", "max", "lasttoken"])
-@pytest.mark.parametrize("place", ["1_Pooling", "pool"])
-def test_stated_pooling_is_what_sentence_transformers_wrote(mode: str, place: str, tmp_path: Path) -> None:
-    (tmp_path / place).mkdir()
-    Pooling(8, pooling_mode=mode).save(str(tmp_path / place))
-    if place != "1_Pooling":
-        kinds = {"": "Transformer", place: "Pooling"}
+@pytest.mark.parametrize("folder", ["1_Pooling", "pool"])
+def test_checkpoint_pooling_reads_files_of_sentence_transformers(mode: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    Pooling(8, pooling_mode=mode).save(str(tmp_path / folder))
+    if folder != "1_Pooling":
+        kinds = {"": "Transformer", folder: "Pooling"}
         modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
         (tmp_path / "modules.json").write_text(json.dumps(modules))
     assert repository.checkpoint_pooling(tmp_path) == mode.replace("lasttoken", "last")
 
 
 @pytest.mark.parametrize(
-    ("stated", "expected"),
+    ("config", "expected"),
     [
         (None, ""),
         ({}, ""),
@@ -116,8 +116,8 @@ def test_stated_pooling_is_what_sentence_transformers_wrote(mode: str, place: st
         ({"pooling_mode_weightedmean_tokens": True}, "pooling_mode_weightedmean_tokens"),
     ],
 )
-def test_stated_pooling(stated: dict[str, object] | None, expected: str, tmp_path: Path) -> None:
-    assert repository.checkpoint_pooling(_checkpoint(tmp_path / "x", "bert", stated)) == expected
+def test_checkpoint_pooling(config: dict[str, object] | None, expected: str, tmp_path: Path) -> None:
+    assert repository.checkpoint_pooling(_checkpoint(tmp_path / "x", "bert", config)) == expected
 
 
 @pytest.mark.parametrize(
@@ -132,19 +132,19 @@ def test_stated_pooling(stated: dict[str, object] | None, expected: str, tmp_pat
         ("a/b", "a-b"),
     ],
 )
-def test_model_name(title: str, name: str, tmp_path: Path) -> None:
+def test_model_name_replaces_invalid_characters(title: str, name: str, tmp_path: Path) -> None:
     assert repository.model_name(title) == name
     repository.check_name(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "../x", ".x", "", "模型", "x\n"])
-def test_a_name_that_triton_cannot_have_is_refused(name: str, tmp_path: Path) -> None:
+def test_check_name_rejects_an_invalid_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match="Invalid model name"):
         repository.check_name(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["minilm", "MiniLM"])
-def test_a_taken_name_is_named(name: str) -> None:
+def test_check_name_rejects_a_taken_name(name: str) -> None:
     with pytest.raises(RepositoryError, match=rf"{REPOSITORY}/minilm exists"):
         repository.check_name(name, REPOSITORY)
 
@@ -167,16 +167,14 @@ def test_a_taken_name_is_named(name: str) -> None:
         ("clip-zh", "clip", "clip", None),
     ],
 )
-def test_the_sentence_before_queries(
-    title: str, model_type: str, family: str, query: str | None, tmp_path: Path
-) -> None:
+def test_query_instruction(title: str, model_type: str, family: str, query: str | None, tmp_path: Path) -> None:
     checkpoint = Checkpoint(_checkpoint(tmp_path / title, model_type), f"org/{title}", f"org/{title}")
     facts = repository.checkpoint_parameters(checkpoint, family, REPOSITORY, title)
-    stated = _parameters(repository.write_model(REPOSITORY, family, tmp_path / "models", title, facts))
-    assert stated.get("query_instruction") == query
+    written = _parameters(repository.write_model(REPOSITORY, family, tmp_path / "models", title, facts))
+    assert written.get("query_instruction") == query
 
 
-def test_facts_are_the_checkpoints_where_it_states_them_and_else_the_familys(tmp_path: Path) -> None:
+def test_parameters_come_from_the_checkpoint_then_the_family(tmp_path: Path) -> None:
     mean = _checkpoint(tmp_path / "mean", "qwen3", {"pooling_mode_mean_tokens": True})
     silent = _checkpoint(tmp_path / "silent", "qwen3")
     written = [
@@ -186,16 +184,16 @@ def test_facts_are_the_checkpoints_where_it_states_them_and_else_the_familys(tmp
             repository.checkpoint_parameters(Checkpoint(path, str(path)), "qwen3_embedding", REPOSITORY, path.name)
         ]
     ]
-    assert [stated["pooling"] for stated in written] == ["mean", "last"]
-    assert [stated["is_matryoshka"] for stated in written] == ["true", "true"]
-    assert [stated["checkpoint"] for stated in written] == [str(mean), str(silent)]
-    assert not any("aliases" in stated for stated in written)  # the family's names are not theirs
+    assert [parameters["pooling"] for parameters in written] == ["mean", "last"]
+    assert [parameters["is_matryoshka"] for parameters in written] == ["true", "true"]
+    assert [parameters["checkpoint"] for parameters in written] == [str(mean), str(silent)]
+    assert not any("aliases" in parameters for parameters in written)  # the family's aliases are not copied
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "aliases"),
     [
-        (Checkpoint(Path("x"), "org/x", "org/x"), None),  # the gateway makes them of the id
+        (Checkpoint(Path("x"), "org/x", "org/x"), None),  # the gateway derives aliases from the id
         (Checkpoint(Path("/m/x"), "/m/x"), "x"),
         (Checkpoint(Path("/m/taken"), "/m/taken"), None),
         (Checkpoint(Path("/m/a, b"), "/m/a, b"), None),
@@ -204,11 +202,11 @@ def test_facts_are_the_checkpoints_where_it_states_them_and_else_the_familys(tmp
 )
 def test_aliases(checkpoint: Checkpoint, aliases: str | None, tmp_path: Path) -> None:
     facts = repository.checkpoint_parameters(checkpoint, "clip", REPOSITORY, "taken")
-    stated = _parameters(repository.write_model(REPOSITORY, "clip", tmp_path, "taken", facts))
-    assert stated.get("aliases") == aliases
+    written = _parameters(repository.write_model(REPOSITORY, "clip", tmp_path, "taken", facts))
+    assert written.get("aliases") == aliases
 
 
-def test_a_pickle_is_refused_with_the_command_that_makes_safetensors_of_it(tmp_path: Path) -> None:
+def test_pickle_is_rejected_with_the_command_that_converts_it(tmp_path: Path) -> None:
     directory = write_bert(tmp_path / "it's a model")
     weights = load_file(directory / "model.safetensors")
     save(weights, directory / "pytorch_model.bin")
@@ -218,71 +216,71 @@ def test_a_pickle_is_refused_with_the_command_that_makes_safetensors_of_it(tmp_p
     command = str(caught.value).partition("try again: ")[2]
     subprocess.run(shlex.split(command), check=True, capture_output=True)
     repository.check_weights(Checkpoint(directory, str(directory)))
-    made = load_file(directory / "model.safetensors")
-    assert made.keys() == weights.keys()
-    assert all(bool((made[name] == weights[name]).all()) for name in weights)
+    converted = load_file(directory / "model.safetensors")
+    assert converted.keys() == weights.keys()
+    assert all(bool((converted[name] == weights[name]).all()) for name in weights)
 
 
-def test_loaded_by(tmp_path: Path) -> None:
+def test_loaded_by_lists_models_with_the_same_checkpoint(tmp_path: Path) -> None:
     assert repository.loaded_by(Checkpoint(tmp_path, "BAAI/bge-base-en-v1.5"), REPOSITORY) == ["bge"]
     assert repository.loaded_by(Checkpoint(tmp_path, "BAAI/bge-m3"), REPOSITORY) == []
     assert repository.loaded_by(Checkpoint(tmp_path, "BAAI/bge-m3"), tmp_path / "none") == []
 
 
-def test_install_moves_it_whole(tmp_path: Path) -> None:
-    made = repository.write_model(REPOSITORY, "bge", tmp_path / "made", "mine", {"checkpoint": "org/x"})
-    before = {path.relative_to(made): path.read_bytes() for path in made.rglob("*.*")}
-    installed = repository.install(made, tmp_path / "models")
+def test_install_moves_every_file(tmp_path: Path) -> None:
+    source = repository.write_model(REPOSITORY, "bge", tmp_path / "source", "mine", {"checkpoint": "org/x"})
+    before = {path.relative_to(source): path.read_bytes() for path in source.rglob("*.*")}
+    installed = repository.install(source, tmp_path / "models")
     assert installed == tmp_path / "models" / "mine"
     assert {path.relative_to(installed): path.read_bytes() for path in installed.rglob("*.*")} == before
     assert len(before) == 2
-    assert not made.exists()
+    assert not source.exists()
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError])
-def test_an_install_that_is_interrupted_leaves_nothing(
-    end: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interrupted_install_leaves_nothing_behind(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from another file system, where a move is a copy."""
+    """Install as from another file system, where a move is a copy."""
 
-    def half(source: Path, target: Path) -> None:
+    def copy_half(source: Path, target: Path) -> None:
         shutil.copytree(source / "1", target / "1")
-        raise end
+        raise error
 
-    made = repository.write_model(REPOSITORY, "bge", tmp_path / "made", "mine", {"checkpoint": "org/x"})
+    source = repository.write_model(REPOSITORY, "bge", tmp_path / "source", "mine", {"checkpoint": "org/x"})
     models = _copy(tmp_path, "minilm")
-    monkeypatch.setattr(shutil, "move", half)
-    with pytest.raises(end):
-        repository.install(made, models)
+    monkeypatch.setattr(shutil, "move", copy_half)
+    with pytest.raises(error):
+        repository.install(source, models)
     assert [path.name for path in models.iterdir()] == ["minilm"]
 
 
-def test_install_does_not_touch_what_is_there(tmp_path: Path) -> None:
-    made = repository.write_model(REPOSITORY, "bge", tmp_path / "made", "minilm", {"checkpoint": "org/x"})
+def test_install_does_not_overwrite_a_model(tmp_path: Path) -> None:
+    source = repository.write_model(REPOSITORY, "bge", tmp_path / "source", "minilm", {"checkpoint": "org/x"})
     models = _copy(tmp_path, "minilm")
     before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
     with pytest.raises(RepositoryError, match="minilm exists"):
-        repository.install(made, models)
+        repository.install(source, models)
     assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
 
 
-def test_write_model_sets_parameters_and_leaves_the_source_alone(tmp_path: Path) -> None:
+def test_write_model_sets_parameters_and_keeps_the_source(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in REPOSITORY.rglob("*") if path.suffix in {".py", ".pbtxt"}}
     checkpoint = write_bert(tmp_path / "my-model", pooling="mean")
     repository.write_model(
         REPOSITORY, "minilm", tmp_path / "models", "my-model", {"checkpoint": str(checkpoint), "dtype": "float32"}
     )
     config = repository.read_config(tmp_path / "models", "my-model")
-    stated = {key: value.string_value for key, value in config.parameters.items()}
+    written = {key: value.string_value for key, value in config.parameters.items()}
     assert config.name == "my-model"
-    assert stated["checkpoint"] == str(checkpoint)
-    assert stated["dtype"] == "float32"
-    assert "checkpoint_package" not in stated  # it carries another checkpoint
+    assert written["checkpoint"] == str(checkpoint)
+    assert written["dtype"] == "float32"
+    assert "checkpoint_package" not in written  # the package contains another checkpoint
     assert (tmp_path / "models" / "my-model" / "1" / "model.py").is_file()
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_write_model_keeps_the_familys_batching_and_can_be_read_by_people(tmp_path: Path) -> None:
+def test_write_model_keeps_batching_and_readable_unicode(tmp_path: Path) -> None:
     repository.write_model(REPOSITORY, "bge", tmp_path, "zh", {"checkpoint": "org/x", "query_instruction": ZH})
     text = (tmp_path / "zh" / "config.pbtxt").read_text(encoding="utf-8")
     assert f'"{ZH}"' in text
@@ -297,7 +295,7 @@ def test_write_model_keeps_the_familys_batching_and_can_be_read_by_people(tmp_pa
     assert written == family
 
 
-def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
+def test_read_config_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.pbtxt").write_text("nonsense { ")
     with pytest.raises(RepositoryError, match=r"odd/config\.pbtxt"):

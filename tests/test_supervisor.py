@@ -1,4 +1,4 @@
-"""Supervision: killed processes are restarted while requests keep being answered, and shutdown answers every request."""
+"""Supervision: killed processes are restarted under load, and shutdown answers every request."""
 
 import json
 import os
