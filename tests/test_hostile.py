@@ -1,8 +1,8 @@
 """Hostile requests over raw sockets to the real stack.
 
-Each is rejected with the usual error body, or its connection is closed as HTTP requires. The server must still respond
-correctly afterwards, without using more memory. After each test, `unharmed` requests a vector, and checks the log for
-tracebacks.
+The server rejects each with the usual error body, or closes the connection as HTTP requires. It must respond correctly
+afterwards, without using more memory: after each test, the fixture `unharmed` requests a vector and searches the log
+for tracebacks.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class RawResponse:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error object. It must be complete and must not reveal paths or stack traces."""
+        """Return the error object and check that it is complete and reveals no path or stack trace."""
         assert self.headers["content-type"] == "application/json", self
         error: dict[str, Any] = json.loads(self.body)["error"]
         assert list(error) == ["message", "type", "param", "code"]
@@ -71,7 +71,7 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack of minilm and a qwen3, which supports instructions."""
+    """Start a stack with minilm and qwen3, which supports instructions."""
     directory = tmp_path_factory.mktemp("hostile")
     repository.write_model(REPOSITORY, "minilm", directory / "models", "minilm", {})
     repository.write_model(REPOSITORY, "qwen3_embedding", directory / "models", "qwen3", {"checkpoint": str(qwen3)})
@@ -141,9 +141,9 @@ def open_to(stack: Stack) -> socket.socket:
 
 
 def exchange(stack: Stack, *pieces: bytes, pause: float = 0.0) -> list[RawResponse]:
-    """Send pieces on one connection, and return all responses. 30 s without a byte count as a hang."""
+    """Send pieces on one connection and return all responses; fail after 30 s without a byte."""
     with open_to(stack) as connection:
-        with contextlib.suppress(ConnectionError):  # the server may stop reading once it has rejected
+        with contextlib.suppress(ConnectionError):  # the server may stop reading after a rejection
             for piece in pieces:
                 connection.sendall(piece)
                 time.sleep(pause)
@@ -169,7 +169,7 @@ def read_responses(connection: socket.socket) -> list[RawResponse]:
 
 
 def field(name: str, value: bytes) -> bytes:
-    """Return a valid body, except for one field."""
+    """Return a body that is valid except for one field."""
     fields = {b"model": b'"minilm"', b"input": b'"Once upon a time"', name.encode(): value}
     return b"{" + b",".join(b'"%s":%s' % item for item in fields.items()) + b"}"
 
@@ -383,7 +383,7 @@ def test_last_duplicate_key_counts(stack: Stack, expected: np.ndarray) -> None:
 
 
 def test_nul_does_not_truncate_an_instruction(stack: Stack, qwen3: Path) -> None:
-    """Send a NUL, which must be rejected or be part of the instruction."""
+    """Send a NUL: it is rejected or part of the instruction."""
     for name, value in (("instruction", "Find\0 nothing"), ("prompt_name", "query\0 nonsense")):
         (response,) = exchange(stack, post(json.dumps({"model": "qwen3", "input": TEXT, name: value}).encode()))
         if response.status == 200:
@@ -435,7 +435,7 @@ def test_invalid_rerank_is_400(stack: Stack, name: str) -> None:
 
 
 def test_invalid_score_is_400(stack: Stack) -> None:
-    for left in (
+    for text_1 in (
         b"7",
         b"true",
         b"{}",
@@ -449,10 +449,10 @@ def test_invalid_score_is_400(stack: Stack) -> None:
         b"null",
     ):
         (response,) = exchange(
-            stack, post(b'{"model": "minilm", "text_1": %s, "text_2": ["a", "b"]}' % left, "/v1/score")
+            stack, post(b'{"model": "minilm", "text_1": %s, "text_2": ["a", "b"]}' % text_1, "/v1/score")
         )
-        assert response.status == 400, left
-        assert response.error["param"] in {"text_1", "text_2"}, left
+        assert response.status == 400, text_1
+        assert response.error["param"] in {"text_1", "text_2"}, text_1
 
 
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: example.org\r\n"
@@ -507,7 +507,7 @@ INVALID_HTTP = {
 
 @pytest.mark.parametrize("name", INVALID_HTTP)
 def test_invalid_http_is_rejected(stack: Stack, name: str) -> None:
-    """Expect an error and a closed connection. A complete request before the invalid bytes gets its own response."""
+    """Check for an error and a closed connection; a complete request before the invalid bytes is answered too."""
     responses = exchange(stack, INVALID_HTTP[name])
     assert len(responses) <= 2
     for response in responses:
@@ -560,7 +560,7 @@ def test_unusual_http_in_pieces_is_accepted(stack: Stack, expected: np.ndarray, 
 
 
 def test_connection_stays_usable_after_an_upgrade_offer(stack: Stack, expected: np.ndarray) -> None:
-    """Offer HTTP/2 with each request and continue with HTTP/1.1, as JDK's HttpClient does."""
+    """Send HTTP/2 upgrade offers but continue with HTTP/1.1, as JDK's HttpClient does."""
     offer = HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n" + LENGTH
     responses = exchange(stack, offer + b"\r\n" + GOOD, offer + b"\r\n" + GOOD, post(GOOD), pause=0.1)
     assert [response.is_correct(expected) for response in responses] == [True] * 3
@@ -581,7 +581,7 @@ def test_pipelined_requests_are_answered_in_order(stack: Stack, expected: np.nda
 
 
 def test_invalid_http_after_a_valid_request(stack: Stack, expected: np.ndarray) -> None:
-    """Expect a response to the valid request or none; responses must not be mixed."""
+    """Accept a response to the valid request or none; responses must not be mixed."""
     responses = exchange(stack, HEAD + LENGTH + b"\r\n" + GOOD + b"EMBED nonsense\r\n\r\n")
     assert len(responses) <= 2
     for response in responses:
@@ -589,7 +589,7 @@ def test_invalid_http_after_a_valid_request(stack: Stack, expected: np.ndarray) 
 
 
 def test_http_0_9(stack: Stack) -> None:
-    """Expect no response before the connection ends, or one of HTTP/1.1: HTTP/0.9 is not supported."""
+    """Accept no response or one of HTTP/1.1, because HTTP/0.9 is not supported."""
     with open_to(stack) as connection:
         connection.sendall(b"GET /health\r\n")
         connection.shutdown(socket.SHUT_WR)

@@ -30,7 +30,7 @@ MAX_PENDING_TOKENS = 20_000  # about three requests of the full-queue test in te
 # Documented switches that disable telemetry and the download of price lists. Any other network access fails because the
 # proxy port is closed.
 os.environ |= {
-    "TRITON_EMBED_DTYPE": "float32",  # as expected.py
+    "TRITON_EMBED_DTYPE": "float32",  # the type in which expected.py computes vectors
     "ANONYMIZED_TELEMETRY": "False",
     "HAYSTACK_TELEMETRY_ENABLED": "False",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -97,7 +97,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
 
 @pytest.fixture(scope="session")
 def image_url(expected: Expected) -> Iterator[str]:
-    """Serve the image on a host that the operator allows; yield its URL."""
+    """Serve the image on a host that the gateway may fetch from; yield its URL."""
     image_bytes = (expected.directory / "picture.png").read_bytes()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
-"""Pytest plugin for the conformance table: `--table FILE` writes what was tested for each client, and the result.
+"""Pytest plugin for the conformance table: `--table FILE` writes one line per client and feature, with the result.
 
-A test file sets CLIENT and the PACKAGE whose version is reported; a test's docstring is the text of its line. A
-parametrized test is one line, which passes if all its parameters pass.
+A test file sets CLIENT and the PACKAGE whose version is reported; the docstring of a test is
+its text in the table. A parametrized test is one line, which passes if all its parameters pass.
 """
 
 import re
@@ -18,7 +18,7 @@ Each client is used unmodified, as its documentation shows, against `triton-embe
 sentence-transformers for all-MiniLM-L6-v2 and with transformers for the other models; they must have unit length and a
 cosine of at least 0.99999. `make conformance` writes this file.
 
-| Client | Version | Feature | Result |
+| Client | Version | Test | Result |
 |---|---|---|---|
 """
 
@@ -26,17 +26,17 @@ cosine of at least 0.99999. `make conformance` writes this file.
 class Table:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._titles: dict[str, tuple[str, str, str]] = {}  # test → (client, version, feature)
+        self._lines: dict[str, tuple[str, str, str]] = {}  # test → (client, version, feature)
         self._passed: dict[tuple[str, str, str], bool] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             module: Any = item.module  # type: ignore[attr-defined]
             feature = " ".join(item.obj.__doc__.split())  # type: ignore[attr-defined]
-            self._titles[item.nodeid] = (module.CLIENT, version_of(module.PACKAGE), feature.rstrip("."))
+            self._lines[item.nodeid] = (module.CLIENT, version_of(module.PACKAGE), feature.rstrip("."))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        line = self._titles[report.nodeid]
+        line = self._lines[report.nodeid]
         self._passed[line] = self._passed.get(line, True) and report.passed
 
     def pytest_sessionfinish(self) -> None:
@@ -50,7 +50,7 @@ class Table:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--table", type=Path, metavar="FILE", help="write the conformance table there")
+    parser.addoption("--table", type=Path, metavar="FILE", help="write the conformance table to FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:

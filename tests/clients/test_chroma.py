@@ -18,19 +18,19 @@ def function(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> OpenAIEmbeddingFu
 
 
 def test_embedding_function(function: OpenAIEmbeddingFunction, expected: Expected) -> None:
-    """The embedding function."""
+    """Call the embedding function."""
     expected.check(function(TEXTS), TEXTS)
 
 
 def test_dimensions(stack: Stack, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dimensions`, which Chroma sends only for model names that start with text-embedding-3, here an alias."""
+    """Set `dimensions`; Chroma sends it only if the model name, here an alias, starts with text-embedding-3."""
     monkeypatch.setenv("CHROMA_OPENAI_API_KEY", "EMPTY")
     function = OpenAIEmbeddingFunction(model_name="text-embedding-3-small", api_base=stack.base_url, dimensions=512)
     expected.check(function([MATRYOSHKA]), [MATRYOSHKA], "qwen3_embedding")
 
 
 def test_collection_query(function: OpenAIEmbeddingFunction, expected: Expected) -> None:
-    """A collection that is filled and queried: order and distances of the nearest texts."""
+    """Search a collection: order and distances of the nearest texts."""
     collection = chromadb.EphemeralClient().create_collection(
         "texts", embedding_function=function, configuration={"hnsw": {"space": "cosine"}}
     )

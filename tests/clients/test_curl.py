@@ -1,4 +1,4 @@
-"""Conformance of curl, called as in SGLang's documentation: without a Content-Type, so that curl sends a form's."""
+"""Conformance of curl, called as in SGLang's documentation: without a Content-Type, for which curl sends a form's."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ def curl(command: str) -> Any:
 
 
 def test_text(stack: Stack, expected: Expected) -> None:
-    """A text, without setting a Content-Type."""
+    """Send a text without setting a Content-Type."""
     text = TEXT
     port = stack.port
     curl_text = f"""curl -s http://localhost:{port}/v1/embeddings \
@@ -28,7 +28,7 @@ def test_text(stack: Stack, expected: Expected) -> None:
 
 
 def test_token_ids(stack: Stack, expected: Expected) -> None:
-    """Token ids."""
+    """Send token ids."""
     input_ids = expected.ids["gte_qwen2"][TEXT]
     port = stack.port
     curl_ids = f"""curl -s http://localhost:{port}/v1/embeddings \
@@ -38,7 +38,7 @@ def test_token_ids(stack: Stack, expected: Expected) -> None:
 
 
 def test_health(stack: Stack) -> None:
-    """`/health`."""
+    """Get `/health`."""
     assert curl(f"curl -s http://localhost:{stack.port}/health") == {"status": "healthy"}
 
 
@@ -46,21 +46,21 @@ def test_health(stack: Stack) -> None:
     "option", ["--http1.0", "--http2", "--compressed", "-H 'Expect: 100-continue'", "-H 'Content-Type:'"]
 )
 def test_curl_options(stack: Stack, expected: Expected, option: str) -> None:
-    """`--http1.0`, `--http2`, `--compressed`, `Expect: 100-continue`, no Content-Type at all."""
+    """Send a text with `--http1.0`, `--http2`, `--compressed`, `Expect: 100-continue` or no Content-Type header."""
     body = shlex.quote(json.dumps({"model": GTE, "input": TEXT}))
     response = curl(f"curl -s {option} {stack.url}/v1/embeddings -d {body}")
     expected.check([response["data"][0]["embedding"]], [TEXT], "gte_qwen2")
 
 
 def test_chunked_body(stack: Stack, expected: Expected) -> None:
-    """A chunked request body from a pipe, `-T -`."""
+    """Send a chunked body from a pipe, `-T -`."""
     body = shlex.quote(json.dumps({"model": GTE, "input": TEXT}))
     response = curl(f"echo {body} | curl -s -X POST -T - {stack.url}/v1/embeddings")
     expected.check([response["data"][0]["embedding"]], [TEXT], "gte_qwen2")
 
 
 def test_api_key(strict: Stack) -> None:
-    """A valid and an invalid API key."""
+    """Send a valid and an invalid API key."""
     body = shlex.quote(json.dumps({"model": "minilm", "input": TEXT}))
     call = f"curl -s {strict.url}/v1/embeddings -d {body} -H 'Authorization: Bearer"
     assert len(curl(f"{call} {KEY}'")["data"][0]["embedding"]) == 384

@@ -1,4 +1,4 @@
-"""The example that needs LangChain; the others are run by tests/test_examples.py."""
+"""The example that needs LangChain. tests/test_examples.py runs the other examples."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ CLIENT, PACKAGE = "LangChain `OpenAIEmbeddings`", "langchain-openai"
 
 
 def test_langchain_search(stack: Stack) -> None:
-    """`examples/langchain_search.py`."""
+    """Run `examples/langchain_search.py`."""
     command = [sys.executable, ROOT / "examples" / "langchain_search.py"]
     environment = {**os.environ, "EMBED_URL": stack.url}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100).stdout

@@ -32,14 +32,14 @@ def document_embedder(stack: Stack) -> OpenAIDocumentEmbedder:
 
 
 def test_text(text_embedder: OpenAITextEmbedder, expected: Expected) -> None:
-    """`OpenAITextEmbedder`."""
+    """Run `OpenAITextEmbedder`."""
     response = text_embedder.run(TEXT)
     expected.check([response["embedding"]], [TEXT])
     assert response["meta"]["usage"]["prompt_tokens"] == len(expected.ids["minilm"][TEXT])
 
 
 def test_documents(document_embedder: OpenAIDocumentEmbedder, expected: Expected) -> None:
-    """`OpenAIDocumentEmbedder`, in several batches."""
+    """Run `OpenAIDocumentEmbedder`, in several batches."""
     response = document_embedder.run([Document(content=text) for text in TEXTS])
     expected.check([document.embedding for document in response["documents"]], TEXTS)
 
@@ -47,7 +47,7 @@ def test_documents(document_embedder: OpenAIDocumentEmbedder, expected: Expected
 def test_async(
     text_embedder: OpenAITextEmbedder, document_embedder: OpenAIDocumentEmbedder, expected: Expected
 ) -> None:
-    """Both embedders, asynchronously."""
+    """Run both embedders asynchronously."""
 
     async def embed() -> None:
         expected.check([(await text_embedder.run_async(TEXT))["embedding"]], [TEXT])
@@ -58,7 +58,7 @@ def test_async(
 
 
 def test_dimensions(stack: Stack, expected: Expected) -> None:
-    """`dimensions`."""
+    """Set `dimensions`."""
     embedder = OpenAITextEmbedder(
         api_key=Secret.from_token("EMPTY"), model=QWEN3, api_base_url=stack.base_url, dimensions=512
     )
@@ -66,7 +66,7 @@ def test_dimensions(stack: Stack, expected: Expected) -> None:
 
 
 def test_retrieval_pipeline(text_embedder: OpenAITextEmbedder, document_embedder: OpenAIDocumentEmbedder) -> None:
-    """A document store that is filled and then searched by a pipeline."""
+    """Fill and search a document store with a pipeline."""
     store = InMemoryDocumentStore(embedding_similarity_function="cosine")
     store.write_documents(document_embedder.run([Document(content=text) for text in DOCUMENTS])["documents"])
     pipeline = Pipeline()

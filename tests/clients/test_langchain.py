@@ -23,18 +23,18 @@ def embeddings(stack: Stack) -> OpenAIEmbeddings:
 
 
 def test_query(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
-    """`embed_query` with `check_embedding_ctx_length=False`."""
+    """Call `embed_query` with `check_embedding_ctx_length=False`."""
     expected.check([embeddings.embed_query(TEXT)], [TEXT])
 
 
 def test_documents(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
-    """`embed_documents`, in several batches."""
+    """Call `embed_documents`, in several batches."""
     expected.check(embeddings.embed_documents(TEXTS), TEXTS)
     expected.check(embeddings.embed_documents(TEXTS, chunk_size=2), TEXTS)
 
 
 def test_async(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
-    """`aembed_query` and `aembed_documents`."""
+    """Call `aembed_query` and `aembed_documents`."""
 
     async def embed() -> None:
         expected.check([await embeddings.aembed_query(TEXT)], [TEXT])
@@ -44,13 +44,13 @@ def test_async(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
 
 
 def test_vector_store(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
-    """A vector store that is filled and searched."""
+    """Fill and search a vector store."""
     store = InMemoryVectorStore.from_texts(DOCUMENTS, embeddings)
     assert store.similarity_search(QUESTION, k=1)[0].page_content == DOCUMENTS[1]
 
 
 def test_dimensions(stack: Stack, expected: Expected) -> None:
-    """`dimensions`."""
+    """Set `dimensions`."""
     embeddings = OpenAIEmbeddings(
         model=QWEN3, base_url=stack.base_url, api_key="EMPTY", check_embedding_ctx_length=False, dimensions=512
     )
@@ -58,21 +58,21 @@ def test_dimensions(stack: Stack, expected: Expected) -> None:
 
 
 def test_openai_token_ids_are_rejected(embeddings: OpenAIEmbeddings) -> None:
-    """OpenAI token ids, sent when `check_embedding_ctx_length` is on: an error that names the setting."""
+    """Reject OpenAI token ids with an error that names `check_embedding_ctx_length`."""
     for ids in CL100K:
         with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
             embeddings.embed_documents([ids])  # type: ignore[list-item]
 
 
 def test_ctx_length_check_is_rejected(stack: Stack) -> None:
-    """`check_embedding_ctx_length` on: an error that names the setting, never a wrong vector."""
+    """Keep `check_embedding_ctx_length` on: an error that names the setting, never a wrong vector."""
     embeddings = OpenAIEmbeddings(model="minilm", base_url=stack.base_url, api_key="EMPTY", max_retries=0)
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
         embeddings.embed_query("antidisestablishmentarianism")
 
 
 def test_declared_token_encoding(stack: Stack, expected: Expected) -> None:
-    """`check_embedding_ctx_length` on with a declared `token_encoding`: the right vector."""
+    """Keep `check_embedding_ctx_length` on and send `token_encoding`: the correct vector."""
     embeddings = OpenAIEmbeddings(
         model="minilm",
         base_url=stack.base_url,

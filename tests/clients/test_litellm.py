@@ -19,7 +19,7 @@ def vectors(response: litellm.EmbeddingResponse) -> list[list[float] | str]:
 
 
 def test_texts(stack: Stack, expected: Expected) -> None:
-    """`embedding` of a text and of a list, with model `openai/minilm`."""
+    """Call `embedding` with a text and with a list, model `openai/minilm`."""
     response = litellm.embedding(model="openai/minilm", input=TEXT, api_base=stack.base_url, api_key="EMPTY")
     expected.check(vectors(response), [TEXT])
     response = litellm.embedding(model="openai/minilm", input=TEXTS, api_base=stack.base_url, api_key="EMPTY")
@@ -28,13 +28,13 @@ def test_texts(stack: Stack, expected: Expected) -> None:
 
 
 def test_async(stack: Stack, expected: Expected) -> None:
-    """`aembedding`."""
+    """Call `aembedding`."""
     call = litellm.aembedding(model="openai/minilm", input=TEXTS, api_base=stack.base_url, api_key="EMPTY")
     expected.check(vectors(asyncio.run(call)), TEXTS)
 
 
 def test_model_id_with_slash(stack: Stack, expected: Expected) -> None:
-    """A Hugging Face id after the prefix, with `dimensions` in `allowed_openai_params`."""
+    """Send a Hugging Face id after the prefix, with `dimensions` in `allowed_openai_params`."""
     response = litellm.embedding(
         model=f"openai/{QWEN3}",
         input=[MATRYOSHKA],
@@ -48,7 +48,7 @@ def test_model_id_with_slash(stack: Stack, expected: Expected) -> None:
 
 @pytest.mark.parametrize("encoding", ["float", "base64", None])
 def test_encodings(stack: Stack, expected: Expected, encoding: str | None) -> None:
-    """`encoding_format` float, base64 and unset."""
+    """Set `encoding_format` to float or base64, or leave it unset."""
     response = litellm.embedding(
         model="openai/minilm",
         input=[TEXT],
@@ -64,7 +64,7 @@ def test_encodings(stack: Stack, expected: Expected, encoding: str | None) -> No
 
 
 def test_errors(stack: Stack, strict: Stack) -> None:
-    """Errors as LiteLLM's exceptions: BadRequestError, NotFoundError, AuthenticationError."""
+    """Raise LiteLLM's exceptions: BadRequestError, NotFoundError, AuthenticationError."""
     with pytest.raises(litellm.BadRequestError, match="index 1 cannot be empty"):
         litellm.embedding(model="openai/minilm", input=["a", " "], api_base=stack.base_url, api_key="EMPTY")
     with pytest.raises(litellm.NotFoundError, match="nowhere"):

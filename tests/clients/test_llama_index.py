@@ -18,25 +18,25 @@ def embedding(stack: Stack, request: pytest.FixtureRequest) -> OpenAIEmbedding:
 
 
 def test_query(embedding: OpenAIEmbedding, expected: Expected) -> None:
-    """`get_query_embedding`, by an alias that is an OpenAI model name, and by `model_name`."""
+    """Call `get_query_embedding` with an OpenAI model name as alias, and with `model_name`."""
     expected.check([embedding.get_query_embedding(TEXT)], [TEXT])
 
 
 def test_texts(embedding: OpenAIEmbedding, expected: Expected) -> None:
-    """`get_text_embedding`, and `get_text_embedding_batch` in several batches."""
+    """Call `get_text_embedding`, and `get_text_embedding_batch` in several batches."""
     expected.check([embedding.get_text_embedding(TEXT)], [TEXT])
     embedding.embed_batch_size = 2
     expected.check(embedding.get_text_embedding_batch(TEXTS), TEXTS)
 
 
 def test_line_breaks(embedding: OpenAIEmbedding, expected: Expected) -> None:
-    """Texts with line breaks."""
+    """Embed texts with line breaks."""
     keys = [text.replace("\n", " ") for text in PARAGRAPHS]
     expected.check(embedding.get_text_embedding_batch(PARAGRAPHS), keys)
 
 
 def test_async(embedding: OpenAIEmbedding, expected: Expected) -> None:
-    """`aget_query_embedding` and `aget_text_embedding_batch`."""
+    """Call `aget_query_embedding` and `aget_text_embedding_batch`."""
 
     async def embed() -> None:
         expected.check([await embedding.aget_query_embedding(TEXT)], [TEXT])
@@ -46,6 +46,6 @@ def test_async(embedding: OpenAIEmbedding, expected: Expected) -> None:
 
 
 def test_dimensions(stack: Stack, expected: Expected) -> None:
-    """`dimensions`."""
+    """Set `dimensions`."""
     embedding: Any = OpenAIEmbedding(model_name=QWEN3, api_base=stack.base_url, api_key="EMPTY", dimensions=512)
     expected.check([embedding.get_text_embedding(MATRYOSHKA)], [MATRYOSHKA], "qwen3_embedding")

@@ -18,23 +18,23 @@ def embedding(stack: Stack) -> OpenAILikeEmbedding:
 
 
 def test_texts(embedding: OpenAILikeEmbedding, expected: Expected) -> None:
-    """`get_query_embedding` and `get_text_embedding_batch`."""
+    """Call `get_query_embedding` and `get_text_embedding_batch`."""
     expected.check([embedding.get_query_embedding(TEXT)], [TEXT])
     expected.check(embedding.get_text_embedding_batch(TEXTS), TEXTS)
 
 
 def test_async(embedding: OpenAILikeEmbedding, expected: Expected) -> None:
-    """`aget_text_embedding_batch`."""
+    """Call `aget_text_embedding_batch`."""
     expected.check(asyncio.run(embedding.aget_text_embedding_batch(TEXTS)), TEXTS)
 
 
 def test_dimensions(stack: Stack, expected: Expected) -> None:
-    """`dimensions`."""
+    """Set `dimensions`."""
     embedding = OpenAILikeEmbedding(model_name=QWEN3, api_base=stack.base_url, dimensions=512)
     expected.check([embedding.get_text_embedding(MATRYOSHKA)], [MATRYOSHKA], "qwen3_embedding")
 
 
 def test_error_message(embedding: OpenAILikeEmbedding) -> None:
-    """Invalid input: the server's message reaches the caller."""
+    """Report the server's message for invalid input."""
     with pytest.raises(openai.BadRequestError, match="index 0 cannot be empty"):
         embedding.get_text_embedding_batch([" "])

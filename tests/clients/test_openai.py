@@ -28,7 +28,7 @@ def vectors(response: openai.types.CreateEmbeddingResponse) -> list[list[float]]
 
 
 def test_text(client: openai.Client, expected: Expected) -> None:
-    """A text, in base64, the client's default."""
+    """Embed a text in base64, the client's default."""
     response = client.embeddings.create(model="minilm", input=TEXT)
     expected.check(vectors(response), [TEXT])
     assert response.model == "minilm"
@@ -36,32 +36,32 @@ def test_text(client: openai.Client, expected: Expected) -> None:
 
 
 def test_list(client: openai.Client, expected: Expected) -> None:
-    """A list of texts, in order."""
+    """Embed a list of texts in order."""
     expected.check(vectors(client.embeddings.create(model="minilm", input=TEXTS)), TEXTS)
 
 
 def test_float(client: openai.Client, expected: Expected) -> None:
-    """`encoding_format` float."""
+    """Set `encoding_format` to float."""
     response = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="float")
     expected.check(vectors(response), TEXTS)
 
 
 def test_base64(client: openai.Client, expected: Expected) -> None:
-    """`encoding_format` base64, decoded by the caller."""
+    """Set `encoding_format` to base64, decoded by the caller."""
     response = client.embeddings.create(model="minilm", input=TEXTS, encoding_format="base64")
     encoded: Any = [item.embedding for item in response.data]
     expected.check([np.frombuffer(base64.b64decode(item), "<f4") for item in encoded], TEXTS)
 
 
 def test_token_ids(client: openai.Client, expected: Expected) -> None:
-    """Token ids, one list and several."""
+    """Embed token ids, one list and several."""
     ids = [expected.ids["minilm"][text] for text in TEXTS]
     expected.check(vectors(client.embeddings.create(model="minilm", input=ids[0])), TEXTS[:1])
     expected.check(vectors(client.embeddings.create(model="minilm", input=ids)), TEXTS)
 
 
 def test_async_client(stack: Stack, expected: Expected) -> None:
-    """The asynchronous client, 16 requests at once."""
+    """Send 16 concurrent requests with the asynchronous client."""
 
     async def embed() -> list[openai.types.CreateEmbeddingResponse]:
         async with openai.AsyncClient(base_url=stack.base_url, api_key="EMPTY") as client:
@@ -72,7 +72,7 @@ def test_async_client(stack: Stack, expected: Expected) -> None:
 
 
 def test_qwen3_walkthrough(stack: Stack, expected: Expected) -> None:
-    """The Qwen3-Embedding walkthrough: a text, a list, and `{"input", "instruction"}` as the input."""
+    """Run the Qwen3-Embedding walkthrough: a text, a list, and `{"input", "instruction"}` as the input."""
     client = openai.Client(base_url=f"http://localhost:{stack.port}/v1", api_key="EMPTY")
     response = client.embeddings.create(model="Qwen3-Embedding-0.6B", input="今天天气真好,适合出门散步")
     expected.check(vectors(response), CHINESE[1:], "qwen3_embedding")
@@ -85,13 +85,13 @@ def test_qwen3_walkthrough(stack: Stack, expected: Expected) -> None:
 
 
 def test_dimensions(client: openai.Client, expected: Expected) -> None:
-    """`dimensions` for a model that was trained for it."""
+    """Set `dimensions` for a model with Matryoshka dimensions."""
     response = client.embeddings.create(model=QWEN3, input=MATRYOSHKA, dimensions=512)
     expected.check(vectors(response), [MATRYOSHKA], "qwen3_embedding")
 
 
 def test_unsupported_dimensions(client: openai.Client) -> None:
-    """`dimensions` for any other model: BadRequestError."""
+    """Raise BadRequestError if `dimensions` is set for any other model."""
     with pytest.raises(openai.BadRequestError, match="dimensions") as caught:
         client.embeddings.create(model="minilm", input=TEXT, dimensions=128)
     assert caught.value.type == "invalid_request_error"
@@ -99,7 +99,7 @@ def test_unsupported_dimensions(client: openai.Client) -> None:
 
 
 def test_extra_body(client: openai.Client, expected: Expected) -> None:
-    """`extra_body`: an instruction, and a receipt."""
+    """Send an instruction and request receipts in `extra_body`."""
     response = client.embeddings.create(model=QWEN3, input=QUERY, extra_body={"instruction": TASK})
     expected.check(vectors(response), [TASK], "qwen3_embedding")
     response = client.embeddings.create(model="minilm", input=[TEXT, LONG], extra_body={"return_receipt": True})
@@ -110,7 +110,7 @@ def test_extra_body(client: openai.Client, expected: Expected) -> None:
 
 
 def test_response_headers(client: openai.Client, expected: Expected) -> None:
-    """`with_raw_response`: the number of truncated inputs, and the request id."""
+    """Read the number of truncated inputs and the request id with `with_raw_response`."""
     raw = client.embeddings.with_raw_response.create(model="minilm", input=[TEXT, LONG])
     assert raw.headers["x-truncated-inputs"] == "1"
     response = raw.parse()
@@ -119,7 +119,7 @@ def test_response_headers(client: openai.Client, expected: Expected) -> None:
 
 
 def test_models(client: openai.Client) -> None:
-    """`models.list` and `models.retrieve`, including an id with a slash."""
+    """Call `models.list` and `models.retrieve`, also for an id with a slash."""
     assert {"minilm", "qwen3_embedding"} <= {card.id for card in client.models.list()}
     assert client.models.retrieve("minilm").id == "minilm"
     assert client.models.retrieve(QWEN3).model_extra
@@ -129,7 +129,7 @@ def test_models(client: openai.Client) -> None:
 
 @pytest.mark.parametrize("invalid", ["", [], [""], ["a", "  "], [[]], {}, 7, [{"video": "x"}], [200_000_000]])
 def test_invalid_input(client: openai.Client, invalid: Any) -> None:
-    """Nine kinds of invalid input: BadRequestError."""
+    """Raise BadRequestError for nine kinds of invalid input."""
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model="minilm", input=invalid)
     assert caught.value.message
@@ -137,20 +137,20 @@ def test_invalid_input(client: openai.Client, invalid: Any) -> None:
 
 
 def test_too_long_text(client: openai.Client) -> None:
-    """A too long text with `truncate` none: BadRequestError with the token count and the limit."""
+    """Raise BadRequestError with token count and limit for a text too long for `truncate` none."""
     with pytest.raises(openai.BadRequestError, match=r"\d+ tokens.*256 tokens"):
         client.embeddings.create(model="minilm", input=LONG, extra_body={"truncate": "none"})
 
 
 def test_unknown_model(client: openai.Client) -> None:
-    """An unknown model: NotFoundError that lists the available models."""
+    """Raise NotFoundError that lists the available models for an unknown model."""
     with pytest.raises(openai.NotFoundError, match="minilm") as caught:
         client.embeddings.create(model="gpt-4", input=TEXT)
     assert caught.value.code == "model_not_found"
 
 
 def test_wrong_api_key(strict: Stack, expected: Expected) -> None:
-    """A wrong API key: AuthenticationError; the right one is accepted."""
+    """Raise AuthenticationError for a wrong API key, and accept the right one."""
     with openai.Client(base_url=strict.base_url, api_key="wrong") as client:
         with pytest.raises(openai.AuthenticationError) as caught:
             client.embeddings.create(model="minilm", input=TEXT)
@@ -160,7 +160,7 @@ def test_wrong_api_key(strict: Stack, expected: Expected) -> None:
 
 
 def test_model_not_ready(strict: Stack) -> None:
-    """A model that is not ready: InternalServerError with status 503 and the reason."""
+    """Raise InternalServerError with status 503 and the reason for a model that is not ready."""
     with openai.Client(base_url=strict.base_url, api_key=KEY, max_retries=0) as client:
         with pytest.raises(openai.InternalServerError, match="clip") as caught:
             client.embeddings.create(model="clip", input=TEXT)
@@ -168,7 +168,7 @@ def test_model_not_ready(strict: Stack) -> None:
 
 
 def test_full_queue(strict: Stack, expected: Expected) -> None:
-    """A full queue: RateLimitError with Retry-After; the client's retries succeed."""
+    """Raise RateLimitError with Retry-After for a full queue; the client's retries succeed."""
     texts = [LONG] * 24
 
     def embed(client: openai.Client) -> openai.types.CreateEmbeddingResponse | openai.RateLimitError:

@@ -12,7 +12,7 @@ CLIENT, PACKAGE = "requests", "requests"
 
 
 def test_text(stack: Stack, expected: Expected) -> None:
-    """A text, `encoding_format` float."""
+    """Embed a text with `encoding_format` float."""
     url = stack.url
     payload = {"model": "Qwen/Qwen3-Embedding-4B", "input": "法国的首都是什么?", "encoding_format": "float"}
     response = requests.post(url + "/v1/embeddings", json=payload).json()
@@ -20,13 +20,13 @@ def test_text(stack: Stack, expected: Expected) -> None:
 
 
 def test_text_by_hugging_face_id(stack: Stack, expected: Expected) -> None:
-    """A text, with the model given by its Hugging Face id."""
+    """Embed a text with a Hugging Face id as the model."""
     response = requests.post(f"http://localhost:{stack.port}/v1/embeddings", json={"model": GTE, "input": TEXT})
     expected.check([response.json()["data"][0]["embedding"]], [TEXT], "gte_qwen2")
 
 
 def test_text_and_image(stack: Stack, expected: Expected, image_url: str) -> None:
-    """A text and an image URL, with GME given by the name of its chat template."""
+    """Embed a text and an image URL with GME, named by its chat template."""
     url = stack.url
     text_input = "在嵌入空间中表示此图像。"
     image_path = image_url
@@ -37,7 +37,7 @@ def test_text_and_image(stack: Stack, expected: Expected, image_url: str) -> Non
 
 
 def test_dimensions(stack: Stack, expected: Expected) -> None:
-    """A smaller vector, `dimensions`."""
+    """Set `dimensions`."""
     url = stack.url
     payload = {"model": "Qwen/Qwen3-Embedding-0.6B", "input": "简单解释一下扩散模型。", "dimensions": 512}
     response = requests.post(url + "/v1/embeddings", json=payload).json()
@@ -46,7 +46,7 @@ def test_dimensions(stack: Stack, expected: Expected) -> None:
 
 
 def test_sglang_native_endpoints(stack: Stack, expected: Expected) -> None:
-    """SGLang's native endpoints `/encode` and `/get_model_info`."""
+    """Call SGLang's native endpoints `/encode` and `/get_model_info`."""
     payload = {"model": "minilm", "text": [TEXT, LONG]}
     response = requests.post(stack.url + "/encode", json=payload).json()
     expected.check([item["embedding"] for item in response], [TEXT, LONG])
@@ -55,14 +55,14 @@ def test_sglang_native_endpoints(stack: Stack, expected: Expected) -> None:
 
 
 def test_truncation_header(stack: Stack) -> None:
-    """The `x-truncated-inputs` header."""
+    """Read the `x-truncated-inputs` header."""
     payload = {"model": "minilm", "input": [TEXT, LONG]}
     assert requests.post(stack.url + "/v1/embeddings", json=payload).headers["x-truncated-inputs"] == "1"
 
 
 @pytest.mark.parametrize("wrap", [list, tuple])
 def test_connection_reuse(stack: Stack, expected: Expected, wrap: type) -> None:
-    """Many requests in one `Session`, over one connection."""
+    """Send many requests over one connection of a `Session`."""
     with requests.Session() as session:
         for _ in range(20):
             response = session.post(stack.url + "/v1/embeddings", json={"model": "minilm", "input": wrap([TEXT])})

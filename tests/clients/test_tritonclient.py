@@ -48,7 +48,7 @@ def texts(protocol: Any, *values: str) -> Any:
 
 
 def test_texts(client: Any, protocol: Any, expected: Expected) -> None:
-    """Texts, with their token counts."""
+    """Embed texts and count their tokens."""
     outputs = [protocol.InferRequestedOutput(name) for name in ("EMBEDDING", "TOKENS", "DROPPED")]
     result = client.infer("minilm", [texts(protocol, *TEXTS, LONG)], outputs=outputs)
     expected.check(result.as_numpy("EMBEDDING"), [*TEXTS, LONG])
@@ -58,7 +58,7 @@ def test_texts(client: Any, protocol: Any, expected: Expected) -> None:
 
 
 def test_token_ids(client: Any, protocol: Any, expected: Expected) -> None:
-    """Token ids, padded with -1."""
+    """Embed token ids padded with -1."""
     ids = [expected.ids["minilm"][text] for text in TEXTS]
     longest = max(map(len, ids))
     rows = [row + [-1] * (longest - len(row)) for row in ids]
@@ -67,7 +67,7 @@ def test_token_ids(client: Any, protocol: Any, expected: Expected) -> None:
 
 
 def test_parameters(client: Any, protocol: Any, expected: Expected) -> None:
-    """Request parameters: `dimensions` and `instruction`."""
+    """Set the request parameters `dimensions` and `instruction`."""
     result = client.infer("qwen3_embedding", [texts(protocol, MATRYOSHKA)], parameters={"dimensions": 512})
     expected.check(result.as_numpy("EMBEDDING"), [MATRYOSHKA], "qwen3_embedding")
     result = client.infer("qwen3_embedding", [texts(protocol, QUERY)], parameters={"instruction": TASK})
@@ -75,7 +75,7 @@ def test_parameters(client: Any, protocol: Any, expected: Expected) -> None:
 
 
 def test_image(client: Any, protocol: Any, expected: Expected) -> None:
-    """An encoded image."""
+    """Embed an encoded image."""
     image_bytes = (expected.directory / "picture.png").read_bytes()
     inputs = [tensor(protocol, "IMAGE", [[image_bytes]], "BYTES"), texts(protocol, "")]
     result = client.infer("gme_qwen2_vl", inputs)
@@ -83,7 +83,7 @@ def test_image(client: Any, protocol: Any, expected: Expected) -> None:
 
 
 def test_async(stack: Stack, protocol: Any, expected: Expected) -> None:
-    """The asynchronous clients, 16 requests at once."""
+    """Send 16 concurrent requests with the asynchronous clients."""
 
     async def infer_all() -> list[Any]:
         async with protocol.aio.InferenceServerClient(address(stack, protocol)) as client:
@@ -95,7 +95,7 @@ def test_async(stack: Stack, protocol: Any, expected: Expected) -> None:
 
 
 def test_readiness_metadata_and_info(client: Any, protocol: Any) -> None:
-    """Readiness, model metadata and `INFO`."""
+    """Read readiness, model metadata and `INFO`."""
     assert client.is_server_ready()
     assert client.is_model_ready("minilm")
     metadata = client.get_model_metadata("minilm")
@@ -106,7 +106,7 @@ def test_readiness_metadata_and_info(client: Any, protocol: Any) -> None:
 
 
 def test_errors(client: Any, protocol: Any) -> None:
-    """Errors: InferenceServerException with the model's message."""
+    """Raise InferenceServerException with the model's message."""
     with pytest.raises(InferenceServerException, match="dimensions"):
         client.infer("minilm", [texts(protocol, TEXT)], parameters={"dimensions": 128})
     with pytest.raises(InferenceServerException, match="empty"):
