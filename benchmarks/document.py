@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import families_report, report, targets
+from benchmarks.cpu import tables as report
+from benchmarks.cpu import targets
+from benchmarks.families import tables as families_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -16,8 +16,12 @@ from sentence_transformers.util import semantic_search
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig, BertModel, Qwen3Config
 
-from benchmarks import accuracy, calls, contenders, cpu, gemm, plots, report, targets, workloads
-from benchmarks.report import BASELINE, MACHINE, Cell, Contender, Row
+from benchmarks import workloads
+from benchmarks.ceiling import gemm
+from benchmarks.cpu import __main__ as cpu
+from benchmarks.cpu import accuracy, calls, contenders, plots, targets
+from benchmarks.cpu import tables as report
+from benchmarks.cpu.tables import BASELINE, MACHINE, Cell, Contender, Row
 from benchmarks.rivals import padded
 from benchmarks.worker import Vectors
 from conftest import MINILM, ROOT
@@ -265,7 +269,7 @@ def test_contenders_are_measured_only_in_supported_cells() -> None:
 # Runs the command with little work and on one core, so that tests running in parallel are not slowed down.
 SHORT_RUN = """
 import os, sys
-from benchmarks import cpu
+from benchmarks.cpu import __main__ as cpu
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 cpu.QUICK = cpu.Plan(3, 0.01, ("short",), ("short",), (1,), 128, 32, 0)
 cpu.main()

@@ -15,10 +15,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, gpu_accuracy, gpu_ops, gpu_report, gpu_server, gpu_tune, gpu_wheels
-from benchmarks.gpu_run import Row, Run, attempt
-from benchmarks.gpu_shapes import MODELS, Model
-from benchmarks.gpu_timing import Timer
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import tables as gpu_report
+from benchmarks.gpu.kernels import accuracy as gpu_accuracy
+from benchmarks.gpu.kernels import ops as gpu_ops
+from benchmarks.gpu.kernels import tune as gpu_tune
+from benchmarks.gpu.models.shapes import MODELS, Model
+from benchmarks.gpu.run import Row, Run, attempt
+from benchmarks.gpu.timing import Timer
+from benchmarks.gpu_server import __main__ as gpu_server
+from benchmarks.gpu_server import wheels as gpu_wheels
 from conftest import ROOT, serving
 from triton_embed.kernels.gpu import blocks
 from triton_embed.kernels.gpu.blocks import Config, Table

@@ -9,8 +9,10 @@ from typing import Any
 import orjson
 import pytest
 
-from benchmarks import scheduling, scheduling_load, scheduling_plots
-from benchmarks.scheduling import BULK, MAX_P99_RATIO, Config, LoadResult
+from benchmarks.scheduling import __main__ as scheduling
+from benchmarks.scheduling import load as scheduling_load
+from benchmarks.scheduling import plots as scheduling_plots
+from benchmarks.scheduling.__main__ import BULK, MAX_P99_RATIO, Config, LoadResult
 
 PNG = b"\x89PNG"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from benchmarks.calls import read_pools, serve
+from benchmarks.cpu.calls import read_pools, serve
 from benchmarks.rivals.padded import Batch, Infer, Padded, Texts, feed
 from benchmarks.worker import Vectors
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import openvino as ov
 
-from benchmarks.calls import read_pools, serve
+from benchmarks.cpu.calls import read_pools, serve
 from benchmarks.rivals.padded import Batch, Infer, Padded, Texts, feed
 from benchmarks.worker import Vectors
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from benchmarks.calls import Encode, Pools
+from benchmarks.cpu.calls import Encode, Pools
 from benchmarks.worker import Vectors
 
 BUDGETS = (256, 512, 1024, 2048, 4096)  # tokens per batch including padding; a batch holds at least one text
@@ -70,7 +70,7 @@ def feed(batch: Batch) -> dict[str, Integers]:
 
 
 class Padded:
-    """Selects execution mode and token budget (a `benchmarks.calls.SelectEncode`).
+    """Selects execution mode and token budget (a `benchmarks.cpu.calls.SelectEncode`).
 
     `modes`: functions that run batches, by name. The first one is used for single texts.
     """

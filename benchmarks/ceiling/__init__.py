@@ -1,0 +1,1 @@
+"""Throughput as a share of the machine's ceiling."""

@@ -1,0 +1,1 @@
+"""CPU benchmark of the model families at their real shapes."""

@@ -1,0 +1,1 @@
+"""Benchmark of the gateway with a model that computes nothing."""

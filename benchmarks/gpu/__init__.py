@@ -1,0 +1,1 @@
+"""GPU benchmark of the kernels and the model families."""

@@ -1,0 +1,1 @@
+"""Accuracy and speed of every op, and the search for block sizes."""

@@ -1,0 +1,1 @@
+"""The model families end to end, compared with transformers."""

@@ -1,0 +1,1 @@
+"""Benchmark of the real server on a GPU machine."""

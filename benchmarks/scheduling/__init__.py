@@ -1,0 +1,1 @@
+"""Scheduling benchmark of the whole stack."""

@@ -1,0 +1,1 @@
+"""Soak test of the whole stack."""
