@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -151,7 +152,7 @@ async def model(request: Request) -> Response:
 async def model_info(request: Request) -> Response:
     info = await _gateway(request).registry.resolve(request.query_params.get("model"))
     path = info.checkpoint or info.name
-    return _json({"model_path": path, "tokenizer_path": path, "is_generation": False, **info.model_dump()})
+    return _json({"model_path": path, "tokenizer_path": path, "is_generation": False, **asdict(info)})
 
 
 @router.get("/get_server_info", **openapi.SERVER_INFO)
@@ -159,7 +160,7 @@ async def model_info(request: Request) -> Response:
 async def server_info(request: Request) -> Response:
     gateway = _gateway(request)
     settings = gateway.settings.model_dump(include=PUBLIC)
-    ready = [info.model_dump() for info in gateway.registry.ready]
+    ready = [asdict(info) for info in gateway.registry.ready]
     return _json({"version": request.app.version, **settings, "models": ready})
 
 
@@ -208,17 +209,17 @@ def _describe(entry: ModelEntry, registry: Registry) -> dict[str, Any]:
     }
     if info is None:
         return {**described, "reason": entry.reason}
-    fields = {
+    fields = (
         "dimensions",
         "max_model_len",
-        "modalities",
         "pooling",
+        "modalities",
         "matryoshka",
         "instructions",
         "prompt_names",
         "default_prompt_name",
-    }
-    return {**described, **info.model_dump(include=fields)}
+    )
+    return {**described, **{field: getattr(info, field) for field in fields}}
 
 
 def _state(reply: Embeddings | BaseException) -> str:

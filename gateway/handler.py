@@ -19,8 +19,9 @@ from triton_embed.gateway.media.safe_fetch import Fetcher
 from triton_embed.gateway.settings import Settings
 from triton_embed.gateway.triton.client import TritonClient
 from triton_embed.gateway.triton.dispatch import CallContext, Dispatcher
-from triton_embed.gateway.triton.model_info import ModelInfo, fit
+from triton_embed.gateway.triton.model_info import fit
 from triton_embed.gateway.triton.registry import ModelEntry, Registry
+from triton_embed.python_backend.wire import ModelInfo
 
 T = TypeVar("T")
 

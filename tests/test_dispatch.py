@@ -16,7 +16,7 @@ from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton.client import TritonClient
 from triton_embed.gateway.triton.dispatch import CallContext, Dispatcher, estimate, renumber
 
-MODEL = INFO.model_copy(update={"batch_tokens": 10, "small_tokens": 3, "max_model_len": 50})
+MODEL = replace(INFO, batch_tokens=10, small_tokens=3, max_model_len=50)
 
 
 class DisconnectedError(Exception):

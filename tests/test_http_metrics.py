@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import Triton, free_port
 from triton_embed.gateway.http.metrics import TRITON_SECONDS, Metrics
-from triton_embed.gateway.triton.model_info import ModelInfo
+from triton_embed.python_backend.wire import ModelInfo
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, str], float]:
@@ -60,7 +60,7 @@ def test_stage_is_timed_even_if_it_fails() -> None:
 def test_model_info_reports_device_and_kernels() -> None:
     info = {"checkpoint": None, "dimensions": 3, "max_model_len": 7, "vocab_size": 9, "pooling": "cls"}
     info |= {"default_prompt_name": None, "batch_tokens": 9, "small_tokens": 2, "max_request_tokens": 9}
-    info |= {"modalities": ["text"], "matryoshka": None, "instructions": False, "prompt_names": []}
+    info |= {"modalities": ("text",), "matryoshka": None, "instructions": False, "prompt_names": ()}
     slow = ModelInfo(**info, name="slow", family="bert", dtype="float32", device="cuda:0", kernels="torch")
     fast = ModelInfo(**info, name="fast", family="bert", dtype="bfloat16", device="cuda:0", kernels="triton")
     metrics = Metrics()
@@ -111,7 +111,7 @@ def serving(
 
 
 def scrape_families(triton: str) -> dict[str, float]:
-    """Scrape, parse with Prometheus' parser, and check that no family is repeated.
+    """Parse a scrape with Prometheus' parser and check that no family is repeated.
 
     Returns:
         {family: value of its first sample}.

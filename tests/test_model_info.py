@@ -1,15 +1,18 @@
 """Checks of a request against a model, before anything is sent to Triton."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from triton_embed.gateway.api.inputs import InputErrors, Prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest
 from triton_embed.gateway.api.vector_formats import VectorFormat
 from triton_embed.gateway.errors import ApiError
-from triton_embed.gateway.triton.model_info import ModelInfo, fit
+from triton_embed.gateway.triton.model_info import fit, read_info
+from triton_embed.python_backend.wire import ModelInfo
 
 INFO = ModelInfo(
     name="m",
@@ -19,10 +22,10 @@ INFO = ModelInfo(
     max_model_len=8,
     vocab_size=100,
     pooling="cls",
-    modalities=["text"],
-    matryoshka=[20, 40],
+    modalities=("text",),
+    matryoshka=(20, 40),
     instructions=True,
-    prompt_names=["query"],
+    prompt_names=("query",),
     default_prompt_name=None,
     batch_tokens=1024,
     small_tokens=256,
@@ -31,6 +34,36 @@ INFO = ModelInfo(
     device="cpu",
     kernels="torch",
 )
+POSITIVE = ("dimensions", "max_model_len", "vocab_size", "batch_tokens", "max_request_tokens")
+
+
+def test_info_of_the_engine_is_read() -> None:
+    for info in (INFO, replace(INFO, matryoshka=True, checkpoint=None), replace(INFO, matryoshka=None, small_tokens=0)):
+        assert read_info(info.to_json().encode()) == info
+    assert read_info(json.dumps({**asdict(INFO), "added_later": 1}).encode()) == INFO
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({field: value} for field in POSITIVE for value in (0, -1)),
+        {"dimensions": "many"},
+        {"modalities": None},
+        {"matryoshka": "some"},
+        {"prompt_names": "query"},
+        {"kernels": None},
+    ],
+    ids=str,
+)
+def test_impossible_info_is_rejected(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        read_info(json.dumps({**asdict(INFO), **changes}).encode())
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(ModelInfo)])
+def test_incomplete_info_is_rejected(field: str) -> None:
+    with pytest.raises(ValidationError):
+        read_info(json.dumps({key: value for key, value in asdict(INFO).items() if key != field}).encode())
 
 
 def sizes(*dimensions: int | None) -> VectorFormat:
@@ -50,10 +83,10 @@ NOT_LISTED = (
 
 @pytest.mark.parametrize(
     ("matryoshka", "dimensions"),
-    [(None, 60), (None, None), (False, 60), ([20, 40], 60), ([20, 40], 20), ([20, 40], 40), (True, 1), (True, 60)],
+    [(None, 60), (None, None), (False, 60), ((20, 40), 60), ((20, 40), 20), ((20, 40), 40), (True, 1), (True, 60)],
 )
 def test_valid_dimensions(matryoshka: Any, dimensions: int | None) -> None:
-    fit(replace(TEXT, vector_format=sizes(dimensions)), INFO.model_copy(update={"matryoshka": matryoshka}))
+    fit(replace(TEXT, vector_format=sizes(dimensions)), replace(INFO, matryoshka=matryoshka))
 
 
 @pytest.mark.parametrize(
@@ -61,16 +94,16 @@ def test_valid_dimensions(matryoshka: Any, dimensions: int | None) -> None:
     [
         (None, 30, NO_MATRYOSHKA),
         (False, 30, NO_MATRYOSHKA),
-        ([20, 40], 30, NOT_LISTED),
+        ((20, 40), 30, NOT_LISTED),
         (True, 61, "Provided dimensions are greater than max embedding dimension: 60"),
         (None, 2**63, "Provided dimensions are greater than max embedding dimension: 60"),
         (True, 0, "Requested dimensions must be greater than 0"),
-        ([20, 40], -20, "Requested dimensions must be greater than 0"),
+        ((20, 40), -20, "Requested dimensions must be greater than 0"),
     ],
 )
 def test_invalid_dimensions(matryoshka: Any, dimensions: int, message: str) -> None:
     with pytest.raises(ApiError) as caught:
-        fit(replace(TEXT, vector_format=sizes(dimensions)), INFO.model_copy(update={"matryoshka": matryoshka}))
+        fit(replace(TEXT, vector_format=sizes(dimensions)), replace(INFO, matryoshka=matryoshka))
     assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, "dimensions")
 
 
@@ -115,36 +148,36 @@ def test_invalid_instructions_and_prompt_names(
     request_: EmbeddingRequest, instructions: bool, message: str, param: str
 ) -> None:
     with pytest.raises(ApiError, match=message) as caught:
-        fit(request_, INFO.model_copy(update={"instructions": instructions}))
+        fit(request_, replace(INFO, instructions=instructions))
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
 ITEMS = replace(TEXT, texts=["a", "", "b"], images=[(), ("x",), ()])
 BOTH = replace(TEXT, texts=["a", "b"], images=[(), ("x",)])
 SEVERAL = replace(TEXT, texts=["a", ""], images=[(), ("x", "y")])
-CLIP = ["text", "image"]
-GME = ["text", "image", "text+image"]
+CLIP = ("text", "image")
+GME = ("text", "image", "text+image")
 
 
 @pytest.mark.parametrize(
     ("request_", "modalities"), [(ITEMS, CLIP), (ITEMS, GME), (BOTH, GME), (SEVERAL, GME), (TEXT, CLIP), (IDS, GME)]
 )
-def test_valid_images(request_: EmbeddingRequest, modalities: list[str]) -> None:
-    fit(request_, INFO.model_copy(update={"modalities": modalities}))
+def test_valid_images(request_: EmbeddingRequest, modalities: tuple[str, ...]) -> None:
+    fit(request_, replace(INFO, modalities=modalities))
 
 
 @pytest.mark.parametrize(
     ("request_", "modalities", "message"),
     [
-        (ITEMS, ["text"], "Model 'm' takes no images (input at index 1)"),
-        (BOTH, ["text"], "Model 'm' takes no images (input at index 1)"),
+        (ITEMS, ("text",), "Model 'm' takes no images (input at index 1)"),
+        (BOTH, ("text",), "Model 'm' takes no images (input at index 1)"),
         (BOTH, CLIP, "Model 'm' embeds a text or an image, not both together (input at index 1)"),
         (SEVERAL, CLIP, "Model 'm' embeds one image at a time (input at index 1)"),
     ],
 )
-def test_images_the_model_cannot_embed(request_: EmbeddingRequest, modalities: list[str], message: str) -> None:
+def test_images_the_model_cannot_embed(request_: EmbeddingRequest, modalities: tuple[str, ...], message: str) -> None:
     with pytest.raises(ApiError) as caught:
-        fit(replace(request_, param="image_data"), INFO.model_copy(update={"modalities": modalities}))
+        fit(replace(request_, param="image_data"), replace(INFO, modalities=modalities))
     assert (caught.value.status, caught.value.message, caught.value.param) == (400, message, "image_data")
 
 
@@ -157,19 +190,18 @@ def test_instruction_or_prompt_name_alone_is_valid() -> None:
 @pytest.mark.parametrize(
     ("side", "names", "default", "instructions", "prompt"),
     [
-        ("query", ["query"], None, True, Prompt(None, "query")),
-        ("document", ["query"], None, True, Prompt()),
-        ("document", ["query", "document"], "query", True, Prompt(None, "document")),
-        ("document", ["query", "passage"], None, False, Prompt(None, "passage")),
-        ("document", ["query"], "query", True, Prompt(None, "")),  # the default prompt does not apply to documents
-        ("query", [], None, False, Prompt()),  # trained without prompts
+        ("query", ("query",), None, True, Prompt(None, "query")),
+        ("document", ("query",), None, True, Prompt()),
+        ("document", ("query", "document"), "query", True, Prompt(None, "document")),
+        ("document", ("query", "passage"), None, False, Prompt(None, "passage")),
+        ("document", ("query",), "query", True, Prompt(None, "")),  # the default prompt does not apply to documents
+        ("query", (), None, False, Prompt()),  # trained without prompts
     ],
 )
 def test_input_type_becomes_the_prompt_of_the_model(
-    side: str, names: list[str], default: str | None, instructions: bool, prompt: Prompt
+    side: str, names: tuple[str, ...], default: str | None, instructions: bool, prompt: Prompt
 ) -> None:
-    fields = {"prompt_names": names, "default_prompt_name": default, "instructions": instructions}
-    model = INFO.model_copy(update=fields)
+    model = replace(INFO, prompt_names=names, default_prompt_name=default, instructions=instructions)
     assert fit(replace(TEXT, prompt=Prompt(None, None, side)), model).prompt == prompt
     per_input = fit(
         replace(TEXT, texts=["a", "b"], prompts=[Prompt(None, None, side), Prompt("x")][: 1 + instructions]), model
@@ -180,11 +212,11 @@ def test_input_type_becomes_the_prompt_of_the_model(
 def test_empty_prompt_name_disables_the_default_prompt() -> None:
     no_prompt = replace(TEXT, prompt=Prompt(None, ""))
     assert fit(no_prompt, INFO).prompt == Prompt()
-    assert fit(no_prompt, INFO.model_copy(update={"default_prompt_name": "query"})).prompt == Prompt(None, "")
+    assert fit(no_prompt, replace(INFO, default_prompt_name="query")).prompt == Prompt(None, "")
 
 
 def test_query_without_a_query_prompt_is_rejected() -> None:
-    model = INFO.model_copy(update={"prompt_names": []})
+    model = replace(INFO, prompt_names=())
     with pytest.raises(ApiError, match="has no query prompt: send an instruction") as caught:
         fit(replace(TEXT, prompt=Prompt(None, None, "query")), model)
     assert caught.value.param == "input_type"

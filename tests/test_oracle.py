@@ -3,6 +3,7 @@
 import io
 import json
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ TOKENS = (4, 16)
 
 def facts(directory: Path, pooling: str = "last", limit: int = 100, positions: str = "mrope") -> CheckpointFacts:
     family = json.loads((directory / "config.json").read_text())["model_type"]
-    info = INFO.model_copy(update={"family": family, "pooling": pooling, "max_model_len": limit})
+    info = replace(INFO, family=family, pooling=pooling, max_model_len=limit)
     return CheckpointFacts(directory, info, positions, TOKENS)
 
 
@@ -156,6 +157,6 @@ def test_without_sentence_transformers_dense_cannot_be_judged(tmp_path: Path, mo
 
 def test_another_network_cannot_be_judged() -> None:
     strange = facts(MINILM)
-    info = strange.info.model_copy(update={"family": "mamba"})
+    info = replace(strange.info, family="mamba")
     with pytest.raises(OracleError, match="'mamba'"):
         compute(CheckpointFacts(MINILM, info, "mrope", TOKENS), TEXTS, [])

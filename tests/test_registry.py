@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 
-import orjson
 import pytest
 from test_model_info import INFO
 
@@ -43,7 +43,7 @@ class ScriptedTriton(TritonClient):
         reply = self.models[model]
         if isinstance(reply, ApiError):
             raise reply
-        return INFO.model_dump_json().encode() if reply is None else reply
+        return INFO.to_json().encode() if reply is None else reply
 
 
 NO_CHECKPOINT = ApiError(503, "Model 'b' has no checkpoint.", code="model_not_ready")
@@ -267,7 +267,7 @@ def test_served_name_is_public_only_for_a_single_ready_model() -> None:
 
 
 def test_directory_overrides_the_name_in_info() -> None:
-    info = orjson.dumps({**INFO.model_dump(), "name": "other"})
+    info = replace(INFO, name="other").to_json().encode()
     assert resolve(ScriptedTriton(a=info), "a") == "a"
 
 
@@ -291,7 +291,7 @@ def test_models_of_a_real_triton(triton: Triton) -> None:
         assert (minilm.name, minilm.dimensions, minilm.max_model_len, minilm.pooling) == ("minilm", 384, 256, "mean")
         assert minilm.checkpoint == "sentence-transformers/all-MiniLM-L6-v2"
         tiny = await registry.resolve("baai/BGE-tiny")
-        assert (tiny.name, tiny.dimensions, tiny.matryoshka) == ("bge_tiny", 60, [20, 40])
+        assert (tiny.name, tiny.dimensions, tiny.matryoshka) == ("bge_tiny", 60, (20, 40))
         assert tiny.checkpoint is None
         bge = await registry.find("BAAI/bge-base-en-v1.5")
         assert (bge.name, bge.info, bge.broken) == ("bge", None, False)

@@ -7,11 +7,12 @@ import pytest
 
 from conftest import ROOT
 from triton_embed.gateway.api.inputs import InputErrors, Prompt
-from triton_embed.gateway.api.requests import EmbeddingRequest
+from triton_embed.gateway.api.requests import REUSED, EmbeddingRequest
 from triton_embed.gateway.api.vector_formats import VectorFormat
 from triton_embed.python_backend import wire
 from triton_embed.python_backend.checkpoint.repository import read_config
 from triton_embed.python_backend.inputs.parameters import parse_parameters
+from triton_embed.python_backend.wire import Reused
 
 REPOSITORY = ROOT / "model_repository"
 INPUTS = {wire.TEXT, wire.IMAGE, wire.INPUT_IDS}
@@ -24,6 +25,12 @@ def test_families_declare_the_tensors_of_the_contract(family: str) -> None:
     inputs = {tensor.name for tensor in config.input}
     assert INPUTS - {wire.IMAGE} <= inputs <= INPUTS
     assert {tensor.name for tensor in config.output} == OUTPUTS
+
+
+def test_reused_codes_are_ordered_from_the_most_expensive_source() -> None:
+    """Keep the numbers, which callers read, and the order, which a text of several chunks relies on."""
+    assert [(code.name, code.value) for code in Reused] == [("COMPUTED", 0), ("IN_FLIGHT", 1), ("CACHED", 2)]
+    assert list(REUSED) == list(Reused)
 
 
 @pytest.mark.parametrize(

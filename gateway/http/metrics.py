@@ -16,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from triton_embed.gateway.triton.model_info import ModelInfo
+from triton_embed.python_backend.wire import ModelInfo
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 STAGES = ("parse", "media", "triton", "encode")

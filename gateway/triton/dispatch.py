@@ -13,7 +13,7 @@ from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
 from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.gateway.triton.admission import Admission, split
 from triton_embed.gateway.triton.client import Metadata, TritonClient
-from triton_embed.gateway.triton.model_info import ModelInfo
+from triton_embed.python_backend.wire import ModelInfo
 
 T = TypeVar("T")
 

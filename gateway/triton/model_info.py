@@ -3,36 +3,23 @@
 from dataclasses import replace
 from functools import partial
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import TypeAdapter
 
 from triton_embed.gateway.api.inputs import NO_PROMPT, Prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest
 from triton_embed.gateway.errors import invalid
+from triton_embed.python_backend.wire import ModelInfo
+
+_INFO = TypeAdapter(ModelInfo)
 
 
-class ModelInfo(BaseModel):
-    """A model's INFO output."""
+def read_info(data: bytes) -> ModelInfo:
+    """Parse a model's INFO output.
 
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    family: str
-    checkpoint: str | None  # a Hugging Face id
-    dimensions: PositiveInt
-    max_model_len: PositiveInt  # tokens
-    vocab_size: PositiveInt
-    pooling: str
-    modalities: list[str]  # text, image, and text+image: all texts and images of one input in one vector
-    matryoshka: bool | list[int] | None  # true: any number of dimensions up to `dimensions`
-    instructions: bool
-    prompt_names: list[str]
-    default_prompt_name: str | None  # of texts for which the caller names no prompt
-    batch_tokens: PositiveInt  # per forward pass
-    small_tokens: int  # largest job that is computed before larger ones
-    max_request_tokens: PositiveInt
-    dtype: str
-    device: str
-    kernels: str
+    Raises:
+        ValidationError: A field is missing or has the wrong type or an impossible value. Unknown fields are ignored.
+    """
+    return _INFO.validate_json(data)
 
 
 def fit(request: EmbeddingRequest, model: ModelInfo) -> EmbeddingRequest:
@@ -104,8 +91,8 @@ def _check_dimensions(dimensions: int, model: ModelInfo) -> None:
     if not model.matryoshka:
         message = f"Model '{model.name}' does not support matryoshka representation, changing output dimensions "
         raise invalid(message + "will lead to poor results.", "dimensions")
-    if model.matryoshka is not True and dimensions not in model.matryoshka:
-        message = f"Model '{model.name}' only supports {model.matryoshka} matryoshka dimensions, using other "
+    if isinstance(model.matryoshka, tuple) and dimensions not in model.matryoshka:
+        message = f"Model '{model.name}' only supports {list(model.matryoshka)} matryoshka dimensions, using other "
         raise invalid(message + "output dimensions will lead to poor results.", "dimensions")
 
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton.client import IndexEntry, TritonClient
-from triton_embed.gateway.triton.model_info import ModelInfo
+from triton_embed.gateway.triton.model_info import read_info
+from triton_embed.python_backend.wire import ModelInfo
 
 T = TypeVar("T")
 
@@ -190,7 +191,7 @@ class Registry:
         try:
             if entry.info is None or entry.version != indexed.version:
                 entry = _configured(entry, await self._client.config(entry.name), indexed.version)
-            info = ModelInfo.model_validate_json(await self._client.info(entry.name))
+            info = read_info(await self._client.info(entry.name))
         except ValidationError:
             reason = f"Model '{entry.name}' returned an INFO output that this gateway cannot read"
             return replace(entry, info=None, reason=reason, broken=True)
@@ -199,7 +200,7 @@ class Registry:
                 return entry
             broken = error.code != "model_not_ready"
             return replace(entry, info=None, reason=error.message, broken=broken)
-        return replace(entry, info=info.model_copy(update={"name": entry.name}), reason="", broken=False)
+        return replace(entry, info=replace(info, name=entry.name), reason="", broken=False)
 
 
 def _latest(index: Iterable[IndexEntry]) -> Iterator[IndexEntry]:

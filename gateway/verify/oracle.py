@@ -17,7 +17,7 @@ import numpy.typing as npt
 import psutil
 from PIL import Image
 
-from triton_embed.gateway.triton.model_info import ModelInfo
+from triton_embed.python_backend.wire import ModelInfo
 
 log = logging.getLogger(__name__)
 

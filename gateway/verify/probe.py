@@ -17,9 +17,10 @@ from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.media.safe_fetch import Fetcher, FetchError
 from triton_embed.gateway.process.triton_process import TritonOptions, TritonProcess
 from triton_embed.gateway.triton.client import TritonClient
-from triton_embed.gateway.triton.model_info import ModelInfo
+from triton_embed.gateway.triton.model_info import read_info
 from triton_embed.gateway.verify import samples
 from triton_embed.gateway.verify.model_cards import Input, Vector
+from triton_embed.python_backend.wire import ModelInfo
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ async def _serve_and_probe(
 
 async def _probe(client: TritonClient, model: str, inputs: Sequence[Input], folder: Path | None) -> ProbeResult:
     await _wait_until_loaded(client, model)
-    info = ModelInfo.model_validate_json(await client.info(model))
+    info = read_info(await client.info(model))
     files = await _image_files({item.image for item in inputs if item.image}, folder)
     cards = await _card_vectors(client, info, inputs, files)
     texts = samples.TEXTS

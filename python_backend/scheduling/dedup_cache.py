@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from triton_embed.python_backend.scheduling.job import CACHED, Job, Key, PendingRow
+from triton_embed.python_backend.scheduling.job import Job, Key, PendingRow
+from triton_embed.python_backend.wire import Reused
 
 Vector = npt.NDArray[np.float32]
 
@@ -71,7 +72,7 @@ class DedupCache:
         for key, indices in job.indices.items():
             if self._cache and (vector := self._cache.get(key)) is not None:
                 job.fill(indices, vector)
-                job.reused[indices] = CACHED
+                job.reused[indices] = Reused.CACHED
                 continue
             pending = self._pending.get(key)
             if pending is None:

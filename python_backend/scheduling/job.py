@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_embed.python_backend.inputs.row import Row
+from triton_embed.python_backend.wire import Reused
 
 log = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 0.05
-COMPUTED, IN_FLIGHT, CACHED = range(3)  # values of the output REUSED: where the vector of a row came from
 
 Key = tuple[int, bytes, bytes]
 
@@ -24,7 +24,7 @@ Key = tuple[int, bytes, bytes]
 class Reply(Protocol):
     """Receives the outcome of a job: exactly one call of `done`, `failed` or `dropped`.
 
-    `reused` int32 [rows]: COMPUTED, IN_FLIGHT or CACHED.
+    `reused` int32 [rows]: a code of Reused.
     """
 
     def cancelled(self) -> bool: ...
@@ -66,7 +66,7 @@ class Job:
             self.indices.setdefault(identity(rows[i], dims), []).append(i)
         self.cost = sum(rows[indices[0]].cost for indices in self.indices.values())
         self.vectors = np.empty((len(rows), dims), dtype=np.float32)
-        self.reused = np.full(len(rows), IN_FLIGHT, dtype=np.int32)
+        self.reused = np.full(len(rows), Reused.IN_FLIGHT, dtype=np.int32)
         self.missing = len(rows)  # rows without a vector
         self.pending: list[PendingRow] = []  # every distinct row that was not cached
         self.queue: deque[PendingRow] = deque()  # pending rows not yet considered for a pass

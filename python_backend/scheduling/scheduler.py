@@ -21,8 +21,9 @@ import numpy.typing as npt
 from triton_embed.python_backend.execution.budget import Budget
 from triton_embed.python_backend.inputs.row import Row
 from triton_embed.python_backend.scheduling.dedup_cache import DedupCache
-from triton_embed.python_backend.scheduling.job import COMPUTED, Job, PendingRow
+from triton_embed.python_backend.scheduling.job import Job, PendingRow
 from triton_embed.python_backend.scheduling.sender import Sender
+from triton_embed.python_backend.wire import Reused
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class Scheduler:
                         if pending_rows and tokens + pending.row.cost > max_tokens:
                             break
                         pending.started = True
-                        job.reused[pending.jobs[job][0]] = COMPUTED
+                        job.reused[pending.jobs[job][0]] = Reused.COMPUTED
                         pending_rows.append(pending)
                         tokens += pending.row.cost
                     job.queue.popleft()
