@@ -291,7 +291,7 @@ def test_release_counts_once() -> None:
 @settings(deadline=None)
 @given(seed=st.integers(0, 10**6), cancelled_share=st.floats(0, 0.6))
 def test_random_load_respects_windows_and_serves_every_call(seed: int, cancelled_share: float) -> None:
-    """Simulate the gateway: a caller may disconnect at any moment, and a call that was sent runs to its end."""
+    """Test as in the gateway: a caller may disconnect at any moment, and a call that was sent runs to its end."""
     rng = random.Random(seed)
 
     async def use() -> None:

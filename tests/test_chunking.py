@@ -164,7 +164,7 @@ def test_vector_of_a_long_text_is_the_mean_of_its_parts(
 
 @pytest.mark.parametrize("name", [BGE, QWEN3])
 def test_chunks_are_as_long_as_the_model_allows(name: str, tiny: Tiny) -> None:
-    """Fill all chunks but the last, with words whose tokens do not depend on the cut."""
+    """Test words whose tokens do not depend on the cut: all chunks but the last are full."""
     family = family_with(tiny, name, max_tokens=23)
     rows = text_rows(family, " ".join(["the cat sat on the mat"] * 20), **MEAN).rows
     assert {len(row.ids) for row in rows[:-1]} == {23}

@@ -240,7 +240,7 @@ def test_invalid_name_is_rejected(tmp_path: Path) -> None:
     assert "Invalid model name 'a b'" in str(message)
 
 
-def test_a_repository_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+def test_unwritable_repository_gives_a_one_line_error(tmp_path: Path) -> None:
     checkpoint = write_bert(tmp_path / "it")
     (tmp_path / "file").touch()
     for models, reason in ((tmp_path / "file", "File exists"), (tmp_path / "no" / "such", "No such file or directory")):

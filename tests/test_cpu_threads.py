@@ -25,7 +25,7 @@ def restore_thread_count() -> Iterator[None]:
 
 @pytest.fixture
 def pinned() -> Iterator[int]:
-    """Pin this thread to a core. Yield its number."""
+    """Set the affinity of this thread to one core; yield its number."""
     before = os.sched_getaffinity(0)
     core = min(before)
     os.sched_setaffinity(0, {core})

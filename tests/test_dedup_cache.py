@@ -494,7 +494,7 @@ JOBS = st.fixed_dictionaries(
 def test_every_interleaving_answers_each_job_once(
     specs: list[dict[str, Any]], threads: int, cache_bytes: int, pauses: int
 ) -> None:
-    """Answer every job once, with its vectors or with a valid reason, and leave nothing pending."""
+    """Check that every job is answered once, with its vectors or a valid reason, and nothing stays pending."""
     compute = DigestEngine(pauses)
     running = RunningScheduler(compute.compute, budget=WIDE_BUDGET, cache_bytes=cache_bytes)
     callers, jobs = [], []

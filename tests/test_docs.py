@@ -1,4 +1,4 @@
-"""The documentation does what it says: steps are followed, links lead somewhere, files that are named exist."""
+"""The documentation: its steps work, its links resolve, and the files it names exist."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.M | re.S)
 
 
-def test_following_the_steps_of_adding_a_family_gives_the_vectors_of_transformers(tmp_path: Path) -> None:
+def test_steps_to_add_a_family_give_the_vectors_of_transformers(tmp_path: Path) -> None:
     shutil.copytree(
         ROOT / "model_repository", tmp_path / "model_repository", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -59,7 +59,7 @@ def test_following_the_steps_of_adding_a_family_gives_the_vectors_of_transformer
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_relative_links_lead_to_files_and_headings(path: Path) -> None:
+def test_relative_links_resolve_to_files_and_headings(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if "://" in target:
             continue
@@ -72,7 +72,7 @@ def test_relative_links_lead_to_files_and_headings(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_source_files_named_in_the_text_exist(path: Path) -> None:
+def test_named_source_files_exist(path: Path) -> None:
     named = re.findall(
         r"`((?:gateway|python_backend|kernels|tests|benchmarks|model_repository)/[\w/.]+)`", path.read_text()
     )
@@ -86,7 +86,7 @@ def test_architecture_lists_every_source_file() -> None:
     assert listed == {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
 
 
-def test_the_benchmarks_page_is_what_the_result_files_say() -> None:
+def test_benchmarks_page_matches_the_result_files() -> None:
     assert document.PAGE.read_text() == document.render(), "run: python -m benchmarks.document"
 
 

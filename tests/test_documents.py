@@ -61,7 +61,7 @@ def image() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def image_url(image: Image.Image) -> Iterator[str]:
-    """The URL of an image on a local web server, whose host the operator allows."""
+    """Serve an image on a local host that the gateway may fetch from; yield its URL."""
     file = io.BytesIO()
     image.save(file, "PNG")
 
@@ -134,7 +134,7 @@ def test_gte_with_curl_requests_and_the_openai_client(
 
 
 def test_gte_with_input_ids(stack: Stack, checkpoints: dict[str, Path]) -> None:
-    """Use ids unchanged: the page's tokenizer appends no end token, so the vector differs from the text's."""
+    """Send ids unchanged: the page's tokenizer appends no end token, so the vector differs from the text's."""
     ids = oracles.ids_of(checkpoints["gte_qwen2"], [TEXT])
     vector = curl(stack, {"model": GTE, "input": ids[0]})
     assert_close(vector, oracles.decoder_vectors(checkpoints["gte_qwen2"], ids)[0])

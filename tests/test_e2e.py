@@ -196,7 +196,7 @@ def test_hub_id_is_downloaded_and_served_under_it(hub: Hub, tmp_path: Path, monk
 
 
 def test_full_queue_is_429_and_other_requests_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a Triton queue of two calls, which a single large request fills, and a small queue in the gateway."""
+    """Test a Triton queue of two calls, which one large request fills, and a small queue in the gateway."""
     monkeypatch.setenv("TRITON_EMBED_MAX_WAITING_TOKENS", "40000")
     models = tmp_path / "models"
     shutil.copytree(ROOT / "model_repository" / "minilm", models / "minilm", ignore=shutil.ignore_patterns("__pyc*"))

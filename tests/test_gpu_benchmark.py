@@ -136,7 +136,7 @@ def test_exits_with_a_message_when_it_cannot_run(
 
 @pytest.mark.parametrize("importable", [True, False])
 def test_bare_checkout_is_importable(tmp_path: Path, importable: bool) -> None:
-    """Import from a copy in a Python without installed packages: it works only after `importable()`."""
+    """Run Python without installed packages in a copy: the import works only after `importable()`."""
     for name in ("benchmarks/checkout.py", "python_backend/errors.py", "python_backend/checkpoint/json_file.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -167,7 +167,7 @@ def test_tuning_writes_a_readable_table(run: Run) -> None:
 
 
 def test_tuning_selects_the_fastest_correct_config(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose among four configs, of which one is slow, one is wrong and one does not compile."""
+    """Select among four configs, of which one is slow, one is wrong and one does not compile."""
     slow, quick, wrong, broken = (Config(block_m=m) for m in (1, 2, 4, 8))
 
     class Kernels:
@@ -192,7 +192,7 @@ def test_tuning_selects_the_fastest_correct_config(run: Run, monkeypatch: pytest
 
 
 def test_inserted_entry_applies_to_exactly_its_sizes() -> None:
-    """Insert entries in any order; each precedes the existing entries that cover it."""
+    """Add entries in any order; each must precede the existing entries that cover it."""
     sizes = [
         {"itemsize": 2, "tokens": tokens, "outputs": outputs, "inputs": inputs}
         for tokens in gpu_tune.LINEAR_TOKENS
@@ -250,7 +250,7 @@ def test_exact_reference_uses_float64_throughout() -> None:
 
 
 def test_gpu_timing_uses_event_time_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate a device that needs 2 ms per call, after a pause of 100 ms."""
+    """Replace the device by a fake that needs 2 ms per call, after a pause of 100 ms."""
     clock, order, inputs = [0.0], list[str](), list[int]()
 
     class Event:

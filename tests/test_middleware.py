@@ -153,9 +153,9 @@ def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare all keys, so that the time taken does not reveal which one matches."""
     length_differences: list[int] = []
 
-    def compare(left: bytes, right: bytes) -> bool:
-        length_differences.append(len(left) - len(right))
-        return left == right
+    def compare(a: bytes, b: bytes) -> bool:
+        length_differences.append(len(a) - len(b))
+        return a == b
 
     monkeypatch.setattr("triton_embed.gateway.http.middleware.secrets.compare_digest", compare)
     for key in ("one", "three", "none-of-them"):

@@ -52,7 +52,7 @@ def test_patches_equal_those_of_transformers_in_the_same_order(
 
 
 def test_positions_match_the_order_of_the_patches(model: ModelConfig) -> None:
-    """Use an image whose pixel values are the row and the column of their patch."""
+    """Test an image whose pixel values are the row and the column of their patch."""
     rows, columns = np.indices((6, 10))
     image = np.stack([rows, columns, np.zeros_like(rows)], axis=2).astype(np.uint8).repeat(4, axis=0).repeat(4, axis=1)
     ours = Patchify(dataclasses.replace(model, image_normalization=((0.0,) * 3, (1 / 255,) * 3)), 4, 2, 1, "cpu")
@@ -61,13 +61,13 @@ def test_positions_match_the_order_of_the_patches(model: ModelConfig) -> None:
 
 
 def test_image_that_is_not_contiguous_in_memory_is_accepted(model: ModelConfig) -> None:
-    """Use a view, which numpy returns for cropped and rotated images."""
+    """Test a view, which numpy returns for cropped and rotated images."""
     ours, image = Patchify(model, 4, 2, 2, "cpu"), make_image(40, 24)
     assert torch.equal(ours(image[::-1].transpose(1, 0, 2)), ours(image[::-1].transpose(1, 0, 2).copy()))
 
 
 def test_clip_patches_are_in_row_order(tiny: Callable[[str], Family], tmp_path: Path) -> None:
-    """Reassemble the patches and compare with the image that transformers normalizes."""
+    """Compare the image assembled from the patches with the one that transformers normalizes."""
     clip = tiny("clip-openai")
     size, patch = clip.model.network_config.image_size, clip.model.network_config.patch_size
     image = make_image(size, size)

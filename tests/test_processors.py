@@ -354,7 +354,7 @@ def test_checkpoint_with_another_final_token_is_rejected(
 
 
 def test_eos_of_the_post_processor_is_not_added_again(tiny: Tiny, tmp_path: Path) -> None:
-    """Use a post-processor like that of files saved with add_eos_token."""
+    """Test a post-processor like that of files saved with add_eos_token."""
     directory = copy_checkpoint(tiny, E5, tmp_path / "e5")
     set_post_processor(directory, "<s> $A </s>", "<s>", "</s>")
     (row,), (plain,) = (family.rows(Item("hello")) for family in (Family("e5_mistral", directory), tiny(E5)))

@@ -159,7 +159,7 @@ class RunningScheduler:
 
     @property
     def admitted_tokens(self) -> int:
-        """Tokens admitted to both lanes. Without any, no row may be pending."""
+        """Return the tokens admitted to both lanes; check that no row is pending without any."""
         admitted = self.scheduler._small.admitted_tokens + self.scheduler._large.admitted_tokens
         assert not self.scheduler._dedup._pending or admitted
         return admitted
@@ -180,7 +180,7 @@ def check_cancellation_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def forget_small_jobs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expect no further small jobs, so that a pass over large jobs has a full budget."""
+    """Set the memory for recent small jobs to zero, so that a pass over large jobs has a full budget."""
     monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 0.0)
 
 
@@ -439,7 +439,7 @@ def test_rest_of_failed_job_is_not_computed(engine: FakeEngine, running: Running
 
 
 def test_admitted_tokens_are_released_after_every_outcome(engine: FakeEngine, running: RunningScheduler) -> None:
-    """Submit failing, cancelled and good jobs: one that kept its tokens would block a later submit forever."""
+    """Run failing, cancelled and good jobs: one that kept its tokens would block a later submit forever."""
     engine.transform = raise_on_poison
     for i in range(30):
         callers = [Caller(), Caller(cancelled=True), Caller()]
@@ -835,7 +835,7 @@ def test_pass_over_several_light_jobs_leaves_a_core_free(engine: FakeEngine) -> 
 def test_passes_over_large_jobs_are_halved_while_small_jobs_arrive(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Leave a core free in these passes, and in passes over small jobs between them."""
+    """Check that these passes, and passes over small jobs between them, leave a core free."""
     monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 60.0)
     alone = spare_core_passes(engine, 40, [[20, 20, 20]], first=20)
     assert alone == [(20, False), (40, False), (20, False)]

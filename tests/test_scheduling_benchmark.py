@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
+from benchmarks import loadgen
 from benchmarks.scheduling import __main__ as scheduling
-from benchmarks.scheduling import load as scheduling_load
 from benchmarks.scheduling import plots as scheduling_plots
 from benchmarks.scheduling.__main__ import BULK, MAX_P99_RATIO, Config, LoadResult
 
@@ -48,7 +48,7 @@ def test_no_percentiles_without_responses() -> None:
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    """Rows of all three stages."""
+    """Return rows of all three stages."""
     common = {"stage": "fairness", "budget": 0, "callers": 1, "requests": 9, "cpu_percent_elsewhere": 1.0}
     under = {"what": "under bulk", "priority": "batch", "p50_ms": 5.0, "p99_ms": 9.0, "p99_to_idle_p50": 4.5}
     stages = {"stages_p50_ms": {"triton": 2.5}, "p50_ms": 3.0, "cpu_percent_elsewhere": 2.0}
@@ -109,10 +109,10 @@ def test_load_sends_the_count_and_collects_stage_times() -> None:
 
     async def use() -> dict[str, Any]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        load = scheduling_load.Load({"mixed": ["a", "b", "c", "d", "e"]})
-        request = {"port": server.sockets[0].getsockname()[1], "workload": "mixed", "inputs": 2}
-        result = await load.handle(**request, callers=3, count=7, priority="batch")
-        for connection in load.clients[request["port"]]._idle:
+        load = loadgen.Load({"mixed": ["a", "b", "c", "d", "e"]})
+        target = {"protocol": "http", "port": server.sockets[0].getsockname()[1]}
+        result = await load.handle(**target, workload="mixed", inputs=2, callers=3, count=7, priority="batch")
+        for connection in load.clients["http", target["port"]].idle:
             connection.close()
         await asyncio.sleep(0.05)  # let both ends see it
         server.close()

@@ -51,7 +51,7 @@ schema.config.seed = 1
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack with one model, which supports instructions and dimensions."""
+    """Start a stack with one model, which supports instructions and dimensions."""
     directory = tmp_path_factory.mktemp("schema")
     checkpoint = write_decoder(directory / "qwen3", "qwen3")
     server = Stack(directory / "log", f"--model-path={checkpoint}", "--served-model-name=qwen3")
@@ -62,7 +62,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def counts(stack: Stack) -> Iterator[Counter[tuple[str, int]]]:
-    """The number of responses by route and status, which must include a 200 for every route."""
+    """Count responses by route and status, which must include a 200 for every route."""
     counts: Counter[tuple[str, int]] = Counter()
     yield counts
     assert {path for path, status in counts if status == 200} == set(DOCUMENT["paths"])

@@ -73,7 +73,7 @@ class WorkerThread:
 
 @pytest.fixture
 def start_worker() -> Iterator[Callable[..., WorkerThread]]:
-    """A factory of workers, which are stopped after the test."""
+    """Return a factory of workers, which are stopped after the test."""
     workers: list[WorkerThread] = []
 
     def make(**settings: Any) -> WorkerThread:

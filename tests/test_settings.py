@@ -118,7 +118,7 @@ def test_valid_otlp_endpoints(endpoint: str) -> None:
 
 
 def test_dumped_settings_are_restored_despite_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restore settings in a worker, whose environment may differ."""
+    """Load dumped settings as a worker does, whose environment may differ."""
     settings = read_settings(port=1, api_key="k€y,other", media_urls=False, drain_seconds=0.5, workers=3, max_inputs=7)
     monkeypatch.setenv("TRITON_EMBED_PORT", "2")
     monkeypatch.setenv("TRITON_EMBED_API_KEY", "another")

@@ -296,7 +296,7 @@ def test_tokenizer_with_more_ids_than_embeddings_is_rejected(tmp_path: Path) -> 
 
 
 def test_tokenizer_without_a_token_for_a_letter_is_rejected(tmp_path: Path) -> None:
-    """The number of special tokens around a text could not be determined."""
+    """Reject a tokenizer for which the number of special tokens around a text is unknown."""
     fast = FastTokenizer(models.BPE({"t": 0}, []))
     fast.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"tokenizer\.json produces no token for the letter 'a'"):
@@ -330,7 +330,7 @@ def test_text_is_split_before_tokens_that_start_a_character(text: str) -> None:
 
 
 def test_tokens_of_one_character_are_not_separated(tmp_path: Path) -> None:
-    """Use a byte-level tokenizer without merges, which encodes an emoji as four tokens."""
+    """Test a byte-level tokenizer without merges, which encodes an emoji as four tokens."""
     fast = FastTokenizer(models.BPE({byte: i for i, byte in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.save(str(tmp_path / "tokenizer.json"))

@@ -197,7 +197,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def traced(model_directory: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Triton]:
-    """The real tritonserver, which sends its spans to `collector`."""
+    """Start the real tritonserver, which sends its spans to `collector`."""
     settings = ["mode=opentelemetry", f"opentelemetry,url={collector.url}/v1/traces", "rate=1", "level=TIMESTAMPS"]
     settings += ["opentelemetry,bsp_schedule_delay=100"]
     flags = [f"--trace-config={setting}" for setting in settings]

@@ -72,7 +72,7 @@ class Visit:
             self.page.locator("#rows textarea").last.fill(text)
 
     def run(self) -> dict[str, Any]:
-        """Press Run, and return the server's response once it is drawn."""
+        """Run the request with the button; return the response once it is drawn."""
         with self.page.expect_response("**/v1/embeddings") as response:
             self.page.click("#run")
         expect(self.page.locator("#run")).to_have_attribute("aria-disabled", "false")
@@ -97,7 +97,7 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def stack(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack of minilm, bge_tiny (also 20 and 40 dimensions), gme_tiny (any dimensions, images), bge (not ready)."""
+    """Start minilm, bge_tiny (also 20 and 40 dimensions), gme_tiny (any dimensions, images) and bge (not ready)."""
     root = tmp_path_factory.mktemp("pages")
     models = root / "models"
     shutil.copytree(model_directory, models)
@@ -331,7 +331,7 @@ def test_images_are_dropped(browser: Browser, stack: Stack) -> None:
 
 def test_instruction_is_sent(browser: Browser, stack: Stack) -> None:
     with model_page(browser, stack) as visit:
-        expect(visit.page.locator("#prompt")).to_be_hidden()  # minilm takes none
+        expect(visit.page.locator("#prompt")).to_be_hidden()  # minilm supports no instructions
         visit.page.select_option("#model", "gme_tiny")
         visit.page.select_option("#prompt", "own")
         visit.page.fill("#instruction", "Find a cat")
@@ -381,7 +381,7 @@ def test_rows_beyond_100_are_dropped_with_an_alert(browser: Browser, stack: Stac
 
 
 def test_page_works_with_the_keyboard_alone(browser: Browser, stack: Stack) -> None:
-    """Tab from the first field to the result. The focus must be visible everywhere."""
+    """Send Tab from the first field to the result; the focus must be visible everywhere."""
     is_focus_visible = "e => getComputedStyle(e.closest('.drop') ?? e).outlineStyle !== 'none'"
     with model_page(browser, stack) as visit:
         page = visit.page

@@ -19,7 +19,7 @@ from conftest import ROOT, free_port
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that has the wheel, and borrows its dependencies from this one; the checkout is not on its path.
+    """Install the wheel in a new environment that uses the dependencies of this one; the checkout is not on its path.
 
     A .pth file adds this environment's packages without running their .pth files, among them the editable install.
     """

@@ -76,7 +76,7 @@ class Guards:
         """Check that nothing was written around a placed tensor or between its rows. This overwrites the tensors.
 
         Raises:
-            AssertionError: Something was.
+            AssertionError: Memory outside the tensors was written.
         """
         for buffer, tensor, fill in self._placed:
             with torch.inference_mode():  # tensors created in inference mode may only be changed there
@@ -95,7 +95,7 @@ def guarded(tensor: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Place all memory that the kernel modules allocate between canaries, and fill it with canaries."""
+    """Write canaries into all memory that the kernel modules allocate, and around it."""
     _guards.append(Guards())
 
     def between_canaries(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -95,7 +95,7 @@ def test_windows_around_the_edges_of_blocks(window: int) -> None:
 
 @pytest.mark.parametrize("group", [3, 5, 6, 7, 16, 20])
 def test_groups_that_do_not_divide_a_block(group: int) -> None:
-    """Include a group of 20, which needs a block larger than 16 rows."""
+    """Test a group of 20 too, which needs a block larger than 16 rows."""
     lengths = (5, 1, 9)
     check_varlen(projected(15, group * 2, 2, 16, torch.float32), lengths, True, None)
 
@@ -125,7 +125,7 @@ def test_empty_prefix_equals_no_prefix() -> None:
 
 
 def test_heads_may_have_any_stride() -> None:
-    """Use tensors with heads before tokens, and different strides for k and v."""
+    """Test tensors with heads before tokens, and different strides for k and v."""
     q, k = (guarded(random(heads, 35, 16, seed=heads)).transpose(0, 1) for heads in (4, 2))
     v = guarded(random(35, 2, 48))[..., 16:32]
     check_varlen([q, k, v], (33, 2), True, None)
@@ -151,7 +151,7 @@ def test_scores_far_from_zero(level: float) -> None:
 
 @pytest.mark.parametrize("block_n", [16, 64], ids=["32 bits in a block", "64 bits in a block"])
 def test_offsets_beyond_32_bits(block_n: int) -> None:
-    """Use 40 rows with a stride of 64 million values, of which only the few used ones are touched."""
+    """Test 40 rows with a stride of 64 million values, of which only the values in use are touched."""
     tokens, row = 40, 64_000_000
     buffer = torch.empty(tokens * row, dtype=torch.float16)
     qkv = buffer.as_strided((tokens, 4, 16), (row, 16, 1))
@@ -166,7 +166,7 @@ def test_offsets_beyond_32_bits(block_n: int) -> None:
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
 @pytest.mark.parametrize("head_dim", [16, 80])
 def test_nonfinite_token_affects_only_queries_that_see_it(head_dim: int, part: int, value: float, causal: bool) -> None:
-    """Place the value inside a tile that three sequences share, and in a sequence of several tiles."""
+    """Set the value in a tile that three sequences share, and in a sequence of several tiles."""
     lengths, nonfinite_tokens = (3, 5, 4, 40, 2), (5, 30)
     qkv = projected(54, 2, 1, head_dim, torch.float32)
     packed = Packed.from_lengths(lengths)

@@ -1,7 +1,7 @@
 """CUDA graphs without a GPU: a replay is simulated by computing the recorded batch again.
 
-This tests that a batch is padded, copied into its buffer and read back correctly. That CUDA replays what it recorded is
-checked on a GPU, where a server compares the two before it starts.
+This tests that a batch is padded, copied into its buffer and read back correctly. On a GPU, a server compares replays
+with uncaptured passes before it starts.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ class Recorder:
         monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
 
     def wait_stream(self, _: object) -> None:
-        """Do nothing, because nothing runs concurrently here."""
+        """Wait for nothing, because nothing runs concurrently here."""
 
     @contextmanager
     def no_op(self) -> Iterator[None]:

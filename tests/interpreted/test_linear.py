@@ -64,7 +64,7 @@ def test_without_a_bias(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_rows(dtype: torch.dtype) -> None:
-    """Use columns of wider matrices for x and the weight, with NaN between their rows."""
+    """Test columns of wider matrices as x and weight, with NaN between their rows."""
     x, weight, bias = random(21, 100, dtype=dtype), random(37, 90, dtype=dtype, seed=1), random(37, dtype=dtype, seed=2)
     x, weight = guarded(x[:, 8:58]), guarded(weight[:, 16:66])
     assert x.stride(0) == 100
@@ -85,7 +85,7 @@ def test_row_strides_beyond_32_bits(which: str) -> None:
 
 @pytest.mark.parametrize("row", [0, 15, 16, 36])
 def test_nan_row_does_not_affect_other_rows(row: int) -> None:
-    """Include the last row, which replaces rows past the end."""
+    """Test the last row too, which replaces rows past the end."""
     x, weight, bias = random_layer(37, 40, 24, torch.bfloat16)
     clean = linear(x, weight, bias, "gelu_tanh", OBLONG)
     x[row] = float("nan")

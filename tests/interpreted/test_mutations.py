@@ -212,7 +212,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_broken_kernel_is_noticed(mutation: Mutation, copy: Path) -> None:
+def test_mutated_kernel_fails_its_test(mutation: Mutation, copy: Path) -> None:
     file = copy / "triton_embed" / "kernels" / "gpu" / mutation.file
     text = file.read_text()
     assert text.count(mutation.old) == 1
@@ -223,7 +223,7 @@ def test_a_broken_kernel_is_noticed(mutation: Mutation, copy: Path) -> None:
     assert "AssertionError" in failures[0] or "assert " in failures[0]
 
 
-def test_a_copy_as_it_is_passes(copy: Path) -> None:
+def test_unchanged_copy_passes(copy: Path) -> None:
     status, failures = run_pytest(copy, "test_linear.py")
     assert failures == []
     assert status == 0

@@ -74,7 +74,7 @@ def test_norm_of_a_sum(op: str, rows: int, width: int, config: Config | None, dt
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_norm_uses_the_rounded_sum(op: str, dtype: torch.dtype) -> None:
-    """Bound the error: the norm of the exact sum would have 1.4 times the error of one rounding."""
+    """Check the error: the norm of the exact sum would have 1.4 times the error of one rounding."""
     x, residual = (guarded(random(33, 384, dtype=dtype, seed=seed)) for seed in (0, 1))
     (weight, bias), torch_norm = parameters(384, dtype), OPS[op][1]
     y, _ = OPS[op][0](x, residual, weight, bias, EPS, None, None)

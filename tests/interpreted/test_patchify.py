@@ -34,7 +34,7 @@ def statistics(channels: int) -> tuple[Tensor, Tensor]:
 
 
 def float64_patches(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Cut patches row by row with unfold, then reorder them by merge x merge blocks."""
+    """Split the image into patches with unfold, row by row, then reorder them by merge x merge blocks."""
     height, width, channels = image.shape
     pixels = (image.double() / 255 - mean.double()) / std.double()
     rows = F.unfold(pixels.permute(2, 0, 1)[None], patch, stride=patch)[0].T.unflatten(1, (channels, 1, -1))

@@ -84,7 +84,7 @@ def test_max_of_values_with_one_sign(sign: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [24, 31, 10])
 def test_final_norm_is_applied_before_truncation(size: int, dtype: torch.dtype, mode: str) -> None:
-    """Use a norm that maps to strided vectors of another size, in any dtype."""
+    """Test a norm that maps to strided vectors of another size, in any dtype."""
     lengths, dims = (5, 1, 7), (size, 3, size - 1)
     x, weight, received = guarded(random(13, 24, dtype=dtype)), random(24, size, seed=1).double(), []
 

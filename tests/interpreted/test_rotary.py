@@ -109,7 +109,7 @@ def test_row_strides_beyond_32_bits() -> None:
 
 @pytest.mark.parametrize("normed", ["qk", ""], ids=["normed", "plain"])
 def test_nan_stays_in_its_head(normed: str) -> None:
-    """Poison head 2 of heads 0 to 3, which one program reads and writes."""
+    """Set NaN in head 2 of heads 0 to 3, which one program reads and writes."""
     heads, (cos, sin), norm_weights = (3, 1), angles(2, 8), weights(16, normed, torch.float32)
     original = random(2, 80)
     clean = qk_norm_rope_(guarded(original), heads, cos, sin, *norm_weights, EPS)
