@@ -1,4 +1,4 @@
-"""A private tritonserver is started, asked and stopped: what it says is what transformers says."""
+"""The probe of `verify`: a private tritonserver starts, computes the vectors that transformers computes, and stops."""
 
 import asyncio
 import io
@@ -14,14 +14,14 @@ from PIL import Image
 from conftest import REPOSITORY, write_bert
 from triton_embed.gateway.process.triton_process import TritonOptions
 from triton_embed.gateway.triton.client import TritonClient
-from triton_embed.gateway.verify import probe as examine_module
+from triton_embed.gateway.verify import probe as probe_module
 from triton_embed.gateway.verify import samples
 from triton_embed.gateway.verify.model_cards import Input
 from triton_embed.gateway.verify.probe import ProbeError, ProbeResult, probe
 from triton_embed.python_backend.checkpoint import repository
 
 NEAR = "https://pages.example/a%20folder/near%20by.png?width=800"
-FAR = "http://127.0.0.1:9/far.png"  # an address that is never asked
+FAR = "http://127.0.0.1:9/far.png"  # never requested: the probe refuses private addresses
 FIND = "Find an image that matches the given text."
 TEXT = Input(text="a photo of a cat")
 INSTRUCTED = Input(text="a photo of a cat", instruction=FIND)
@@ -42,15 +42,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def processes(models: Path) -> list[psutil.Process]:
-    """tritonserver and the stubs of a repository; other tests have servers of their own."""
+    """Return tritonserver and the stubs of this repository. Other tests run other servers."""
     return [
         child
         for child in psutil.Process().children(recursive=True)
-        if any(str(models) in word for word in words(child))
+        if any(str(models) in argument for argument in command_line(child))
     ]
 
 
-def words(process: psutil.Process) -> list[str]:
+def command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:
@@ -59,11 +59,11 @@ def words(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("examined")
+    return tmp_path_factory.mktemp("probed")
 
 
 @pytest.fixture(scope="module")
-def answers(
+def result(
     models: Path, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, picture: Image.Image
 ) -> ProbeResult:
     images = tmp_path_factory.mktemp("images")
@@ -79,37 +79,38 @@ def answers(
     return probe(TritonOptions(models, ("gme",)), "gme", inputs, images)
 
 
-def test_the_inputs_of_a_card(answers: ProbeResult, checkpoint: Path, picture: Image.Image) -> None:
+def test_card_inputs_are_embedded(result: ProbeResult, checkpoint: Path, picture: Image.Image) -> None:
     items = [
         {"text": TEXT.text},
         {"text": TEXT.text, "instruction": FIND},
         {"images": [picture]},
         {"text": FUSED.text, "images": [picture]},
     ]
-    wanted = oracles.gme_vectors(checkpoint, oracles.gme_inputs(checkpoint, items, 4, 16), "sequential")
-    assert set(answers.cards) == {TEXT, INSTRUCTED, PICTURE, FUSED}  # the other image could not be fetched
-    for one, vector in zip((TEXT, INSTRUCTED, PICTURE, FUSED), wanted, strict=True):
-        assert np.abs(answers.cards[one] - vector).max() < 2e-5, one
+    expected = oracles.gme_vectors(checkpoint, oracles.gme_inputs(checkpoint, items, 4, 16), "sequential")
+    assert set(result.cards) == {TEXT, INSTRUCTED, PICTURE, FUSED}  # the image of UNFETCHED could not be fetched
+    for card_input, vector in zip((TEXT, INSTRUCTED, PICTURE, FUSED), expected, strict=True):
+        assert np.abs(result.cards[card_input] - vector).max() < 2e-5, card_input
 
 
-def test_the_samples_in_order_together_and_alone(answers: ProbeResult, checkpoint: Path) -> None:
+def test_samples_are_embedded_in_order_together_and_alone(result: ProbeResult, checkpoint: Path) -> None:
     files = list(samples.images())
     items = [{"text": text} for text in samples.TEXTS[:5]]
     items += [{"images": [Image.open(io.BytesIO(file))]} for file in files]
-    wanted = oracles.gme_vectors(checkpoint, oracles.gme_inputs(checkpoint, items, 4, 16), "sequential")
-    assert answers.names == [*samples.TEXTS, "image 0", "image 1", "image 2"]
-    for vectors in (answers.together.vectors, answers.alone):
-        assert len(vectors) == len(answers.names)
-        assert np.abs(np.concatenate([vectors[:5], vectors[-3:]]) - wanted).max() < 2e-5
-    assert (answers.together.dropped > 0).sum() >= 1
-    assert answers.info.modalities[0] == "text"
+    expected = oracles.gme_vectors(checkpoint, oracles.gme_inputs(checkpoint, items, 4, 16), "sequential")
+    assert result.names == [*samples.TEXTS, "image 0", "image 1", "image 2"]
+    for vectors in (result.together.vectors, result.alone):
+        assert len(vectors) == len(result.names)
+        assert np.abs(np.concatenate([vectors[:5], vectors[-3:]]) - expected).max() < 2e-5
+    assert (result.together.dropped > 0).sum() >= 1
+    assert result.info.modalities[0] == "text"
 
 
-def test_nothing_is_left_running(answers: ProbeResult, models: Path) -> None:
+@pytest.mark.usefixtures("result")
+def test_all_processes_end_with_the_probe(models: Path) -> None:
     assert processes(models) == []
 
 
-def test_a_model_that_does_not_load(tmp_path: Path) -> None:
+def test_model_that_does_not_load_is_reported(tmp_path: Path) -> None:
     checkpoint = write_bert(tmp_path / "checkpoint")
     (checkpoint / "tokenizer.json").unlink()
     repository.write_model(REPOSITORY, "bge", tmp_path / "models", "bge", {"checkpoint": str(checkpoint)})
@@ -117,19 +118,19 @@ def test_a_model_that_does_not_load(tmp_path: Path) -> None:
         probe(TritonOptions(tmp_path / "models", ("bge",)), "bge", [], None)
 
 
-def test_a_model_that_dies_while_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the kernel ends one that takes too much memory: nothing would ever be answered."""
+def test_model_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill the process of a model, as the kernel does when memory runs out. Its requests would never be answered."""
     checkpoint = write_bert(tmp_path / "checkpoint")
     repository.write_model(REPOSITORY, "bge", tmp_path / "models", "bge", {"checkpoint": str(checkpoint)})
 
-    async def ask(client: TritonClient, *_: object) -> ProbeResult:
-        await examine_module._wait_until_loaded(client, "bge")
-        stubs = [child for child in processes(tmp_path) if "stub" in words(child)[0]]
+    async def wait_and_kill(client: TritonClient, *_: object) -> ProbeResult:
+        await probe_module._wait_until_loaded(client, "bge")
+        stubs = [child for child in processes(tmp_path) if "stub" in command_line(child)[0]]
         assert len(stubs) == 1
         stubs[0].kill()
         await asyncio.sleep(60)
-        raise AssertionError("the examination went on")
+        raise AssertionError("the probe did not notice that the process died")
 
-    monkeypatch.setattr(examine_module, "_probe", ask)
+    monkeypatch.setattr(probe_module, "_probe", wait_and_kill)
     with pytest.raises(ProbeError, match=r"^the process of model bge died"):
         probe(TritonOptions(tmp_path / "models", ("bge",)), "bge", [], None)

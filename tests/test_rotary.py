@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies, attention factors and angles against transformers, for every scaling it shares."""
+"""Rotary positions: frequencies, attention factors and angles against transformers, for every supported scaling."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,18 +32,18 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "yarn": YARN,
     "yarn without a trained length": {"rope_type": "yarn", "factor": 4.0},
-    "yarn that shrinks": {**YARN, "factor": 0.5},
-    "yarn of other turns": {**YARN, "beta_fast": 8.0, "beta_slow": 2},
-    "yarn of one turn": {**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
+    "yarn with a factor below 1": {**YARN, "factor": 0.5},
+    "yarn with other turns": {**YARN, "beta_fast": 8.0, "beta_slow": 2},
+    "yarn with equal turns": {**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
     "yarn without options": {**YARN, "beta_fast": None, "beta_slow": None, "mscale": None, "attention_factor": None},
     "yarn, not truncated": {**YARN, "truncate": False},
     "yarn, truncated": {**YARN, "truncate": True},
-    "yarn with a factor for attention": {**YARN, "attention_factor": 1.375, "mscale": 2.0, "mscale_all_dim": 0.5},
+    "yarn with an attention factor": {**YARN, "attention_factor": 1.375, "mscale": 2.0, "mscale_all_dim": 0.5},
     "yarn with both mscales": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.5},
     "yarn with one mscale": {**YARN, "mscale": 1.5},
     "yarn for much longer texts": {**YARN, "factor": 40, "original_max_position_embeddings": 4096},
     "llama3": LLAMA3,
-    "llama3 of a wide ramp": {**LLAMA3, "low_freq_factor": 0.25, "high_freq_factor": 16.0, "factor": 32},
+    "llama3 with a wide ramp": {**LLAMA3, "low_freq_factor": 0.25, "high_freq_factor": 16.0, "factor": 32},
 }
 THETAS = [1e4, 5e5, 1_000_000]
 
@@ -51,7 +51,7 @@ THETAS = [1e4, 5e5, 1_000_000]
 def configured(
     scaling: Mapping[str, Any], theta: float = 1e4, head_dim: int = HEAD_DIM, positions: int = POSITIONS
 ) -> LlamaConfig:
-    """transformers' config, which checks the keys itself."""
+    """Return a config of transformers, which validates the keys."""
     return LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
@@ -62,7 +62,7 @@ def configured(
 
 
 def read(config: PreTrainedConfig) -> RopeConfig:
-    """Ours, from the config.json that transformers writes."""
+    """Read our config from the config.json that transformers writes."""
     return RopeConfig.read(config_file(config.to_dict()), HEAD_DIM if config.model_type != "llama" else config.head_dim)
 
 
@@ -73,7 +73,7 @@ def ours(
 
 
 def theirs(config: LlamaConfig, length: int | None = None) -> tuple[Tensor, float]:
-    """transformers' frequencies and attention factor."""
+    """Return the frequencies and the attention factor of transformers."""
     if config.rope_parameters["rope_type"] == "default":
         return LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu", seq_len=length)
@@ -82,31 +82,31 @@ def theirs(config: LlamaConfig, length: int | None = None) -> tuple[Tensor, floa
 @pytest.mark.parametrize("head_dim", [HEAD_DIM, 20, 128])
 @pytest.mark.parametrize("theta", THETAS)
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_frequencies_of_every_scaling(scaling: str, theta: float, head_dim: int) -> None:
+def test_frequencies_equal_those_of_transformers(scaling: str, theta: float, head_dim: int) -> None:
     config = configured(SCALINGS[scaling], theta, head_dim)
     rope, (expected, factor) = read(config), theirs(config)
-    found = frequencies(rope)
-    assert (found.dtype, found.shape) == (torch.float32, (head_dim // 2,))
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    computed = frequencies(rope)
+    assert (computed.dtype, computed.shape) == (torch.float32, (head_dim // 2,))
+    torch.testing.assert_close(computed, expected, rtol=2e-6, atol=0)
     assert attention_factor(rope) == pytest.approx(factor, rel=1e-12)
 
 
 def test_every_scaling_is_tested() -> None:
-    """What transformers has beside these, longrope and proportional, no family's checkpoints use."""
+    """Check that only longrope and proportional are untested, which the checkpoints of no family use."""
     tested = {scaling["rope_type"] for scaling in SCALINGS.values()}
     assert tested == {"default", *ROPE_INIT_FUNCTIONS} - {"longrope", "proportional"}
 
 
 @pytest.mark.parametrize("length", [0, 1, POSITIONS - 1, POSITIONS, POSITIONS + 1, 3 * POSITIONS, 4 * POSITIONS])
 @pytest.mark.parametrize("factor", [1.0, 2.0, 4.5])
-def test_dynamic_frequencies_below_and_above_the_trained_length(factor: float, length: int) -> None:
+def test_dynamic_frequencies_depend_on_the_length(factor: float, length: int) -> None:
     scaling = {"rope_type": "dynamic", "factor": factor}
     expected, _ = theirs(configured(scaling), length or None)
     torch.testing.assert_close(frequencies(ours(scaling), length), expected, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("scaling", [key for key in SCALINGS if key != "dynamic"])
-def test_only_dynamic_frequencies_follow_the_length(scaling: str) -> None:
+def test_other_frequencies_do_not_depend_on_the_length(scaling: str) -> None:
     rope, config = ours(SCALINGS[scaling]), configured(SCALINGS[scaling])
     torch.testing.assert_close(frequencies(rope, 10 * POSITIONS), theirs(config)[0], rtol=2e-6, atol=0)
 
@@ -121,7 +121,7 @@ def test_only_dynamic_frequencies_follow_the_length(scaling: str) -> None:
     slow=st.floats(0.25, 2),
     truncate=st.booleans(),
 )
-def test_any_yarn(
+def test_random_yarn_parameters_agree(
     theta: float, factor: float, trained: int, half: int, fast: float, slow: float, truncate: bool
 ) -> None:
     scaling = {
@@ -142,38 +142,38 @@ def packed_positions(lengths: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(length) for length in lengths])
 
 
-def assert_angles(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """transformers' cosines and sines of whole heads, whose halves are alike."""
-    for one, whole in zip(found, expected, strict=True):
-        half = whole.shape[-1] // 2
-        assert torch.equal(whole[..., :half], whole[..., half:])
-        assert (one.dtype, one.shape) == (torch.float32, whole[..., :half].shape)
-        torch.testing.assert_close(one, whole[..., :half], rtol=0, atol=2e-5)
+def assert_angles(angles: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """Compare (cosines, sines) [..., head_dim/2] with those of transformers [..., head_dim], whose halves are equal."""
+    for ours, theirs in zip(angles, expected, strict=True):
+        half = theirs.shape[-1] // 2
+        assert torch.equal(theirs[..., :half], theirs[..., half:])
+        assert (ours.dtype, ours.shape) == (torch.float32, theirs[..., :half].shape)
+        torch.testing.assert_close(ours, theirs[..., :half], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (5, 1, 33), (POSITIONS, 64, 2)], ids=str)
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_angles_of_packed_positions(scaling: str, lengths: tuple[int, ...]) -> None:
+def test_angles_of_packed_sequences(scaling: str, lengths: tuple[int, ...]) -> None:
     positions = packed_positions(lengths)
     expected = LlamaRotaryEmbedding(configured(SCALINGS[scaling]))(torch.zeros(1), positions[None])
-    found = Rotary(ours(SCALINGS[scaling]), "cpu")(positions[None], lengths)
-    assert_angles(found, tuple(x[0] for x in expected))
+    angles = Rotary(ours(SCALINGS[scaling]), "cpu")(positions[None], lengths)
+    assert_angles(angles, tuple(x[0] for x in expected))
 
 
 @pytest.mark.parametrize("lengths", [(3, 200, 5, 64, 65, 1), (65,), (256, 256, 7), (64, 63)], ids=str)
-def test_dynamic_angles_are_each_sequences_own(lengths: tuple[int, ...]) -> None:
-    """Alone or beside a long one, a sequence gets the angles of its own length: a batch must not change a vector."""
+def test_dynamic_angles_do_not_depend_on_the_batch(lengths: tuple[int, ...]) -> None:
+    """Compare each sequence of a batch with the same sequence alone: its length alone determines its angles."""
     scaling = SCALINGS["dynamic"]
-    found = Rotary(ours(scaling), "cpu")(packed_positions(lengths)[None], lengths)
+    angles = Rotary(ours(scaling), "cpu")(packed_positions(lengths)[None], lengths)
     start = 0
     for length in lengths:
         alone = LlamaRotaryEmbedding(configured(scaling))(torch.zeros(1), torch.arange(length)[None])
-        assert_angles(tuple(x[start : start + length] for x in found), tuple(x[0] for x in alone))
+        assert_angles(tuple(x[start : start + length] for x in angles), tuple(x[0] for x in alone))
         start += length
 
 
-def test_a_rotary_is_not_changed_by_what_it_has_seen() -> None:
-    """transformers' own remembers the longest sequence until a short one comes by."""
+def test_rotary_keeps_no_state_between_calls() -> None:
+    """Compute a short sequence after a long one. transformers keeps the length of the longest until a short one."""
     rotary, short, long = Rotary(ours(SCALINGS["dynamic"]), "cpu"), torch.arange(9)[None], torch.arange(250)[None]
     rotary(long, [250])
     fresh = LlamaRotaryEmbedding(configured(SCALINGS["dynamic"]))(torch.zeros(1), short)
@@ -194,7 +194,7 @@ def test_angles_on_three_axes(sections: tuple[int, int, int], scaling: str) -> N
     assert_angles(Rotary(read(config), "cpu")(positions, [20, 21]), tuple(x[0] for x in expected))
 
 
-def test_the_constants_are_real_where_parameters_are_built_on_meta() -> None:
+def test_constants_are_real_when_parameters_are_built_on_meta() -> None:
     with torch.device("meta"):
         rotary = Rotary(ours(SCALINGS["dynamic"]), "cpu")
     cos, _ = rotary(torch.arange(100)[None], [100])

@@ -1,4 +1,4 @@
-"""`triton-embed verify`: real weights against their public card, tiny ones against transformers, and all refusals."""
+"""`triton-embed verify`: real weights against their card, a tiny checkpoint against transformers, and errors."""
 
 import json
 import re
@@ -15,13 +15,13 @@ from triton_embed.gateway.verify import model_cards as cards
 
 
 def verify(*arguments: str | Path) -> str | int | None:
-    """The exit code, or the sentence that stands for 1."""
+    """Run the command. Return the exit code, or the message that it exits with instead of 1."""
     with pytest.raises(SystemExit) as caught:
         cli.main(["verify", *map(str, arguments)])
     return caught.value.code
 
 
-def test_the_real_minilm_agrees_with_its_card_and_with_sentence_transformers(
+def test_minilm_agrees_with_its_card_and_sentence_transformers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     code = verify("minilm")
@@ -35,10 +35,10 @@ def test_the_real_minilm_agrees_with_its_card_and_with_sentence_transformers(
     assert printed.endswith("23 agree, 0 differ, 0 could not be compared\n")
 
 
-def test_a_wrong_number_on_a_card_is_shown(
+def test_wrong_score_on_a_card_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A decoder with queries by instruction, told by its directory's name; all else agrees, with transformers too."""
+    """Verify a decoder whose card is found by its directory name. Only the wrong score differs."""
     case = next(case for case in CASES if case.name == "qwen3_embedding-bare")
     checkpoint = case.write(tmp_path / "Tiny-Embedding-0.1B")
     queries, documents = ["what is a cat", "what is a dog"], ["a cat sat", "the dog ran"]
@@ -67,42 +67,43 @@ def test_a_wrong_number_on_a_card_is_shown(
     assert printed.endswith("8 agree, 1 differ, 0 could not be compared\n")
 
 
-@pytest.mark.parametrize("asked", ["Qwen/Qwen3-Embedding-0.6B", "qwen3_embedding", "intfloat/multilingual-e5-base"])
-def test_without_the_weights_it_says_how_to_fetch_them(tmp_path: Path, asked: str) -> None:
-    said = verify(asked, f"--checkpoints={tmp_path / 'kept here'}")
-    wanted = asked if "/" in asked else "Qwen/Qwen3-Embedding-0.6B"
-    assert isinstance(said, str)
-    assert f"{wanted} is not on this machine" in said
-    assert said.endswith(f"Fetch it with: triton-embed download {wanted} '--checkpoints={tmp_path / 'kept here'}'")
-    assert "\n" not in said
-    assert not (tmp_path / "kept here").exists()  # nothing is downloaded by itself
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-Embedding-0.6B", "qwen3_embedding", "intfloat/multilingual-e5-base"])
+def test_missing_checkpoint_error_contains_the_download_command(tmp_path: Path, model: str) -> None:
+    checkpoints = tmp_path / "a directory"
+    message = verify(model, f"--checkpoints={checkpoints}")
+    checkpoint = model if "/" in model else "Qwen/Qwen3-Embedding-0.6B"
+    assert isinstance(message, str)
+    assert f"{checkpoint} is not on this machine" in message
+    assert message.endswith(f"Fetch it with: triton-embed download {checkpoint} '--checkpoints={checkpoints}'")
+    assert "\n" not in message
+    assert not checkpoints.exists()  # verify downloads nothing
 
 
-def test_a_directory_without_weights(tmp_path: Path) -> None:
+def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
     checkpoint = write_bert(tmp_path / "org" / "name")
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    for asked in (checkpoint, "org/name"):
-        assert "has no *.safetensors file" in str(verify(asked, f"--checkpoints={tmp_path}"))
+    for model in (checkpoint, "org/name"):
+        assert "has no *.safetensors file" in str(verify(model, f"--checkpoints={tmp_path}"))
 
 
-def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_shard_is_named(tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == "gte_qwen2-bidirectional-one-layer")
     checkpoint = case.write(tmp_path / "checkpoint")
-    lost = sorted(checkpoint.glob("*.safetensors"))[-1]
-    lost.unlink()
-    assert str(verify(checkpoint)).endswith(f"names {lost}, which is missing")
+    shard = sorted(checkpoint.glob("*.safetensors"))[-1]
+    shard.unlink()
+    assert str(verify(checkpoint)).endswith(f"names {shard}, which is missing")
 
 
-def test_a_model_of_the_repository_whose_directory_is_gone(tmp_path: Path) -> None:
+def test_missing_checkpoint_directory_of_a_model_is_named(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "bge", tmp_path / "models" / "mine")
     config = tmp_path / "models" / "mine" / "config.pbtxt"
     config.write_text(config.read_text().replace('"BAAI/bge-base-en-v1.5"', f'"{tmp_path / "gone"}"'))
-    said = str(verify("mine", f"--model-repository={tmp_path / 'models'}"))
-    assert said.endswith(f"{tmp_path / 'gone'} is not on this machine: looked in {tmp_path / 'gone'}")
+    message = str(verify("mine", f"--model-repository={tmp_path / 'models'}"))
+    assert message.endswith(f"{tmp_path / 'gone'} is not on this machine: looked in {tmp_path / 'gone'}")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "error"),
     [
         (["nonsense"], "nonsense is neither a directory with a config.json, nor an id"),
         (["minilm", "--card=org/unknown"], "--card org/unknown: there is no such card; there are Alibaba-NLP/gme"),
@@ -113,7 +114,7 @@ def test_a_model_of_the_repository_whose_directory_is_gone(tmp_path: Path) -> No
         ([str(MINILM), "--model-repository=/nonexistent"], "/nonexistent contains no model directory"),
     ],
 )
-def test_refusals_are_one_sentence(arguments: list[str], says: str) -> None:
-    said = str(verify(*arguments))
-    assert says in said
-    assert "\n" not in said
+def test_errors_are_one_line(arguments: list[str], error: str) -> None:
+    message = str(verify(*arguments))
+    assert error in message
+    assert "\n" not in message
