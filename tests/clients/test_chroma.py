@@ -30,7 +30,7 @@ def test_dimensions(stack: Stack, expected: Expected, monkeypatch: pytest.Monkey
 
 
 def test_collection_query(function: OpenAIEmbeddingFunction, expected: Expected) -> None:
-    """Search a collection: order and distances of the nearest texts."""
+    """Compare order and distances of the nearest texts in a collection."""
     collection = chromadb.EphemeralClient().create_collection(
         "texts", embedding_function=function, configuration={"hnsw": {"space": "cosine"}}
     )

@@ -66,7 +66,7 @@ def test_dimensions(stack: Stack, expected: Expected) -> None:
 
 
 def test_retrieval_pipeline(text_embedder: OpenAITextEmbedder, document_embedder: OpenAIDocumentEmbedder) -> None:
-    """Fill and search a document store with a pipeline."""
+    """Store documents and search them with a pipeline."""
     store = InMemoryDocumentStore(embedding_similarity_function="cosine")
     store.write_documents(document_embedder.run([Document(content=text) for text in DOCUMENTS])["documents"])
     pipeline = Pipeline()

@@ -44,7 +44,7 @@ def test_async(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
 
 
 def test_vector_store(embeddings: OpenAIEmbeddings, expected: Expected) -> None:
-    """Fill and search a vector store."""
+    """Store texts and search them."""
     store = InMemoryVectorStore.from_texts(DOCUMENTS, embeddings)
     assert store.similarity_search(QUESTION, k=1)[0].page_content == DOCUMENTS[1]
 
