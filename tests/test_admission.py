@@ -270,7 +270,7 @@ def test_refused_call_waits_only_if_another_call_is_in_flight() -> None:
         assert [task.done() for task in refused] == [True, False, False]  # each end wakes one call
         releases[1]()
         await settle()
-        assert all(task.done() for task in refused)  # no call is left that could end
+        assert all(task.done() for task in refused)  # no call in flight remains to wait for
 
     run(use)
 

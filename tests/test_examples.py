@@ -1,4 +1,4 @@
-"""The examples as a reader runs them, against the real stack; LangChain's is in tests/clients."""
+"""The examples, run against the real stack; tests/clients runs the LangChain example."""
 
 import os
 import subprocess

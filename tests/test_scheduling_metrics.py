@@ -10,7 +10,7 @@ from triton_embed.python_backend.scheduling.metrics import EngineMetrics
 
 
 class Family:
-    """A fake MetricFamily: it refuses the same arguments as the real one, and its metrics end with it."""
+    """A fake MetricFamily: it rejects the same arguments as the real one, and its metrics fail once it is deleted."""
 
     HISTOGRAM, COUNTER, GAUGE = "histogram", "counter", "gauge"
     created: ClassVar[dict[tuple[str, str], "Metric"]] = {}
@@ -34,7 +34,7 @@ class Metric:
 
     def _record(self, value: float, kind: str) -> None:
         family = self.family()
-        assert family is not None, "the family is gone"
+        assert family is not None, "the family was deleted"
         assert family.kind == kind
         self.values.append(value)
 
