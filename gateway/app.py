@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from triton_embed.gateway.api import openapi
+from triton_embed.gateway.api import openapi, responses
 from triton_embed.gateway.api import requests as schemas
 from triton_embed.gateway.api import rerank as similarity
 from triton_embed.gateway.api.requests import Embeddings
@@ -85,7 +85,7 @@ async def embeddings(request: Request) -> Response:
         embedding = await exchange.read(schemas.parse_embeddings)
         name, embedding, reply = await exchange.embed(embedding)
         with exchange.stage("encode"):
-            body = schemas.embeddings_json(reply, embedding, name)
+            body = responses.embeddings_json(reply, embedding, name)
         return _json_bytes(body, exchange)
 
 
@@ -95,7 +95,7 @@ async def encode(request: Request) -> Response:
         embedding = await exchange.read(schemas.parse_encode)
         _, embedding, reply = await exchange.embed(embedding)
         with exchange.stage("encode"):
-            body = schemas.encode_json(reply, embedding)
+            body = responses.encode_json(reply, embedding)
         return _json_bytes(body, exchange)
 
 

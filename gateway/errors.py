@@ -1,9 +1,12 @@
 """Errors as callers see them: one exception, one body in OpenAI's form, one table of statuses."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import orjson
+from pydantic import Field
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
 # status -> (type, code), OpenAI's where its API has them
 STATUSES: dict[int, tuple[str, str | None]] = {
@@ -18,6 +21,15 @@ STATUSES: dict[int, tuple[str, str | None]] = {
     503: ("server_error", "unavailable"),
     504: ("server_error", "timeout"),
 }
+
+
+class ErrorBody(TypedDict):
+    """What OpenAI clients read under `error`"""
+
+    message: str
+    type: str
+    param: Annotated[str | None, Field(description="The request field that is wrong")]
+    code: str | None
 
 
 class ApiError(Exception):
@@ -45,8 +57,8 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
-    def body(self) -> dict[str, str | None]:
-        """Return the object that OpenAI clients read under `error`."""
+    def body(self) -> ErrorBody:
+        """Return the object under `error`."""
         kind, code = STATUSES.get(self.status, STATUSES[400 if self.status < 500 else 500])
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code or code}
 

@@ -4,8 +4,15 @@ from typing import Any
 
 import pytest
 
-from triton_embed.gateway.api.inputs import InputErrors, Item, Prompt, read_items, read_prompt
+from triton_embed.gateway.api import inputs
+from triton_embed.gateway.api.bodies import PromptFields
+from triton_embed.gateway.api.inputs import InputErrors, Item, Prompt, read_items
+from triton_embed.gateway.api.validation import validate
 from triton_embed.gateway.errors import ApiError
+
+
+def read_prompt(fields: dict[str, Any]) -> Prompt:
+    return inputs.read_prompt(validate(PromptFields, fields))
 
 
 def read_error(*values: Any) -> str:

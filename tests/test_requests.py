@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from triton_embed.gateway.api import requests as schemas
 from triton_embed.gateway.api.inputs import Prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
+from triton_embed.gateway.api.responses import embeddings_json, encode_json
 from triton_embed.gateway.api.vector_formats import VectorFormat
 from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.gateway.settings import Settings
@@ -406,7 +407,7 @@ TWO = parse({"input": ["a", "b"]})
 
 def test_float_response() -> None:
     reply = embeddings()
-    body = orjson.loads(schemas.embeddings_json(reply, TWO, "m"))
+    body = orjson.loads(embeddings_json(reply, TWO, "m"))
     assert list(body) == ["object", "data", "model", "usage"]
     assert [list(item) for item in body["data"]] == [["object", "embedding", "index"]] * 2
     assert [item["index"] for item in body["data"]] == [0, 1]
@@ -417,22 +418,22 @@ def test_float_response() -> None:
 
 def test_base64_response() -> None:
     reply = embeddings()
-    body = orjson.loads(schemas.embeddings_json(reply, replace(TWO, vector_format=VectorFormat(base64=True)), "m"))
+    body = orjson.loads(embeddings_json(reply, replace(TWO, vector_format=VectorFormat(base64=True)), "m"))
     packed = b"".join(base64.b64decode(item["embedding"]) for item in body["data"])
     assert packed == reply.vectors.astype("<f4").tobytes()
 
 
 def test_encode_response() -> None:
     reply = embeddings()
-    batch = orjson.loads(schemas.encode_json(reply, TWO))
+    batch = orjson.loads(encode_json(reply, TWO))
     assert [item["meta_info"] for item in batch] == [
         {"prompt_tokens": 3, "dropped_tokens": 0},
         {"prompt_tokens": 4, "dropped_tokens": 1},
     ]
     assert np.allclose([item["embedding"] for item in batch], reply.vectors, atol=0, rtol=1e-7)
     reply = embeddings(rows=1)
-    single = orjson.loads(schemas.encode_json(reply, replace(TWO, single=True)))
-    assert single == orjson.loads(schemas.encode_json(reply, TWO))[0]
+    single = orjson.loads(encode_json(reply, replace(TWO, single=True)))
+    assert single == orjson.loads(encode_json(reply, TWO))[0]
 
 
 def test_truncated_counts_inputs_that_lost_tokens() -> None:
@@ -442,7 +443,7 @@ def test_truncated_counts_inputs_that_lost_tokens() -> None:
 
 def test_receipts_of_a_response() -> None:
     request = parse({"input": [{"text": "a", "instruction": "i"}, "b"], "return_receipt": True})
-    body = orjson.loads(schemas.embeddings_json(embeddings(), request, "m"))
+    body = orjson.loads(embeddings_json(embeddings(), request, "m"))
     assert [item["receipt"] for item in body["data"]] == [
         {"tokens": 3, "dropped_tokens": 0, "prompt": {"instruction": "i"}, "reused": None},
         {"tokens": 4, "dropped_tokens": 1, "prompt": None, "reused": None},
@@ -452,17 +453,17 @@ def test_receipts_of_a_response() -> None:
 def test_receipt_says_where_a_vector_came_from() -> None:
     request = parse({"input": ["a", "b", "c"], "return_receipt": True})
     reply = replace(embeddings(rows=3), reused=np.array([2, 0, 1], dtype="<i4"))
-    body = orjson.loads(schemas.embeddings_json(reply, request, "m"))
+    body = orjson.loads(embeddings_json(reply, request, "m"))
     assert [item["receipt"]["reused"] for item in body["data"]] == ["cache", None, "in_flight"]
 
 
 def test_reported_error_replaces_its_vector() -> None:
     request = parse({"input": ["a", " "], "on_error": "report", "return_receipt": True})
-    body = orjson.loads(schemas.embeddings_json(embeddings(), request, "m"))
+    body = orjson.loads(embeddings_json(embeddings(), request, "m"))
     error = invalid("Input at index 1 cannot be empty or whitespace only", "input").body()
     assert body["data"][1] == {"object": "error", "index": 1, "error": error}
     assert body["data"][0]["object"] == "embedding"
-    assert orjson.loads(schemas.encode_json(embeddings(), request))[1] == {"error": error}
+    assert orjson.loads(encode_json(embeddings(), request))[1] == {"error": error}
 
 
 @pytest.mark.parametrize(

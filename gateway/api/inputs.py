@@ -1,4 +1,4 @@
-"""Inputs that are objects of text and images, or lists of content parts.
+"""The inputs of a request: texts, token ids, objects of text and images, or lists of content parts.
 
 Images stay references (data: URI, base64 or http(s) URL) until the media loader turns them into bytes.
 """
@@ -6,31 +6,15 @@ Images stay references (data: URI, base64 or http(s) URL) until the media loader
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
+from triton_embed.gateway.api.bodies import INPUT_TYPES, PART_TYPES, ImageLink, ItemFields, PromptFields
+from triton_embed.gateway.api.validation import json_type, validate
 from triton_embed.gateway.errors import ApiError, invalid
 
-JSON_TYPES: Final[dict[type, str]] = {
-    str: "a string",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
-PROMPT_KEYS = ("instruction", "prompt_name", "input_type")
-KEYS = ("text", "image", "image_url", *PROMPT_KEYS)
-# Accepted values, among them Cohere's and Voyage's -> the side of a search.
-INPUT_TYPES: Final[dict[str, str]] = {
-    "query": "query",
-    "document": "document",
-    "passage": "document",
-    "search_query": "query",
-    "search_document": "document",
-}
-PART_TYPES = ("text", "image_url", "image")  # of OpenAI's and Qwen's messages
-IMAGE_URL_KEYS = ("url", "detail")  # `detail` is ignored: the model's own rules decide the resolution
+PROMPT_KEYS = tuple(PromptFields.model_fields)
+ITEM_KEYS = ("text", "image", "image_url", *PROMPT_KEYS)
+IMAGE_LINK_KEYS = tuple(ImageLink.__annotations__)
 
 T = TypeVar("T")
 
@@ -101,6 +85,42 @@ def is_part(item: Any) -> bool:
     return type(item) is dict and "type" in item
 
 
+def read_inputs(
+    value: Any, param: str, max_inputs: int, errors: InputErrors
+) -> tuple[list[str], list[list[int]], Sequence[Item], bool]:
+    """Parse the inputs of a request.
+
+    Returns:
+        (texts, ids, items, whether it was a single input). Two of the three lists are empty.
+
+    Raises:
+        ApiError: 400 naming the index of an invalid input, unless errors are reported, or if there are too many.
+    """
+    if value is None:
+        raise invalid(f"{param} is required", param)
+    if value == "" or value == []:
+        raise invalid("Input cannot be empty", param)
+    if type(value) is str:
+        return _texts([value], param, errors), [], (), True
+    if type(value) is dict:
+        return [], [], read_items([[value] if is_part(value) else value], param, errors), True
+    if type(value) is not list:
+        raise _wrong_type(0, value, "a string, an object or a list", param)
+    first = value[0]
+    # Checked again by the caller; here, before an error is recorded for each input.
+    if len(value) > max_inputs and type(first) is not int and not is_part(first):
+        raise invalid(f"At most {max_inputs} inputs fit in one request, got {len(value)}", param)
+    if type(first) is int:
+        return [], _ids([value], param, errors), (), True
+    if set(map(type, value)) == {str}:
+        return _texts(value, param, errors), [], (), False
+    if is_part(first):
+        return [], [], read_items([value], param, errors), True
+    if type(first) is list and not (first and type(first[0]) is dict):
+        return [], _ids(value, param, errors), (), False
+    return [], [], read_items(value, param, errors), False
+
+
 def read_items(values: Sequence[Any], param: str, errors: InputErrors) -> list[Item]:
     """Parse a list of strings, objects and lists of content parts.
 
@@ -110,18 +130,19 @@ def read_items(values: Sequence[Any], param: str, errors: InputErrors) -> list[I
     return [errors.attempt(i, partial(_item, i, value, param), NO_ITEM) for i, value in enumerate(values)]
 
 
-def read_prompt(fields: dict[str, Any], param: str | None = None, where: str = "") -> Prompt:
-    """Parse the three keys of a prompt. An empty prompt_name means no prompt, not even the model's default.
+def read_prompt(fields: PromptFields, param: str | None = None, where: str = "") -> Prompt:
+    """Return the prompt of a request or an input.
+
+    An empty prompt_name means no prompt, not even the model's default.
 
     Args:
         param: Name of the field to report, if it is not the key itself.
         where: Prefix of messages that names an input.
 
     Raises:
-        ApiError: 400 if a value has the wrong type or contradicts another.
+        ApiError: 400 if a value is invalid or contradicts another.
     """
-    instruction, name, side = (_text(fields, key, param, where) for key in PROMPT_KEYS)
-    instruction, side = instruction or None, side or None
+    instruction, name, side = fields.instruction or None, fields.prompt_name, fields.input_type or None
     if instruction and name:
         raise invalid(f"{where}Send either instruction or prompt_name", param or "prompt_name")
     if instruction and "\0" in instruction:  # Triton's parameters end there
@@ -136,9 +157,8 @@ def read_prompt(fields: dict[str, Any], param: str | None = None, where: str = "
     return Prompt(instruction, None if instruction else name, side)
 
 
-def wrong_type(index: int, item: Any, expected: str, param: str) -> ApiError:
-    """Return the error of an input of the wrong type."""
-    return invalid(f"Input at index {index} must be {expected}, got {JSON_TYPES[type(item)]}", param)
+def _wrong_type(index: int, item: Any, expected: str, param: str) -> ApiError:
+    return invalid(f"Input at index {index} must be {expected}, got {json_type(item)}", param)
 
 
 def check_keys(where: str, fields: dict[str, Any], allowed: Sequence[str], param: str) -> None:
@@ -152,6 +172,28 @@ def check_keys(where: str, fields: dict[str, Any], allowed: Sequence[str], param
             raise invalid(f"{where} has an unknown key '{key[:100]}'; allowed keys are {', '.join(allowed)}", param)
 
 
+def _texts(texts: list[str], param: str, errors: InputErrors) -> list[str]:
+    for i, text in enumerate(texts):
+        if not text or text.isspace():
+            errors.add(i, invalid(f"Input at index {i} cannot be empty or whitespace only", param))
+    return texts
+
+
+def _ids(rows: list[Any], param: str, errors: InputErrors) -> list[list[int]]:
+    return [errors.attempt(i, partial(_row_of_ids, i, row, param), []) for i, row in enumerate(rows)]
+
+
+def _row_of_ids(index: int, row: Any, param: str) -> list[int]:
+    if type(row) is not list:
+        raise _wrong_type(index, row, "a list of token ids, as the first input is", param)
+    if not row:
+        raise invalid(f"Input at index {index} cannot be empty", param)
+    if set(map(type, row)) != {int}:
+        other = next(item for item in row if type(item) is not int)
+        raise _wrong_type(index, other, "made of token ids", param)
+    return row
+
+
 def _item(index: int, value: Any, param: str) -> Item:
     where = f"Input at index {index}"
     if type(value) is str:
@@ -163,7 +205,7 @@ def _item(index: int, value: Any, param: str) -> Item:
     elif type(value) is list:
         item = _parts(where, value, param)
     else:
-        raise wrong_type(index, value, "a string, an object or a list of content parts", param)
+        raise _wrong_type(index, value, "a string, an object or a list of content parts", param)
     if item.text and not item.text.isspace():
         return item
     if not item.images:
@@ -172,15 +214,10 @@ def _item(index: int, value: Any, param: str) -> Item:
 
 
 def _object(where: str, fields: dict[str, Any], param: str) -> Item:
-    check_keys(where, fields, KEYS, param)
-    return Item(
-        _string(where, "text", fields.get("text"), param),
-        (
-            *_images(where, "image", fields.get("image"), param),
-            *_images(where, "image_url", fields.get("image_url"), param),
-        ),
-        read_prompt(fields, param, f"{where}: ") if any(key in fields for key in PROMPT_KEYS) else NO_PROMPT,
-    )
+    check_keys(where, fields, ITEM_KEYS, param)
+    item = validate(ItemFields, fields, param, f"{where}: ")
+    images = (*_images(where, "image", item.image, param), *_images(where, "image_url", item.image_url, param))
+    return Item(item.text or "", images, read_prompt(item, param, f"{where}: "))
 
 
 def _parts(where: str, parts: list[Any], param: str) -> Item:
@@ -198,25 +235,12 @@ def _parts(where: str, parts: list[Any], param: str) -> Item:
         if part.get(kind) is None:
             raise invalid(f"{here} has no {kind}", param)
         if kind == "text":
-            texts.append(_string(here, kind, part[kind], param))
+            if type(part[kind]) is not str:
+                raise invalid(f"{here}: text must be a string, got {json_type(part[kind])}", param)
+            texts.append(part[kind])
         else:
             images += _images(here, kind, part[kind], param)
     return Item("\n".join(texts), tuple(images))
-
-
-def _text(fields: dict[str, Any], key: str, param: str | None, where: str) -> str | None:
-    value = fields.get(key)
-    if value is not None and type(value) is not str:
-        raise invalid(f"{where}{key} must be a string, got {JSON_TYPES[type(value)]}", param or key)
-    return value
-
-
-def _string(where: str, key: str, value: Any, param: str) -> str:
-    if value is None:
-        return ""
-    if type(value) is not str:
-        raise invalid(f"{where}: {key} must be a string, got {JSON_TYPES[type(value)]}", param)
-    return value
 
 
 def _images(where: str, key: str, value: Any, param: str) -> Iterable[str]:
@@ -225,11 +249,11 @@ def _images(where: str, key: str, value: Any, param: str) -> Iterable[str]:
         return
     for url in value if type(value) is list else [value]:
         if type(url) is dict:
-            check_keys(f"{where}: {key}", url, IMAGE_URL_KEYS, param)
+            check_keys(f"{where}: {key}", url, IMAGE_LINK_KEYS, param)
             url = url.get("url")
         if type(url) is not str:
             expected = "a data: URI, base64 or an http(s) URL"
-            raise invalid(f"{where}: {key} must be {expected}, got {JSON_TYPES[type(url)]}", param)
+            raise invalid(f"{where}: {key} must be {expected}, got {json_type(url)}", param)
         if not url or url.isspace():
             raise invalid(f"{where}: {key} cannot be empty", param)
         yield url

@@ -11,8 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from triton_embed.gateway.api.inputs import JSON_TYPES, NO_PROMPT, PROMPT_KEYS, Prompt, read_prompt
-from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings, parse_object, read_request
+from triton_embed.gateway.api.bodies import RequestFields, RerankBody, ScoreBody
+from triton_embed.gateway.api.inputs import NO_PROMPT, PROMPT_KEYS, Prompt, read_prompt
+from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings, read_request
+from triton_embed.gateway.api.responses import PairScore, RankedDocument, RerankResponse, ScoreResponse, usage_of
+from triton_embed.gateway.api.validation import parse_object, validate
 from triton_embed.gateway.errors import invalid
 from triton_embed.gateway.settings import Settings
 
@@ -43,25 +46,16 @@ def parse_rerank(body: bytes, settings: Settings) -> Ranking:
     Raises:
         ApiError: 400 for an invalid request.
     """
-    fields = parse_object(body)
-    documents, query = fields.get("documents"), fields.get("query")
-    if type(documents) is not list or not documents:
-        raise invalid(f"documents must be a list of one document or more, got {_kind(documents)}", "documents")
-    if query is None or type(query) is list or (type(query) is str and not query.strip()):
-        raise invalid(f"query must be a text or an object, got {_kind(query)}", "query")
-    top_n = fields.get("top_n")
-    if top_n is not None and (type(top_n) is not int or top_n < 1):
-        raise invalid("top_n must be an integer above 0", "top_n")
-    return_documents = fields.get("return_documents")
-    if return_documents is not None and type(return_documents) is not bool:
-        raise invalid("return_documents must be a boolean", "return_documents")
+    fields = validate(RerankBody, parse_object(body))
+    documents = fields.documents
     query_prompt = read_prompt(fields)
-    shared = {key: value for key, value in fields.items() if key not in PROMPT_KEYS}
-    request = _read(shared, [*map(_item, documents), _item(query)], "documents", settings)
+    fields = fields.model_copy(update=dict.fromkeys(PROMPT_KEYS))  # not a prompt of the documents
+    request = _read(fields, [*map(_item, documents), _item(fields.query)], "documents", settings)
     own = request.prompts or [NO_PROMPT] * request.count
     prompts = [*(prompt or DOCUMENT for prompt in own[:-1]), own[-1] or query_prompt or QUERY]
     request = replace(request, prompts=prompts)
-    return Ranking(request, documents, min(top_n or len(documents), len(documents)), bool(return_documents))
+    top_n = min(fields.top_n or len(documents), len(documents))
+    return Ranking(request, documents, top_n, bool(fields.return_documents))
 
 
 def parse_score(body: bytes, settings: Settings) -> Scoring:
@@ -70,8 +64,8 @@ def parse_score(body: bytes, settings: Settings) -> Scoring:
     Raises:
         ApiError: 400 for an invalid request.
     """
-    fields = parse_object(body)
-    left, right = (_texts(fields.get(name), name) for name in ("text_1", "text_2"))
+    fields = validate(ScoreBody, parse_object(body))
+    left, right = ([texts] if isinstance(texts, str) else texts for texts in (fields.text_1, fields.text_2))
     if len(left) != len(right) and len(left) != 1:
         message = f"text_1 must be one text, or as many as text_2: {len(left)} and {len(right)}"
         raise invalid(message, "text_1")
@@ -83,20 +77,22 @@ def rerank_json(reply: Embeddings, ranking: Ranking, model: str) -> bytes:
     """Return the response of a rerank: best document first, equal scores in the order of the documents."""
     scores = _cosines(reply.vectors[:-1], reply.vectors[-1:])
     order = np.argsort(-scores, kind="stable")[: ranking.top_n].tolist()
-    results: list[dict[str, Any]] = [{"index": i, "relevance_score": float(scores[i])} for i in order]
+    results: list[RankedDocument] = [{"index": i, "relevance_score": float(scores[i])} for i in order]
     if ranking.return_documents:
         for result in results:
             document = ranking.documents[result["index"]]
             result["document"] = {"text": document} if type(document) is str else document
-    return orjson.dumps({"model": model, "results": results, "usage": _usage(reply)})
+    body: RerankResponse = {"model": model, "results": results, "usage": usage_of(reply)}
+    return orjson.dumps(body)
 
 
 def score_json(reply: Embeddings, scoring: Scoring, model: str) -> bytes:
     """Return the response of a score request: one score per pair, in order."""
     left, right = np.array(scoring.pairs).T
     scores = _cosines(reply.vectors[left], reply.vectors[right])
-    data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores.tolist())]
-    return orjson.dumps({"object": "list", "model": model, "data": data, "usage": _usage(reply)})
+    data: list[PairScore] = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores.tolist())]
+    body: ScoreResponse = {"object": "list", "model": model, "data": data, "usage": usage_of(reply)}
+    return orjson.dumps(body)
 
 
 def _cosines(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -105,30 +101,15 @@ def _cosines(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> n
     return np.clip(product, -1.0, 1.0)
 
 
-def _usage(reply: Embeddings) -> dict[str, int]:
-    return {"prompt_tokens": reply.token_count, "total_tokens": reply.token_count}
-
-
 def _item(value: Any) -> Any:
     """Return a text as an object, so that a list of them can only be read as separate inputs."""
     return {"text": value} if type(value) is str else value
 
 
-def _texts(value: Any, name: str) -> list[Any]:
-    texts = value if type(value) is list else [value]
-    if not texts or any(type(text) is not str for text in texts):
-        raise invalid(f"{name} must be a text or a list of texts", name)
-    return texts
-
-
-def _read(fields: dict[str, Any], inputs: list[Any], param: str, settings: Settings) -> EmbeddingRequest:
+def _read(fields: RequestFields, inputs: list[Any], param: str, settings: Settings) -> EmbeddingRequest:
     request = read_request(fields, inputs, param, settings)
     if request.errors.report:
         raise invalid("on_error cannot be 'report' here: there is no score without both vectors", "on_error")
     if request.vector_format.several:
         raise invalid("dimensions must be one integer here", "dimensions")
     return request
-
-
-def _kind(value: Any) -> str:
-    return "an empty one" if value in ("", []) else JSON_TYPES[type(value)]

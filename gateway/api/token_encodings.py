@@ -9,11 +9,12 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from triton_embed.gateway.errors import invalid
 
-ENCODINGS = ("cl100k_base", "o200k_base")
+Encoding = Literal["cl100k_base", "o200k_base"]
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 # tiktoken names a cached table by the hash of its URL.
 URL = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 

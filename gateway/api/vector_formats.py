@@ -2,14 +2,15 @@
 
 from base64 import b64encode
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]  # [n, d], each row of length 1
 
-OUTPUT_DTYPES: Final = ("float", "int8", "uint8", "binary", "ubinary")
+OutputDtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
+OUTPUT_DTYPES = get_args(OutputDtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class VectorFormat:
     """The format a caller wants. `sizes` empty: all dimensions; `several`: one vector for each of `sizes`."""
 
     base64: bool = False
-    output_dtype: str = "float"
+    output_dtype: OutputDtype = "float"
     sizes: tuple[int, ...] = ()
     several: bool = False
     receipt: bool = False
