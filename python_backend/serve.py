@@ -12,7 +12,6 @@ truncation, rows padded with -1).
 Everything else is a request parameter. Every request ends in exactly one response.
 """
 
-import json
 import logging
 import math
 import time
@@ -27,7 +26,7 @@ import triton_python_backend_utils as pb_utils
 from triton_embed.python_backend import wire
 from triton_embed.python_backend.checkpoint import files as checkpoint
 from triton_embed.python_backend.checkpoint.config import ServingConfig
-from triton_embed.python_backend.errors import BadRequest
+from triton_embed.python_backend.errors import BadInput, BadRequest
 from triton_embed.python_backend.inputs.parameters import check_dimensions, parse_parameters
 from triton_embed.python_backend.scheduling.metrics import EngineMetrics
 from triton_embed.python_backend.scheduling.sender import Sender
@@ -82,7 +81,8 @@ class EmbeddingServer:
             family and EngineMetrics(family, serving.name),
             serving.cache_bytes,
         )
-        self._info = json.dumps(self._describe()).encode()
+        self._info = self._describe()
+        self._info_json = self._info.to_json().encode()
         logging.info(
             "%s: serving %s in %s on %s, kernels %s, %d tokens per forward pass",
             serving.name,
@@ -130,6 +130,9 @@ class EmbeddingServer:
                 continue
             try:
                 step(request)
+            except BadInput as refused:
+                error_format = request.parameters.get("error_format", "text")
+                request.refuse(refused.error.write(error_format), pb_utils.TritonError.INVALID_ARG)
             except BadRequest as error:
                 request.refuse(str(error), pb_utils.TritonError.INVALID_ARG)
             except Exception:
@@ -141,7 +144,7 @@ class EmbeddingServer:
             request.refuse(self._unavailable, pb_utils.TritonError.UNAVAILABLE)
             return
         if request.outputs == {wire.INFO}:
-            request.reply_info(self._info)
+            request.reply_info(self._info_json)
             return
         from triton_embed.python_backend.inputs.rows import IdRows, ItemRows
 
@@ -187,28 +190,28 @@ class EmbeddingServer:
         job_dims = self._model.dimensions if rows.averaged else dims
         self._scheduler.submit(Job(rows.rows, job_dims, request, deadline))
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> wire.ModelInfo:
         model, serving = self._model, self._serving
-        return {
-            "name": serving.name,
-            "family": model.model_type,
-            "checkpoint": None if serving.checkpoint.startswith("/") else serving.checkpoint,
-            "dimensions": model.dimensions,
-            "max_model_len": model.max_tokens,
-            "vocab_size": model.vocab_size,
-            "pooling": model.pooling,
-            "modalities": list(self._processor.modalities),
-            "matryoshka": model.matryoshka,
-            "instructions": self.prompt is not None,
-            "prompt_names": self._processor.prompt_names,
-            "default_prompt_name": model.default_prompt,
-            "batch_tokens": self._embedder.budget.pass_tokens,
-            "small_tokens": self._embedder.budget.small_job_tokens,
-            "max_request_tokens": serving.max_request_tokens,
-            "dtype": self._embedder.computes_in,
-            "device": self._embedder.device,
-            "kernels": self._embedder.kernels,
-        }
+        return wire.ModelInfo(
+            name=serving.name,
+            family=model.model_type,
+            checkpoint=None if serving.checkpoint.startswith("/") else serving.checkpoint,
+            dimensions=model.dimensions,
+            max_model_len=model.max_tokens,
+            vocab_size=model.vocab_size,
+            pooling=model.pooling,
+            modalities=self._processor.modalities,
+            matryoshka=model.matryoshka,
+            instructions=self.prompt is not None,
+            prompt_names=tuple(self._processor.prompt_names),
+            default_prompt_name=model.default_prompt,
+            batch_tokens=self._embedder.budget.pass_tokens,
+            small_tokens=self._embedder.budget.small_job_tokens,
+            max_request_tokens=serving.max_request_tokens,
+            dtype=self._embedder.computes_in,
+            device=self._embedder.device,
+            kernels=self._embedder.kernels,
+        )
 
 
 class _InferRequest:

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
@@ -19,6 +20,7 @@ from triton_embed.gateway.api.vector_formats import VectorFormat
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton.client import TritonClient
 from triton_embed.gateway.triton.model_info import read_info
+from triton_embed.python_backend.wire import InputError
 
 T = TypeVar("T")
 
@@ -53,7 +55,8 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     def __init__(self) -> None:
         self.seconds = 0.0
         self.failure: tuple[grpc.StatusCode, str] | None = None
-        self.outputs = ("EMBEDDING", "TOKENS", "DROPPED")
+        self.outputs: Sequence[str] = ("EMBEDDING", "TOKENS", "DROPPED")
+        self.errors: Sequence[str] = ()  # ASCII
         self.max_running = 10**9  # above it, calls get "Exceeds maximum queue size"
         self.running = self.peak = self.refused = self.answered = 0
         self.cancelled = 0
@@ -82,7 +85,8 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         reply = service_pb2.ModelInferResponse(model_name=request.model_name)
         for name in self.outputs:
             reply.outputs.add(name=name)
-            reply.raw_output_contents.append(bytes(4 * rows))
+            cells = [len(cell).to_bytes(4, "little") + cell.encode() for cell in self.errors]
+            reply.raw_output_contents.append(b"".join(cells) if name == "ERROR" else bytes(4 * rows))
         return reply
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
@@ -212,6 +216,25 @@ def test_translation_of_grpc_errors(status: str, details: str, expected: int, me
     error = with_scripted(use)
     assert (error.status, error.message) == (expected, message)
     assert error.headers is None
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_errors_have_the_index_in_the_request(report: bool) -> None:
+    async def use(client: TritonClient, script: Scripted) -> Sequence[str]:
+        request = texts(*"abcdef", errors=InputErrors(report))
+        cells = [InputError(1, "empty", "Input is bad").to_json(), "", "not JSON"]
+        script.failure = None if report else (grpc.StatusCode.INVALID_ARGUMENT, cells[0])
+        script.outputs, script.errors = (*script.outputs, "ERROR"), cells
+        if report:
+            return (await client.embed("m", request, [5, 3, 0])).errors
+        with pytest.raises(ApiError) as caught:
+            await client.embed("m", replace(request, param="image_data"), [5, 3, 0])
+        assert (caught.value.status, caught.value.param) == (400, "image_data")
+        assert script.requests[0].parameters["error_format"].string_param == "json"
+        return [caught.value.message]
+
+    expected = ["Input at index 3 is bad", "", "not JSON"]
+    assert with_scripted(use) == (expected if report else expected[:1])
 
 
 def test_missing_output_is_an_error() -> None:

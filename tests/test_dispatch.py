@@ -14,9 +14,11 @@ from test_model_info import INFO
 from triton_embed.gateway.api.requests import EmbeddingRequest
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton.client import TritonClient
-from triton_embed.gateway.triton.dispatch import CallContext, Dispatcher, estimate, renumber
+from triton_embed.gateway.triton.dispatch import CallContext, Dispatcher, estimate
+from triton_embed.python_backend.wire import InputError
 
 MODEL = replace(INFO, batch_tokens=10, small_tokens=3, max_model_len=50)
+REFUSAL = (grpc.StatusCode.INVALID_ARGUMENT, InputError(0, "invalid_text", "Input is bad").to_json())
 
 
 class DisconnectedError(Exception):
@@ -62,7 +64,7 @@ def test_single_call_requests_fill_the_window(gateway_count: int, max_in_flight:
 
 def test_failed_call_stops_unsent_calls_of_its_request() -> None:
     async def use(dispatcher: Dispatcher, script: Scripted) -> None:
-        script.failure = (grpc.StatusCode.INVALID_ARGUMENT, "Input at index 0 is bad")
+        script.failure = REFUSAL
         script.seconds = 0.05
         request = ids(*([7] * 10 for _ in range(40)))
         with pytest.raises(ApiError, match=r"Input at index \d+ is bad"):
@@ -100,7 +102,7 @@ def test_triton_queue_full_of_own_calls_is_retried() -> None:
 
 def test_model_error_names_the_request_field() -> None:
     async def use(dispatcher: Dispatcher, script: Scripted) -> None:
-        script.failure = (grpc.StatusCode.INVALID_ARGUMENT, "Input at index 0 is bad")
+        script.failure = REFUSAL
         with pytest.raises(ApiError) as caught:
             await dispatcher.embed(MODEL, replace(texts("a"), param="image_data"), None, new_context())
         assert (caught.value.message, caught.value.param) == ("Input at index 0 is bad", "image_data")
@@ -188,10 +190,3 @@ def test_small_query_does_not_wait_for_a_large_request() -> None:
 )
 def test_estimated_tokens_per_input(request_: EmbeddingRequest, expected: list[int]) -> None:
     assert estimate(request_, None, MODEL) == expected
-
-
-def test_indices_of_a_call_become_indices_of_the_request() -> None:
-    message = "Input at index 1: the image is bad"
-    assert renumber(message, [7, 12]) == "Input at index 12: the image is bad"
-    assert renumber("The input is longer. (input at index 0)", [7]) == "The input is longer. (input at index 7)"
-    assert renumber(message, range(2)) == message

@@ -93,6 +93,21 @@ def test_openai_client_keeps_the_order_of_a_list(stack: Stack) -> None:
         assert _is_close(item.embedding, vector)
 
 
+def test_refused_input_of_a_split_request_is_named_by_its_index(stack: Stack) -> None:
+    """Send more tokens than fit in a forward pass: calls to Triton hold other inputs than the first ones."""
+    texts = [f"{'word ' * (i * 37 % 90)}number {i}" for i in range(200)]
+    texts[150] = "word " * 300
+    body = {"model": "minilm", "input": texts, "truncate": "none"}
+    message = "The input (302 tokens) is longer than the model's context length (256 tokens). (input at index 150)"
+    error = {"message": message, "type": "invalid_request_error", "param": "input", "code": None}
+    refused = requests.post(f"{stack.url}/v1/embeddings", json=body, timeout=30)
+    assert (refused.status_code, refused.json()) == (400, {"error": error})
+    texts[3] = texts[150]
+    reported = requests.post(f"{stack.url}/v1/embeddings", json={**body, "on_error": "report"}, timeout=30).json()
+    errors = {item["index"]: item["error"] for item in reported["data"] if item["object"] == "error"}
+    assert errors == {3: {**error, "message": message.replace("150", "3")}, 150: error}
+
+
 def test_readme_examples_run(stack: Stack) -> None:
     readme = (ROOT / "README.md").read_text().replace("http://127.0.0.1:30000", stack.url)
     blocks = re.findall(r"```(\w+)\n(.*?)```", readme, re.DOTALL)
@@ -161,8 +176,8 @@ def test_added_models_are_served_with_the_others(tmp_path: Path) -> None:
     finally:
         server.stop()
     expected = (
-        oracles.encoder_vectors(e5, oracles.ids_of(e5, WORDS), "mean"),
-        oracles.decoder_vectors(qwen3, oracles.ids_of(qwen3, WORDS)),
+        oracles.pooled_vectors(e5, oracles.token_ids(e5, WORDS), "mean"),
+        oracles.decoder_vectors(qwen3, oracles.token_ids(qwen3, WORDS)),
     )
     for response, vectors in zip(responses, expected, strict=True):
         np.testing.assert_allclose([item["embedding"] for item in response["data"]], vectors, atol=2e-5)

@@ -21,6 +21,7 @@ from conftest import Family
 from triton_embed.python_backend.errors import BadRequest
 from triton_embed.python_backend.inputs import rows as inputs_file
 from triton_embed.python_backend.inputs.rows import IdRows, ItemRows, RequestRows
+from triton_embed.python_backend.wire import InputError
 
 Tiny = Callable[[str], Family]
 REPORT = {"on_error": "report"}
@@ -136,6 +137,18 @@ def test_invalid_ids_are_reported(tiny: Tiny) -> None:
         assert dropped[:, 0].tolist() == ([1, 0, 0, 0] if long_text == "truncate" else [0] * 4)
 
 
+def test_errors_are_written_as_json_on_request(tiny: Tiny) -> None:
+    rows: list[Sent] = [(b"a", ()), (b"", ()), (b"\xff", ())]
+    inputs = make_request_rows(tiny(BGE), *rows, error_format="json", **REPORT)
+    errors = outputs_of(tiny(BGE), inputs, 7)[3]
+    assert errors[0] == ""
+    assert [InputError.from_json(error) for error in errors[1:]] == [
+        InputError(1, "empty", "Input cannot be empty or whitespace only"),
+        InputError(2, "invalid_text", "Input is not valid UTF-8"),
+    ]
+    assert inputs.row_errors == {error.index: error for error in map(InputError.from_json, errors[1:]) if error}
+
+
 def test_text_too_long_without_truncation_is_reported(tiny: Tiny) -> None:
     family = family_with(tiny, BGE, max_tokens=23)
     inputs = make_request_rows(family, (LONG.encode(), ()), (b"a", ()), truncate="none", **REPORT)
@@ -210,12 +223,12 @@ def test_wrong_number_of_prompts_fails_the_request(tiny: Tiny) -> None:
 # IDS
 
 
-@pytest.mark.parametrize(("name", "end"), [(BGE, ""), (E5, "</s>"), (QWEN3, ""), (CLIP_NEW, ""), (GME, "")])
-def test_ids_equal_transformers_without_truncation(name: str, end: str, tiny: Tiny) -> None:
+@pytest.mark.parametrize("name", [BGE, E5, QWEN3, CLIP_NEW, GME])
+def test_ids_equal_transformers_without_truncation(name: str, tiny: Tiny) -> None:
     family = family_with(tiny, name, max_tokens=20)
     texts = [text.decode() for text in VALID_TEXTS]
     prompted = [oracles.gme_text({"text": text}) if name == GME else text for text in texts]
-    expected = oracles.ids_of(family.directory, prompted, end)
+    expected = oracles.token_ids(family.directory, prompted)
     assert max(map(len, expected)) > 20
     padded = make_request_rows(family, *((text, ()) for text in VALID_TEXTS)).padded_ids()
     assert (padded.dtype, padded.shape) == (np.int32, (len(texts), max(map(len, expected))))

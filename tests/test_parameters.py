@@ -33,6 +33,7 @@ PARAMETER_VALUES = {
     "truncate": st.sampled_from(["end", "start", "none"]),
     "long_text": st.sampled_from(["truncate", "mean"]),
     "on_error": st.sampled_from(["fail", "report"]),
+    "error_format": st.sampled_from(["text", "json"]),
     "timeout_ms": st.integers(min_value=1),
     "prompts": st.text(),
 }
@@ -79,6 +80,7 @@ def test_unknown_parameter_is_refused_by_name(key: str, value: object) -> None:
         ({"long_text": "split"}, "long_text must be truncate or mean, got 'split'"),
         ({"long_text": True}, "Parameter 'long_text' must be a string, got True"),
         ({"on_error": "ignore"}, "on_error must be fail or report, got 'ignore'"),
+        ({"error_format": "xml"}, "error_format must be text or json, got 'xml'"),
         ({"timeout_ms": "50"}, "Parameter 'timeout_ms' must be a whole number, got '50'"),
         ({"timeout_ms": 0}, "timeout_ms must be greater than 0, got 0"),
         ({"timeout_ms": -7}, "timeout_ms must be greater than 0, got -7"),

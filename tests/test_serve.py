@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from conftest import REPOSITORY, Triton
 from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.wire import InputError
 
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 TEXTS = ["The cat sat.", "hello world", "a", "Where is the dog? " * 5, "0.5 - 0.25!"]
@@ -237,6 +238,22 @@ def test_invalid_rows_are_reported_and_the_others_embedded(client: Client, expec
     assert (answer.as_numpy("TOKENS")[:, 0] > 0).tolist() == [True, False, True, False, True, True, True]
 
 
+def test_errors_of_inputs_are_json_on_request(client: Client) -> None:
+    expected = [InputError(1, "empty", "Input cannot be empty or whitespace only"), None]
+    expected.append(InputError(3, "invalid_text", "Input is not valid UTF-8"))
+    texts = ["a", "", "b", b"\xff"]
+    answer = client.infer(
+        "bge_tiny", client.text(*texts), outputs=("EMBEDDING", "ERROR"), on_error="report", error_format="json"
+    )
+    cells = [row[0].decode() for row in answer.as_numpy("ERROR")]
+    assert cells[0] == ""
+    assert [InputError.from_json(cell) for cell in cells[1:]] == expected
+    refused = error_message(client, "bge_tiny", client.text(*texts), error_format="json")
+    assert InputError.from_json(refused) == expected[0]
+    of_the_request = error_message(client, "bge_tiny", client.text("a"), error_format="json", dimensions=0)
+    assert of_the_request == "Requested dimensions must be greater than 0"
+
+
 def test_request_of_only_invalid_rows_is_answered(client: Client) -> None:
     for inputs in (client.text("", " "), client.ids([-1], [30522])):
         answer = client.infer("minilm", inputs, on_error="report")
@@ -277,15 +294,15 @@ def test_each_row_may_have_a_prompt(client: Client, bge_tiny: Any) -> None:
     prompts = [{"instruction": "find "}, None, {"prompt_name": "query"}, {"prompt_name": ""}]
     vectors = client.infer("bge_tiny", client.text(*["the cat"] * 4), prompts=json.dumps(prompts)).as_numpy("EMBEDDING")
     query = "Represent this sentence for searching relevant passages: "
-    rows = oracles.ids_of(bge_tiny, ["find the cat", "the cat", f"{query}the cat", "the cat"])
-    np.testing.assert_allclose(vectors, oracles.encoder_vectors(bge_tiny, rows, "cls"), atol=2e-5)
+    rows = oracles.token_ids(bge_tiny, ["find the cat", "the cat", f"{query}the cat", "the cat"])
+    np.testing.assert_allclose(vectors, oracles.pooled_vectors(bge_tiny, rows, "cls"), atol=2e-5)
 
 
 def test_long_text_can_be_averaged(client: Client, bge_tiny: Any) -> None:
     """Split a text of one-letter tokens: a chunk of 77 tokens holds 75 of them."""
     letters = ["abcdefghij"[i % 7] for i in range(170)]
-    rows = oracles.ids_of(bge_tiny, [" ".join(letters[i : i + 75]) for i in (0, 75, 150)])
-    mean = np.average(oracles.encoder_vectors(bge_tiny, rows, "cls"), axis=0, weights=[75, 75, 20])
+    rows = oracles.token_ids(bge_tiny, [" ".join(letters[i : i + 75]) for i in (0, 75, 150)])
+    mean = np.average(oracles.pooled_vectors(bge_tiny, rows, "cls"), axis=0, weights=[75, 75, 20])
     for dims in (60, 20):
         answer = client.infer("bge_tiny", client.text(" ".join(letters), "a"), long_text="mean", dimensions=dims)
         truncated = mean[:dims] / np.linalg.norm(mean[:dims])
@@ -336,9 +353,9 @@ def test_query_does_not_wait_for_a_bulk_request(client: Client, triton: Triton) 
         query_seconds.append(time.perf_counter() - query_start)
     busy.join(60)
     other.client.close()
-    texts = oracles.ids_of(MINILM, [f"hello {i}" for i in range(len(query_seconds))])
+    texts = oracles.token_ids(MINILM, [f"hello {i}" for i in range(len(query_seconds))])
     for computed_vectors, ids in ((vectors[0][::8], rows[::8]), (queries[::8], texts[::8])):
-        assert (computed_vectors * oracles.encoder_vectors(MINILM, ids, "mean")).sum(axis=1).min() > 0.999
+        assert (computed_vectors * oracles.pooled_vectors(MINILM, ids, "mean")).sum(axis=1).min() > 0.999
     assert len(query_seconds) > 5
     assert np.median(query_seconds) < ended[0] / 10
 
@@ -428,8 +445,8 @@ def test_long_texts_share_chunks_and_invalid_rows_share_nothing(client: Client, 
     assert answer.as_numpy("REUSED")[:, 0].tolist() == [0, 0, 0, 1]
     vectors = answer.as_numpy("EMBEDDING")
     assert np.array_equal(vectors[0], vectors[3])
-    chunks = oracles.ids_of(bge_tiny, [letters[0][:149], letters[0][150:]])
-    mean = oracles.encoder_vectors(bge_tiny, chunks, "cls").sum(axis=0)
+    chunks = oracles.token_ids(bge_tiny, [letters[0][:149], letters[0][150:]])
+    mean = oracles.pooled_vectors(bge_tiny, chunks, "cls").sum(axis=0)
     np.testing.assert_allclose(vectors[0], mean / np.linalg.norm(mean), atol=2e-5)
 
 
@@ -732,7 +749,7 @@ def test_texts_and_images_of_one_request_keep_their_order(image_client: Client, 
     answer = image_client.infer(
         "clip", image_client.text("", "a cat", "", "hello"), image_client.images(files[:1], [], files[1:], [])
     )
-    ids = oracles.ids_of(tiny_clip, ["a cat", "hello"])
+    ids = oracles.token_ids(tiny_clip, ["a cat", "hello"])
     texts = oracles.clip_text_vectors(tiny_clip, ids)
     images = oracles.clip_image_vectors(tiny_clip, [Image.open(io.BytesIO(file)) for file in files])
     expected_vectors = [images[0], texts[0], images[1], texts[1]]
@@ -748,7 +765,7 @@ def test_invalid_image_in_a_batch_fails_alone(image_server: Triton, tiny_clip: P
     texts = [f"a photo of {i} cats" for i in range(12)]
     expected_vectors = np.stack(
         [
-            oracles.clip_text_vectors(tiny_clip, oracles.ids_of(tiny_clip, texts)),
+            oracles.clip_text_vectors(tiny_clip, oracles.token_ids(tiny_clip, texts)),
             oracles.clip_image_vectors(tiny_clip, [Image.open(io.BytesIO(file)) for file in files]),
         ],
         axis=1,

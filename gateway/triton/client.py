@@ -7,7 +7,7 @@ tritonclient's class: they keep the status code apart from the text and copy ten
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
 from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.python_backend import wire
+from triton_embed.python_backend.wire import InputError
 
 T = TypeVar("T")
 Metadata = Sequence[tuple[str, str]]
@@ -44,6 +45,14 @@ class IndexEntry:
     name: str
     version: str
     state: str  # READY, LOADING, UNLOADING, UNAVAILABLE, or empty if it was never loaded
+
+
+class RefusedInputError(ApiError):
+    """A 400 for one input of a call."""
+
+    def __init__(self, error: InputError) -> None:
+        super().__init__(400, error.text)
+        self.error = error
 
 
 class TritonClient:
@@ -107,14 +116,14 @@ class TritonClient:
         """Embed some inputs of a request.
 
         Args:
-            rows: Indices of the inputs; the result has their order. Indices in the model's messages count from 0.
+            rows: Indices of the inputs; the result has their order. Errors have the index in the request.
             images: The images of every input of the request. Required for a model that takes images, even if there are
                 none: requests with different sets of tensors never share a batch.
             seconds: The model drops the request if its compute has not begun by then.
             ended: Called when the call has ended, even if its caller has gone.
 
         Raises:
-            ApiError: 400 if the model refuses an input; 429 if its queue is full.
+            ApiError: 400 if the model refuses the request or an input; 429 if its queue is full.
         """
         infer = service_pb2.ModelInferRequest(model_name=model)
         _add_inputs(infer, request, rows, images)
@@ -125,9 +134,12 @@ class TritonClient:
         _add_parameters(infer, request.parameters(rows))
         if seconds is not None:
             infer.parameters["timeout_ms"].int64_param = max(1, int(1_000 * seconds))
-        reply = await self._call(model, lambda: self._stub.ModelInfer(infer, metadata=metadata), None, ended)
+        try:
+            reply = await self._call(model, lambda: self._stub.ModelInfer(infer, metadata=metadata), None, ended)
+        except RefusedInputError as refused:
+            raise invalid(_text(refused.error, rows), request.param) from None
         vectors = np.frombuffer(_output(reply, wire.EMBEDDING), FLOAT32).reshape(len(rows), -1)
-        errors = [cell.decode() for cell in _cells(_output(reply, wire.ERROR))] if report else ()
+        errors = [_reported(cell, rows) for cell in _cells(_output(reply, wire.ERROR))] if report else ()
         return Embeddings(
             vectors,
             _counts(reply, wire.TOKENS, len(rows)),
@@ -194,6 +206,8 @@ def _add_inputs(
 
 
 def _add_parameters(infer: Any, parameters: Mapping[str, int | str]) -> None:
+    """Add request parameters, and the one that makes the model write errors of inputs as JSON."""
+    infer.parameters["error_format"].string_param = "json"
     for key, value in parameters.items():
         if isinstance(value, str):
             infer.parameters[key].string_param = value
@@ -232,6 +246,18 @@ def _cells(content: bytes) -> Iterator[bytes]:
         at = end
 
 
+def _reported(cell: bytes, rows: Sequence[int]) -> str:
+    """Return the text of a cell of ERROR, empty if the input has no error."""
+    message = cell.decode()
+    error = InputError.from_json(message) if message else None
+    return message if error is None else _text(error, rows)
+
+
+def _text(error: InputError, rows: Sequence[int]) -> str:
+    """Return the text of a model's error with the index of the input in the request, not in the call."""
+    return replace(error, index=rows[error.index]).text
+
+
 def _counts(reply: Any, name: str, rows: int) -> npt.NDArray[np.int32]:
     return np.frombuffer(_output(reply, name), INT32).reshape(rows)
 
@@ -241,7 +267,8 @@ def _translate(error: grpc.aio.AioRpcError, model: str) -> ApiError:
     details = error.details() or ""
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
-            return invalid(details, None)
+            refused = InputError.from_json(details)
+            return invalid(details, None) if refused is None else RefusedInputError(refused)
         case grpc.StatusCode.UNAVAILABLE if "Exceeds maximum queue size" in details:
             return ApiError(429, f"The queue of model '{model}' is full, try again shortly")
         case grpc.StatusCode.UNAVAILABLE if details.startswith(f"Model '{model}' "):

@@ -2,15 +2,14 @@
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
 from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
-from triton_embed.gateway.errors import ApiError, invalid
+from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton.admission import Admission, split
 from triton_embed.gateway.triton.client import Metadata, TritonClient
 from triton_embed.python_backend.wire import ModelInfo
@@ -122,29 +121,17 @@ class Dispatcher:
                 release = await admission.acquire(cost, batch=request.batch)
             seconds = context.deadline - asyncio.get_running_loop().time()
             try:
-                reply = await self._client.embed(
+                return await self._client.embed(
                     model.name, request, rows, images, seconds=seconds, metadata=context.metadata, ended=release
                 )
-                break
             except ApiError as error:
-                if error.status == 429 and await admission.wait_for_call_end():
-                    continue  # Triton's queue is shorter than our window
-                raise self._public_error(error, admission, request, rows) from None
+                if error.status != 429:
+                    raise
+                if not await admission.wait_for_call_end():  # else Triton's queue is shorter than our window
+                    raise admission.overloaded() from None
             except Exception:
                 release()  # the call may not have begun
                 raise
-        errors = [renumber(message, rows) for message in reply.errors]
-        return replace(reply, errors=errors)
-
-    def _public_error(
-        self, error: ApiError, admission: Admission, request: EmbeddingRequest, rows: Sequence[int]
-    ) -> ApiError:
-        """Return the error of one call in the terms of the whole request."""
-        if error.status == 429:
-            return admission.overloaded()
-        if error.status == 400 and "nput at index" in error.message:
-            return invalid(renumber(error.message, rows), request.param)
-        return error
 
 
 def estimate(request: EmbeddingRequest, images: Images | None, model: ModelInfo) -> list[int]:
@@ -159,13 +146,6 @@ def estimate(request: EmbeddingRequest, images: Images | None, model: ModelInfo)
     if request.images and images:
         costs = [cost + IMAGE_TOKENS * len(row) for cost, row in zip(costs, images, strict=True)]
     return costs
-
-
-def renumber(message: str, rows: Sequence[int]) -> str:
-    """Replace the index of an input within one call by its index in the request."""
-    if isinstance(rows, range):
-        return message
-    return re.sub(r"(?i)(input at index )(\d+)", lambda match: f"{match[1]}{rows[int(match[2])]}", message)
 
 
 def _merge(calls: Sequence[Sequence[int]], replies: Sequence[Embeddings]) -> Embeddings:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from triton_embed.python_backend.errors import BadRequest
+from triton_embed.python_backend.errors import BadInput
 from triton_embed.python_backend.inputs.parameters import Item
 from triton_embed.python_backend.inputs.processors import Template, TextProcessor
 from triton_embed.python_backend.inputs.row import Ids, Row
@@ -21,7 +21,7 @@ def split_text(processor: TextProcessor, text: str, template: Template, index: i
     """Yield the chunks of a text, each as long as the model allows. Chunks of white space alone are left out.
 
     Raises:
-        BadRequest: if the template alone is as long as the model allows.
+        BadInput: if the template alone is as long as the model allows.
     """
     tokenizer = processor.tokenizer
     pieces = tokenizer.split_at_tokens(text)
@@ -77,8 +77,6 @@ def first_chunks(counts: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *counts[:-1]])
 
 
-def _no_room(index: int) -> BadRequest:
-    return BadRequest(
-        f"Input at index {index} is too long, and its instruction leaves no room for a chunk of it: "
-        "shorten the instruction"
-    )
+def _no_room(index: int) -> BadInput:
+    message = "Input is too long, and its instruction leaves no room for a chunk of it: shorten the instruction"
+    return BadInput(index, "too_long", message)

@@ -1,6 +1,6 @@
 """Image processors of CLIP and Qwen2-VL: decode an image file and resize it by the rules of transformers.
 
-Images are decoded on several threads at once. Image files are untrusted: every error in one becomes a BadRequest.
+Images are decoded on several threads at once. Image files are untrusted: every error in one becomes a BadInput.
 """
 
 import io
@@ -10,6 +10,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
-from triton_embed.python_backend.errors import BadRequest, ConfigError
+from triton_embed.python_backend.errors import BadInput, ConfigError
 from triton_embed.python_backend.inputs.row import Channels, Pixels
 
 MAX_PIXELS = 50_000_000
@@ -55,35 +56,35 @@ def decode(data: bytes, index: int) -> Image.Image:
         index: The index of the input in the request, for error messages.
 
     Raises:
-        BadRequest: The file is not one of FORMATS, is truncated or broken, has more than MAX_PIXELS pixels, a side
+        BadInput: The file is not one of FORMATS, is truncated or broken, has more than MAX_PIXELS pixels, a side
             below MIN_SIDE, or an aspect ratio above MAX_ASPECT.
     """
-    subject = f"Input at index {index} has an image"
+    refuse = partial(BadInput, index, "invalid_image")
     if not data:
-        raise BadRequest(f"{subject} that cannot be read: it is empty")
+        raise refuse("Input has an image that cannot be read: it is empty")
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = _pixels_to_decode(image)
     except UnidentifiedImageError:
         formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise BadRequest(f"{subject} that cannot be read: it is not a {formats} file") from None
+        raise refuse(f"Input has an image that cannot be read: it is not a {formats} file") from None
     except Image.DecompressionBombError:
         pixels = MAX_PIXELS + 1
     except _DECODE_ERRORS:
-        raise BadRequest(f"{subject} that cannot be read: the file is truncated or broken") from None
+        raise refuse("Input has an image that cannot be read: the file is truncated or broken") from None
     if pixels > MAX_PIXELS:
-        raise BadRequest(f"{subject} of more than {MAX_PIXELS:,} pixels")
+        raise refuse(f"Input has an image of more than {MAX_PIXELS:,} pixels")
     size = f"{image.width}x{image.height} pixels"
     if min(image.size) < MIN_SIDE:
-        raise BadRequest(f"{subject} of {size}; each side must have at least {MIN_SIDE}")
+        raise refuse(f"Input has an image of {size}; each side must have at least {MIN_SIDE}")
     if max(image.size) / min(image.size) > MAX_ASPECT:
-        raise BadRequest(f"{subject} of {size}; one side may be at most {MAX_ASPECT} times the other")
+        raise refuse(f"Input has an image of {size}; one side may be at most {MAX_ASPECT} times the other")
     try:
         rgb = _to_rgb(image)
         transpose = _upright_transpose(image)
     except _DECODE_ERRORS:
-        raise BadRequest(f"{subject} that cannot be read: the file is truncated or broken") from None
+        raise refuse("Input has an image that cannot be read: the file is truncated or broken") from None
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
@@ -169,7 +170,7 @@ class ClipImageProcessor:
         """Decode, resize and crop one image file to [*crop, 3].
 
         Raises:
-            BadRequest: The image is rejected by `decode`.
+            BadInput: The image is rejected by `decode`.
         """
         image = decode(data, index)
         height, width = _square(self.size)
@@ -230,7 +231,7 @@ class Qwen2VLImageProcessor:
         """Decode and resize one image file to uint8 [height, width, 3].
 
         Raises:
-            BadRequest: The image is rejected by `decode`.
+            BadInput: The image is rejected by `decode`.
         """
         image = decode(data, index)
         height, width = self.target_size(image.height, image.width)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from triton_embed.python_backend import wire
 from triton_embed.python_backend.checkpoint.config import ModelConfig
-from triton_embed.python_backend.errors import BadRequest
+from triton_embed.python_backend.errors import BadInput, BadRequest
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
     """Parse the prompt of each row: empty, an instruction or a prompt_name.
 
     Raises:
-        BadRequest: naming the row with an invalid prompt.
+        BadInput: for a row with an invalid prompt.
+        BadRequest: if `text` is not a list with an entry per row.
     """
     try:
         entries = json.loads(text)
@@ -82,14 +83,14 @@ def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
     prompts = [{} if prompt is None else prompt for prompt in entries]
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, dict) or not prompt.keys() <= set(wire.PROMPT_KEYS) or len(prompt) > 1:
-            raise BadRequest(f"An entry of prompts must hold an instruction or a prompt_name (input at index {i})")
+            raise BadInput(i, "invalid_prompt", "An entry of prompts must hold an instruction or a prompt_name")
         for key, value in prompt.items():
             if not isinstance(value, str):
-                raise BadRequest(f"Parameter '{key}' must be a string, got {value!r} (input at index {i})")
+                raise BadInput(i, "invalid_prompt", f"Parameter '{key}' must be a string, got {value!r}")
             try:
                 value.encode()
             except UnicodeEncodeError:  # a lone surrogate, which JSON can write
-                raise BadRequest(f"Parameter '{key}' is not valid Unicode (input at index {i})") from None
+                raise BadInput(i, "invalid_prompt", f"Parameter '{key}' is not valid Unicode") from None
     return prompts
 
 
@@ -113,22 +114,26 @@ def read_item(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object
     """Return a row of TEXT and IMAGE. A text of white space alone counts as empty.
 
     Raises:
-        BadRequest: if the text is not UTF-8.
+        BadInput: if the text is not UTF-8.
     """
     cell = b"" if text is None else text[row].reshape(-1)[0]
     try:
         decoded = cell.decode("utf-8")
     except UnicodeDecodeError:
-        raise BadRequest(f"Input at index {row} is not valid UTF-8") from None
+        raise BadInput(row, "invalid_text", "Input is not valid UTF-8") from None
     images = () if image is None else tuple(x for x in image[row].reshape(-1) if x)
     return Item(decoded if decoded.strip() else "", images)
 
 
 def unpad_ids(row: npt.NDArray[np.int32], index: int) -> npt.NDArray[np.int32]:
-    """Remove the -1s at the end. Other negative ids stay, and are refused as outside the vocabulary later."""
+    """Remove the -1s at the end. Other negative ids stay, and are refused as outside the vocabulary later.
+
+    Raises:
+        BadInput: if nothing is left.
+    """
     end = len(row)
     while end and row[end - 1] == -1:
         end -= 1
     if not end:
-        raise BadRequest(f"Input at index {index} cannot be empty")
+        raise BadInput(index, "empty", "Input cannot be empty")
     return row[:end]

@@ -13,7 +13,7 @@ import numpy as np
 
 from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
 from triton_embed.python_backend.checkpoint.hf_config import ClipConfig, NetworkConfig, Qwen2VLConfig
-from triton_embed.python_backend.errors import BadRequest, ConfigError
+from triton_embed.python_backend.errors import BadInput, BadRequest, ConfigError
 from triton_embed.python_backend.inputs.images import ClipImageProcessor, Qwen2VLImageProcessor
 from triton_embed.python_backend.inputs.parameters import Item
 from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
@@ -100,12 +100,12 @@ class TextProcessor:
         """Check that the model accepts this kind of item.
 
         Raises:
-            BadRequest: The item is empty or has a modality that the model does not support.
+            BadInput: The item is empty or has a modality that the model does not support.
         """
         if item.images:
-            raise BadRequest(f"Model '{self._name}' takes no images (input at index {index})")
+            raise BadInput(index, "unsupported_input", f"Model '{self._name}' takes no images")
         if not item.text:
-            raise BadRequest(f"Input at index {index} cannot be empty or whitespace only")
+            raise BadInput(index, "empty", "Input cannot be empty or whitespace only")
 
     def has_ids(self, item: Item) -> bool:
         """Return whether the row of an item consists of token ids, encoded from its template."""
@@ -115,9 +115,9 @@ class TextProcessor:
         """Decode an image file to pixels of the size that the vision tower needs.
 
         Raises:
-            BadRequest: The image cannot be read, or the model accepts no images.
+            BadInput: The image cannot be read, or the model accepts no images.
         """
-        raise BadRequest(f"Model '{self._name}' takes no images (input at index {index})")
+        raise BadInput(index, "unsupported_input", f"Model '{self._name}' takes no images")
 
     def build_row(self, ids: Ids, images: tuple[Pixels, ...], template: Template, truncate: str, index: int) -> Row:
         """Build the row of an item.
@@ -130,7 +130,7 @@ class TextProcessor:
             index: The index of the input in the request, for error messages.
 
         Raises:
-            BadRequest: The item is too long and must not or cannot be truncated.
+            BadInput: The item is too long and must not or cannot be truncated.
         """
         return self.tokenizer.truncate_text(ids, truncate, index, template.prefix)
 
@@ -138,7 +138,7 @@ class TextProcessor:
         """Return token ids from the request in the form that the network needs, after checking them.
 
         Raises:
-            BadRequest: `ids` is empty, or the network does not accept one of them.
+            BadInput: `ids` is empty, or the network does not accept one of them.
         """
         return self.tokenizer.check_ids(ids, index)
 
@@ -146,7 +146,7 @@ class TextProcessor:
         """Build the row of token ids from the request.
 
         Raises:
-            BadRequest: The ids are not accepted, or are too long with `truncate` "none".
+            BadInput: The ids are not accepted, or are too long with `truncate` "none".
         """
         return self.tokenizer.truncate_token_ids(self.check_token_ids(ids, index), truncate, index)
 
@@ -201,13 +201,12 @@ class ClipProcessor(TextProcessor):
 
     def check(self, item: Item, index: int) -> None:
         if item.text and item.images:
-            raise BadRequest(
-                f"Model '{self._name}' embeds a text or an image, not both together (input at index {index})"
-            )
+            message = f"Model '{self._name}' embeds a text or an image, not both together"
+            raise BadInput(index, "unsupported_input", message)
         if len(item.images) > 1:
-            raise BadRequest(f"Model '{self._name}' embeds one image at a time (input at index {index})")
+            raise BadInput(index, "unsupported_input", f"Model '{self._name}' embeds one image at a time")
         if not item.text and not item.images:
-            raise BadRequest(f"Input at index {index} cannot be empty or whitespace only")
+            raise BadInput(index, "empty", "Input cannot be empty or whitespace only")
 
     def has_ids(self, item: Item) -> bool:
         return bool(item.text)
@@ -231,9 +230,8 @@ class ClipProcessor(TextProcessor):
             return ids[: int(ids.argmax()) + 1]
         positions = np.flatnonzero(ids == end_of_text)
         if not len(positions):
-            raise BadRequest(
-                f"Input at index {index} has no end-of-text token ({end_of_text}); the model pools at that token"
-            )
+            message = f"Input has no end-of-text token ({end_of_text}); the model pools at that token"
+            raise BadInput(index, "invalid_token_id", message)
         return ids[: positions[0] + 1]
 
 
@@ -276,7 +274,7 @@ class ChatProcessor(TextProcessor):
 
     def check(self, item: Item, index: int) -> None:
         if not item.text and not item.images:
-            raise BadRequest(f"Input at index {index} cannot be empty or whitespace only")
+            raise BadInput(index, "empty", "Input cannot be empty or whitespace only")
 
     def decode_image(self, data: bytes, index: int) -> Pixels:
         return self._image_processor.read(data, index)
@@ -285,7 +283,8 @@ class ChatProcessor(TextProcessor):
         image_tokens = [self._image_tokens(image) for image in images]
         placeholders = np.flatnonzero(ids == self._network_config.image_token)
         if len(placeholders) != len(images):
-            raise BadRequest(f"Input at index {index} has <|image_pad|> in its text, which is reserved for images")
+            message = "Input has <|image_pad|> in its text, which is reserved for images"
+            raise BadInput(index, "invalid_text", message)
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[placeholders] = image_tokens
         ids = np.repeat(ids, repeats)
@@ -297,9 +296,11 @@ class ChatProcessor(TextProcessor):
 
     def check_token_ids(self, ids: Ids, index: int) -> Ids:
         if (ids == self._network_config.image_token).any():
-            raise BadRequest(
-                f"Input at index {index} has token id {self._network_config.image_token}, which is reserved for "
-                "images; send the image itself"
+            raise BadInput(
+                index,
+                "invalid_token_id",
+                f"Input has token id {self._network_config.image_token}, which is reserved for images; send the image "
+                "itself",
             )
         return super().check_token_ids(ids, index)
 

@@ -1,6 +1,6 @@
 """The rows of one request: from its tensors to rows of the network, and from vectors back to output tensors.
 
-An invalid row ends its request or, with on_error "report", only itself: `row_errors` has its message, nothing is
+An invalid row ends its request or, with on_error "report", only itself: `row_errors` has its error, nothing is
 computed for it, and its entry in every output is zero.
 """
 
@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_embed.python_backend import wire
-from triton_embed.python_backend.errors import BadRequest
+from triton_embed.python_backend.errors import BadInput, BadRequest
 from triton_embed.python_backend.inputs.chunking import Chunk, combine, first_chunks, split_ids, split_text
 from triton_embed.python_backend.inputs.parameters import Item, count_rows, parse_prompts, read_item, unpad_ids
 from triton_embed.python_backend.inputs.processors import Template, TextProcessor
 from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
+from triton_embed.python_backend.wire import InputError
 
 MAX_PADDED_IDS = 2**24  # numbers in the output IDS, padding included: 64 MiB
 
@@ -32,12 +33,13 @@ class RequestRows:
         self._truncate: str = parameters.get("truncate", "end")
         self._mean = parameters.get("long_text") == "mean"
         self._report = parameters.get("on_error") == "report"
+        self._error_format: str = parameters.get("error_format", "text")
         self._count = count
         self._ids: list[Ids] = [NO_IDS] * count  # as received or encoded, not truncated
         self._weights: list[int] = []  # of each chunk
         self._counts: list[int] = []  # chunks of each valid input
         self.rows: list[Row] = []
-        self.row_errors: dict[int, str] = {}
+        self.row_errors: dict[int, InputError] = {}
 
     @property
     def averaged(self) -> bool:
@@ -55,7 +57,8 @@ class RequestRows:
         """Fill `rows`.
 
         Raises:
-            BadRequest: for an invalid row, or for more than `limit` tokens together.
+            BadInput: for an invalid row.
+            BadRequest: for more than `limit` tokens together.
         """
         if self._mean:  # before the work of splitting
             _check_total(sum(map(len, self._ids)), limit)
@@ -63,8 +66,8 @@ class RequestRows:
         for i in self._valid():
             try:
                 chunks = self._split(i, limit - total) if self._mean else ((self._row(i), 1),)
-            except BadRequest as error:
-                self._add_error(i, error)
+            except BadInput as error:
+                self._add_error(error)
                 continue
             for row, weight in chunks:
                 self.rows.append(row)
@@ -77,14 +80,15 @@ class RequestRows:
         """Return [n,L]: the ids the model would read without a length limit, rows padded with -1.
 
         Raises:
-            BadRequest: for an invalid row, a row with an image, or too much padding.
+            BadInput: for an invalid row, or a row with an image.
+            BadRequest: for too much padding.
         """
         rows = [NO_IDS] * self._count
         for i in self._valid():
             try:
                 rows[i] = self._all_ids(i)
-            except BadRequest as error:
-                self._add_error(i, error)
+            except BadInput as error:
+                self._add_error(error)
         longest = max(map(len, rows), default=0)
         if self._count * longest > MAX_PADDED_IDS:
             raise BadRequest(
@@ -118,15 +122,16 @@ class RequestRows:
 
     def errors(self) -> npt.NDArray[np.object_]:
         """Return [n,1]: the error of each row, empty for valid rows."""
-        return np.array([[self.row_errors.get(i, "").encode()] for i in range(self._count)], dtype=np.object_)
+        cells = {i: error.write(self._error_format).encode() for i, error in self.row_errors.items()}
+        return np.array([[cells.get(i, b"")] for i in range(self._count)], dtype=np.object_)
 
     def _valid(self) -> Iterator[int]:
         return (i for i in range(self._count) if i not in self.row_errors)
 
-    def _add_error(self, index: int, error: BadRequest) -> None:
+    def _add_error(self, refused: BadInput) -> None:
         if not self._report:
-            raise error
-        self.row_errors.setdefault(index, str(error))
+            raise refused
+        self.row_errors.setdefault(refused.error.index, refused.error)
 
     def _scatter(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return an array of all rows from one of the valid rows; invalid rows are zero."""
@@ -170,8 +175,8 @@ class ItemRows(RequestRows):
             try:
                 item = read_item(text, image, i)
                 processor.check(item, i)
-            except BadRequest as error:
-                self._add_error(i, error)
+            except BadInput as error:
+                self._add_error(error)
             else:
                 self._items[i] = item
         if "prompts" in parameters:
@@ -180,7 +185,7 @@ class ItemRows(RequestRows):
                 try:
                     self._templates[i] = processor.template(prompt)
                 except BadRequest as error:
-                    self._add_error(i, BadRequest(f"{error} (input at index {i})"))
+                    self._add_error(BadInput(i, "invalid_prompt", str(error)))
         else:
             self._templates = [processor.template(parameters)] * self._count
         self._encoded = [i for i in self._valid() if processor.has_ids(self._items[i])]
@@ -219,7 +224,7 @@ class ItemRows(RequestRows):
 
     def _all_ids(self, index: int) -> Ids:
         if self._items[index].images:
-            raise BadRequest(f"Input at index {index} has an image, which has no token ids")
+            raise BadInput(index, "unsupported_input", "Input has an image, which has no token ids")
         return self._ids[index]
 
 
@@ -233,8 +238,8 @@ class IdRows(RequestRows):
         for i, row in enumerate(ids):
             try:
                 self._ids[i] = unpad_ids(row, i)
-            except BadRequest as error:
-                self._add_error(i, error)
+            except BadInput as error:
+                self._add_error(error)
 
     def _row(self, index: int) -> Row:
         return self._processor.row_from_ids(self._ids[index], self._truncate, index)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
-from triton_embed.python_backend.errors import BadRequest, ConfigError
+from triton_embed.python_backend.errors import BadInput, ConfigError
 from triton_embed.python_backend.inputs.row import Ids, Row
 
 
@@ -105,7 +105,7 @@ class Tokenizer:
         """Truncate an encoded text to the model's maximum length; keep the special tokens and the prompt before it.
 
         Raises:
-            BadRequest: `truncate` is "none", or the tokens to keep exceed the maximum length.
+            BadInput: `truncate` is "none", or the tokens to keep exceed the maximum length.
         """
         head = self._leading
         if prompt and truncate == "start" and len(ids) > self.max_tokens:
@@ -120,7 +120,7 @@ class Tokenizer:
         """Truncate token ids from the request; keep the ids that the pooling needs.
 
         Raises:
-            BadRequest: `truncate` is "none" and the ids exceed the maximum length.
+            BadInput: `truncate` is "none" and the ids exceed the maximum length.
         """
         return self.truncate(ids, truncate, index, *self.pooled_ends)
 
@@ -138,15 +138,17 @@ class Tokenizer:
         """Return token ids from the request unchanged after checking them.
 
         Raises:
-            BadRequest: `ids` is empty, or an id is outside the vocabulary.
+            BadInput: `ids` is empty, or an id is outside the vocabulary.
         """
         if not len(ids):
-            raise BadRequest(f"Input at index {index} cannot be empty")
+            raise BadInput(index, "empty", "Input cannot be empty")
         outside = ids[(ids < 0) | (ids >= self._model.vocab_size)]
         if len(outside):
-            raise BadRequest(
-                f"Input at index {index} has token id {outside[0]}, which is outside the model's vocabulary "
-                f"(0 to {self._model.vocab_size - 1})"
+            raise BadInput(
+                index,
+                "invalid_token_id",
+                f"Input has token id {outside[0]}, which is outside the model's vocabulary "
+                f"(0 to {self._model.vocab_size - 1})",
             )
         return ids
 
@@ -158,21 +160,24 @@ class Tokenizer:
             index: The index of the input in the request, for error messages.
 
         Raises:
-            BadRequest: `truncate` is "none", or the ids to keep exceed the maximum length.
+            BadInput: `truncate` is "none", or the ids to keep exceed the maximum length.
         """
         limit = self.max_tokens
         dropped = len(ids) - limit
         if dropped <= 0:
             return Row(ids)
         if truncate == "none":
-            raise BadRequest(
-                f"The input ({len(ids)} tokens) is longer than the model's context length ({limit} tokens). "
-                f"(input at index {index})"
+            raise BadInput(
+                index,
+                "too_long",
+                f"The input ({len(ids)} tokens) is longer than the model's context length ({limit} tokens).",
             )
         if head + tail > limit:
-            raise BadRequest(
-                f"Input at index {index}: images and instruction take {head + tail} tokens, more than the model's "
-                f"context length ({limit} tokens)"
+            raise BadInput(
+                index,
+                "too_long",
+                f"Input: images and instruction take {head + tail} tokens, more than the model's context length "
+                f"({limit} tokens)",
             )
         start = head if truncate == "end" else head + dropped
         parts = (ids[:head], ids[start : start + limit - head - tail], ids[len(ids) - tail :])
