@@ -70,15 +70,13 @@ def _one_input(value: Any) -> Any:
     return value
 
 
-def _emptiness(value: Any) -> str:
+def _or_empty(value: Any) -> str:
     return "an empty one" if value in ("", []) else json_type(value)
 
 
 Texts = str | list[str]
 TokenIds = Annotated[list[int], Field(description="Token ids of the model's tokenizer, used without changes")]
-Image = Annotated[
-    Texts, Field(description="A data: URI, base64, or an http(s) URL; a list means several images in one input")
-]
+Image = Annotated[Texts, Field(description="A data: URI, base64, or http(s) URL; a list: several images in one input")]
 Size = Annotated[int, Field(json_schema_extra={"minimum": 1})]  # the model refuses others, in SGLang's words
 Sizes = Annotated[
     Size | Annotated[list[int], Field(min_length=1, max_length=MAX_SIZES, fail_fast=True)] | None,
@@ -168,7 +166,7 @@ class EmbeddingsBody(RequestFields):
     dimensions: Sizes = None
     """Return this many leading values, normalized again; only for models trained for it. A list: a vector per entry"""
     encoding_format: Annotated[
-        FloatEncoding | Annotated[list[FloatEncoding | None], Field(min_length=1, max_length=1)] | None,
+        FloatEncoding | Annotated[list[FloatEncoding | None], Field(min_length=1, max_length=1, fail_fast=True)] | None,
         Expected("either 'float' or 'base64'", quoted),
     ] = None
     """base64: little-endian float32. Integers are always lists"""
@@ -201,9 +199,9 @@ class RerankBody(RequestFields):
     documents: Annotated[
         list[Annotated[Any, accepts(Document)]],
         Field(min_length=1),
-        Expected("a list of one document or more", _emptiness),
+        Expected("a list of one document or more", _or_empty),
     ]
-    query: Annotated[Any, AfterValidator(_one_input), accepts(Document), Expected("a text or an object", _emptiness)]
+    query: Annotated[Any, AfterValidator(_one_input), accepts(Document), Expected("a text or an object", _or_empty)]
     top_n: Annotated[int | None, Field(ge=1), Expected("an integer above 0", None)] = None
     """Return only this many of the best documents"""
     return_documents: Annotated[bool | None, Expected("a boolean", None)] = None

@@ -128,14 +128,12 @@ def parse_embeddings(body: bytes, settings: Settings) -> EmbeddingRequest:
             raw |= dict.fromkeys(PROMPT_KEYS) | wrapped
         raw["input"] = wrapped["input"]
     fields = validate(EmbeddingsBody, raw)
-    request = read_request(fields, fields.input, "input", settings)
-    vector_format = replace(
-        request.vector_format,
+    vector_format = VectorFormat(
         base64=fields.encoding_format in ("base64", ["base64"]),
         output_dtype=fields.output_dtype or "float",
         receipt=bool(fields.return_receipt),
     )
-    return replace(request, vector_format=vector_format)
+    return read_request(fields, fields.input, "input", settings, vector_format)
 
 
 def parse_encode(body: bytes, settings: Settings) -> EmbeddingRequest:
@@ -177,8 +175,10 @@ def parse_tokenize(body: bytes, settings: Settings) -> EmbeddingRequest:
     return request
 
 
-def read_request(fields: RequestFields, inputs: Any, param: str, settings: Settings) -> EmbeddingRequest:
-    """Return the request with the inputs from field `param`.
+def read_request(
+    fields: RequestFields, inputs: Any, param: str, settings: Settings, vector_format: VectorFormat = DEFAULT_FORMAT
+) -> EmbeddingRequest:
+    """Return the request with the inputs from field `param`, and `vector_format` with the dimensions it asks for.
 
     Raises:
         ApiError: 400 if an input or the prompt is invalid, or the request is too large.
@@ -203,16 +203,17 @@ def read_request(fields: RequestFields, inputs: Any, param: str, settings: Setti
         raise invalid(f"The request has {tokens} tokens, more than the {limit} a request may have", param)
     if encoding := fields.token_encoding:
         texts, ids = texts or _decode_all(ids, encoding, settings.tiktoken_cache_dir, param, errors), []
-    sizes = fields.dimensions if isinstance(fields.dimensions, list) else [fields.dimensions]
+    if isinstance(fields.dimensions, list):
+        vector_format = replace(vector_format, sizes=tuple(fields.dimensions), several=True)
+    elif fields.dimensions is not None:
+        vector_format = replace(vector_format, sizes=(fields.dimensions,))
     return EmbeddingRequest(
         model=fields.model or None,
         texts=texts,
         ids=ids,
         single=single,
         param=param,
-        vector_format=VectorFormat(
-            sizes=tuple(size for size in sizes if size is not None), several=sizes is fields.dimensions
-        ),
+        vector_format=vector_format,
         prompt=prompt,
         prompts=prompts,
         truncate=fields.truncate,
