@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -18,41 +18,65 @@ from benchmarks.worker import Vectors
 KEEP_ALIVE_SECONDS = 2.0
 
 
+# Raised by a closed connection or an invalid response.
+CONNECTION_ERRORS = (EOFError, OSError, ValueError)
+
+
 class HttpConnection:
-    """One HTTP/1.1 connection to a loopback server, opened on demand."""
+    """One HTTP/1.1 connection to a loopback server."""
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self.last_used = 0.0
+        self.reader: asyncio.StreamReader
         self.writer: asyncio.StreamWriter | None = None
+        self.last_used = 0.0
+        self.keep_alive = True
 
-    async def exchange(self, request: bytes) -> tuple[int, bytes]:
-        """Send a request and return the status and body.
+    async def open(self) -> asyncio.StreamWriter:
+        """Connect unless a connection is open that can be used; return where to write the request."""
+        if self.writer is None or time.monotonic() - self.last_used > KEEP_ALIVE_SECONDS:
+            self.close()
+            self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        return self.writer
+
+    async def receive(self) -> tuple[bytes, bytes]:
+        """Read one response; return its head and body."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        fields = head.lower()
+        length = int(fields.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0])
+        body = await self.reader.readexactly(length)
+        self.last_used = time.monotonic()
+        self.keep_alive = b"\r\nconnection: close" not in fields
+        return head, body
+
+    async def exchange(self, request: bytes) -> tuple[bytes, bytes]:
+        """Send a request; return the head and body of the response.
 
         Raises:
             ConnectionError: No complete response arrived. The next call opens a new connection.
         """
-        if time.monotonic() - self.last_used > KEEP_ALIVE_SECONDS:
-            self.close()
         try:
-            if self.writer is None:
-                self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
-            self.writer.write(request)
-            head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
-            length = int(head.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0])
-            body = await self.reader.readexactly(length)
-        except (EOFError, OSError, ValueError) as error:
+            (await self.open()).write(request)
+            head, body = await self.receive()
+        except CONNECTION_ERRORS as error:
             self.close()
             raise ConnectionError(repr(error)) from error
-        if b"\r\nconnection: close" in head:
+        if not self.keep_alive:
             self.close()
-        self.last_used = time.monotonic()
-        return int(head[9:12]), body
+        return head, body
 
     def close(self) -> None:
+        """Close the connection if it is open."""
         if self.writer is not None:
             self.writer.close()
         self.writer = None
+
+
+class HttpReply(NamedTuple):
+    """The head and body of a response; both empty if none arrived."""
+
+    head: bytes = b""
+    body: bytes = b""
 
 
 class Http:
@@ -63,31 +87,33 @@ class Http:
         self.idle: list[HttpConnection] = []
 
     @staticmethod
-    def prepare(texts: list[str]) -> bytes:
-        """Encode an HTTP request for base64 vectors."""
-        body = orjson.dumps({"model": MODEL, "input": texts, "encoding_format": "base64"})
-        head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-        return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    def prepare(texts: list[str], priority: str = "", deadline: int = 0) -> bytes:
+        """Encode an HTTP request for base64 vectors. `deadline` in seconds; 0 keeps the server's default."""
+        fields: dict[str, Any] = {"model": MODEL, "input": texts, "encoding_format": "base64"}
+        body = orjson.dumps(fields | ({"priority": priority} if priority else {}))
+        lines = ["POST /v1/embeddings HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+        lines += [f"X-Request-Timeout: {deadline}"] if deadline else []
+        return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
-    async def call(self, request: bytes) -> tuple[str, bytes]:
-        """Return ("200", body), or (error, body or b"") where error is another status, "connection" or "timeout"."""
+    async def call(self, request: bytes) -> tuple[str, HttpReply]:
+        """Return the status, "connection" or "timeout", and the response."""
         connection = self.idle.pop() if self.idle else HttpConnection(self.port)
         try:
             async with asyncio.timeout(self.deadline):
-                status, body = await connection.exchange(request)
+                head, body = await connection.exchange(request)
         except TimeoutError:
             connection.close()
-            return "timeout", b""
+            return "timeout", HttpReply()
         except ConnectionError:
-            return "connection", b""
+            return "connection", HttpReply()
         finally:
             self.idle.append(connection)
-        return str(status), body
+        return head[9:12].decode(), HttpReply(head, body)
 
     @staticmethod
-    def vectors(body: bytes) -> Vectors:
-        """Decode the vectors of a response body."""
-        items = orjson.loads(body)["data"]
+    def vectors(reply: HttpReply) -> Vectors:
+        """Decode the vectors of a response."""
+        items = orjson.loads(reply.body)["data"]
         return np.stack([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in items])
 
 
@@ -113,6 +139,7 @@ class Grpc:
 
     @staticmethod
     def vectors(reply: triton.InferResult) -> Vectors:
+        """Return the vectors of a response."""
         return np.asarray(reply.as_numpy("EMBEDDING"), np.float32)
 
 

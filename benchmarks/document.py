@@ -4,16 +4,15 @@ Every benchmark calls `write` after it has written its result file, so the page 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import tables as report
+from benchmarks.cpu import tables as cpu_tables
 from benchmarks.cpu import targets
-from benchmarks.families import tables as families_report
+from benchmarks.families import tables as families_tables
+from benchmarks.report import RESULTS, ROOT, markdown_table
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 Result = dict[str, Any]
@@ -65,8 +64,8 @@ def _cpu(result: Result) -> str:
         [
             "In brackets: the ratio to sentence-transformers in fp32 with its lowest and highest round. Cosines and "
             "neighbors (the share of the ten nearest that agree) are against sentence-transformers on 1,000 texts.",
-            report.table(rows),
-            report.served_table(rows),
+            cpu_tables.table(rows),
+            cpu_tables.served_table(rows),
             _image("Throughput by workload", "cpu-throughput"),
             _image("Accuracy against speed", "cpu-accuracy"),
             _image("Latency", "cpu-latency"),
@@ -81,7 +80,8 @@ def _ceiling(result: Result) -> str:
         figures = [f"{row[key]['median']:,.0f}" for key in ("gemm_gflop_per_s", "tokens_per_s")]
         shares = [_spread(row[key]) for key in ("share", "share_with_attention")]
         lines.append([row["shape"], f"{row['workload']}, {row['dtype']}", *figures, *shares])
-    return f"How much of what oneDNN's matrix products reach alone a whole forward pass reaches.\n\n{_table(lines)}"
+    text = "How much of what oneDNN's matrix products reach alone a whole forward pass reaches."
+    return f"{text}\n\n{markdown_table(lines)}"
 
 
 def _scheduling(result: Result) -> str:
@@ -94,9 +94,8 @@ def _scheduling(result: Result) -> str:
             priority, callers = row.get("priority", "–"), str(row.get("callers", "–"))
             lines.append([budget, row["what"], priority, callers, *times, bulk])
     pictures = [_image("Fairness", "scheduling-fairness"), _image("Token budgets", "scheduling-budget")]
-    return "\n\n".join(
-        ["One short query after another, while requests of 2,048 inputs come back to back.", _table(lines), *pictures]
-    )
+    text = "One short query after another, while requests of 2,048 inputs come back to back."
+    return "\n\n".join([text, markdown_table(lines), *pictures])
 
 
 def _families(result: Result) -> str:
@@ -105,9 +104,9 @@ def _families(result: Result) -> str:
         [
             "Real shapes with random weights. Ratios are to transformers in the same dtype, with rows sorted and "
             "padded in small batches on its side.",
-            families_report.speed_table(rows),
+            families_tables.speed_table(rows),
             "Memory in MB, and seconds from the start of the process to its first vector:",
-            families_report.weight_table(rows),
+            families_tables.weight_table(rows),
             _image("Speed of the families", "families-speed"),
             _image("Memory of the families", "families-memory"),
         ]
@@ -124,7 +123,7 @@ def _prefix(result: Result) -> str:
     cosine = min(row["least_cosine"] for row in result["rows"])
     return (
         "An instruction that was computed before is reused (`prefix_reuse`, causal families): Qwen3-Embedding-0.6B's "
-        f"shape. The vectors agree to a cosine of {cosine:.5f} or more.\n\n{_table(lines)}"
+        f"shape. The vectors agree to a cosine of {cosine:.5f} or more.\n\n{markdown_table(lines)}"
     )
 
 
@@ -140,7 +139,7 @@ def _gateway(result: Result) -> str:
         rates.append([str(row["workers"]), inputs, str(row["callers"]), speed, f"{row['p50_ms']:.1f}"])
     return (
         "Load and a model that computes nothing run on the same cores. 32 inputs are answered as base64 of 1,024 "
-        f"values each.\n\n{_table(own)}\n\n{_table(rates)}"
+        f"values each.\n\n{markdown_table(own)}\n\n{markdown_table(rates)}"
     )
 
 
@@ -153,7 +152,7 @@ def _faults(result: Result) -> str:
     left = len(result["processes_left"]) + len(result["shared_memory_left"])
     return (
         f"`kill -9` under the load of eight callers. The stop afterwards took {result['stop_seconds']:.1f} s and left "
-        f"{left} processes or shared memory segments.\n\n{_table(lines)}"
+        f"{left} processes or shared memory segments.\n\n{markdown_table(lines)}"
     )
 
 
@@ -173,11 +172,6 @@ def _image(title: str, name: str) -> str:
 
 def _spread(figure: Mapping[str, float]) -> str:
     return f"{figure['median']:.2f} ({figure['min']:.2f}–{figure['max']:.2f})"
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import psutil
 import uvloop
 
-from benchmarks import record, workloads
+from benchmarks import report, workloads
 from benchmarks.clients import Http
 from benchmarks.processes import Stack, exit_on_signal, role, serve_minilm, stop, tree
 
@@ -131,11 +131,11 @@ def main() -> None:
         "--patience", type=float, default=90, help="seconds to wait for recovery after each kill (default: %(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, default=record.RESULTS / "faults.json", help="result file (default: %(default)s)"
+        "--out", type=Path, default=report.RESULTS / "faults.json", help="result file (default: %(default)s)"
     )
     options = parser.parse_args()
     exit_on_signal()
-    result = record.header()
+    result = report.header()
     texts = workloads.texts(256)["short"]
     before = shared_memory()
     with tempfile.TemporaryDirectory() as folder, serve_minilm(Path(folder)) as stack:
@@ -145,16 +145,16 @@ def main() -> None:
         benchmark.processes.update(tree(stack.process.pid))
         stop_seconds = stop(stack.process)
     remaining = [f"{role(p)} {p.pid}" for p in benchmark.processes if p.is_running() and p.status() != "zombie"]
-    report = {
+    figures = {
         "kills": outcomes,
         "stop_seconds": stop_seconds,
         "processes_left": remaining,
         "shared_memory_left": sorted(shared_memory() - before),
     }
-    print({key: value for key, value in report.items() if key != "kills"})
-    record.write(options.out, result | report)
+    print({key: value for key, value in figures.items() if key != "kills"})
+    report.write(options.out, result | figures)
     recovered = all(outcome["answers_again_after_s"] is not None for outcome in outcomes)
-    sys.exit(0 if recovered and not remaining and not report["shared_memory_left"] else 1)
+    sys.exit(0 if recovered and not remaining and not figures["shared_memory_left"] else 1)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import record
+from benchmarks import report
+from benchmarks.report import markdown_table
 from triton_embed.python_backend.checkpoint.config import ServingConfig
 from triton_embed.python_backend.execution.embedder import Embedder
 from triton_embed.python_backend.inputs.row import Row
@@ -30,12 +31,12 @@ VOCABULARY = 151_936
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix", description=__doc__.partition("\n")[0])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "prefix.json")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "prefix.json")
     options = parser.parse_args(arguments)
-    result = {**record.header(), "rows": []}
+    result = {**report.header(), "rows": []}
     with tempfile.TemporaryDirectory() as directory:
         print("writing the checkpoint …", flush=True)
         subprocess.run([sys.executable, "-m", "benchmarks.shapes", "qwen3-0.6b", directory], check=True)
@@ -45,26 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row = {"dtype": dtype, **measure(embedder, *case, options.rounds)}
                 result["rows"].append(row)
                 print(progress_line(row), flush=True)
-    record.write(options.out, result)
+    report.write(options.out, result)
     print(table(result["rows"], options.dtypes))
 
 
 def table(rows: Sequence[dict[str, Any]], dtypes: Sequence[str]) -> str:
     """Return the results as a Markdown table."""
     cells = {(row["dtype"], row["instruction"], row["query"], row["queries"]): row for row in rows}
-    heads = [f"{dtype}, computed in full → prefix reused, ms |" for dtype in dtypes]
-    lines = [f"| queries × (instruction + query) tokens | {' | '.join(heads)} |", "|---" * (1 + 2 * len(dtypes)) + "|"]
+    lines = [["queries × (instruction + query) tokens"]]
+    for dtype in dtypes:
+        lines[0] += [f"{dtype}, computed in full → prefix reused, ms", "speedup"]
     for instruction, query, queries in CASES:
         row_cells = [cells[dtype, instruction, query, queries] for dtype in dtypes]
-        times = [f"{row['whole_ms']:,.0f} → {row['behind_ms']:,.0f} | {row['ratio']:.2f}×" for row in row_cells]
-        lines.append(f"| {queries} × ({instruction} + {query}) | {' | '.join(times)} |")
-    return "\n".join(lines)
+        lines.append([f"{queries} × ({instruction} + {query})"])
+        for row in row_cells:
+            lines[-1] += [f"{row['whole_ms']:,.0f} → {row['behind_ms']:,.0f}", f"{row['ratio']:.2f}×"]
+    return markdown_table(lines)
 
 
 def load_embedder(directory: Path, dtype: str) -> Embedder:
     """Load the checkpoint with the family's model.py."""
     sys.modules.setdefault("triton_python_backend_utils", ModuleType("only inside Triton"))
-    model = runpy.run_path(str(record.ROOT / "model_repository/qwen3_embedding/1/model.py"))["TritonPythonModel"]
+    model = runpy.run_path(str(report.ROOT / "model_repository/qwen3_embedding/1/model.py"))["TritonPythonModel"]
     serving = ServingConfig(
         name="prefix", checkpoint="", checkpoint_root=directory, model_types=("qwen3",), dtype=dtype, pooling="last"
     )

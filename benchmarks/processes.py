@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.record import ROOT
+from benchmarks.report import ROOT
 
 MODEL = "minilm"
 

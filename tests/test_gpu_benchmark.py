@@ -20,7 +20,7 @@ from benchmarks.gpu import tables as gpu_report
 from benchmarks.gpu.kernels import accuracy as gpu_accuracy
 from benchmarks.gpu.kernels import ops as gpu_ops
 from benchmarks.gpu.kernels import tune as gpu_tune
-from benchmarks.gpu.models.shapes import MODELS, Model
+from benchmarks.gpu.models.model import MODELS, Model
 from benchmarks.gpu.run import Row, Run, attempt
 from benchmarks.gpu.timing import Timer
 from benchmarks.gpu_server import __main__ as gpu_server
@@ -136,11 +136,16 @@ def test_exits_with_a_message_when_it_cannot_run(
 
 @pytest.mark.parametrize("importable", [True, False])
 def test_bare_checkout_is_importable(tmp_path: Path, importable: bool) -> None:
-    """Run Python without installed packages in a copy: the import works only after `importable()`."""
-    for name in ("benchmarks/checkout.py", "python_backend/errors.py", "python_backend/checkpoint/json_file.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    """Run Python without installed packages in a copy: the import works only after that of benchmarks.gpu."""
+    for name in (
+        "benchmarks/gpu/__init__.py",
+        "python_backend/wire.py",
+        "python_backend/errors.py",
+        "python_backend/checkpoint/json_file.py",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    make = f"runpy.run_path({str(tmp_path / 'benchmarks/checkout.py')!r})['importable'](); " if importable else ""
+    make = f"runpy.run_path({str(tmp_path / 'benchmarks/gpu/__init__.py')!r}); " if importable else ""
     code = (
         f"import runpy; {make}import triton_embed.python_backend.checkpoint.json_file as found; print(found.__file__)"
     )
@@ -385,7 +390,7 @@ def test_random_qwen3_matches_transformers(tmp_path: Path) -> None:
     spec = DecoderSpec(eos=gpu_server.END, causal=True, qk_norm=True, qkv_bias=False)
     config = serving("qwen3", model_types=("qwen3",), pooling="last", dtype="float32")
     ids = np.array([5, 300 % 256, 17, 42, 256], dtype=np.int32)
-    result = Embedder(spec, directory, config).embed([Input(ids)], [gpu_server.TINY.hidden_size])[0]
+    result = Embedder(spec, directory, config).embed([Input(ids)], [gpu_server.TINY["hidden_size"]])[0]
     network = AutoModel.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         states = network(torch.tensor(ids[None].astype(np.int64))).last_hidden_state[0, -1]

@@ -9,10 +9,10 @@ from typing import Any
 import orjson
 import pytest
 
-from benchmarks import loadgen
+from benchmarks import loadgen, plots
 from benchmarks.scheduling import __main__ as scheduling
-from benchmarks.scheduling import plots as scheduling_plots
 from benchmarks.scheduling.__main__ import BULK, MAX_P99_RATIO, Config, LoadResult
+from benchmarks.scheduling.plots import PLOTS
 
 PNG = b"\x89PNG"
 
@@ -83,10 +83,10 @@ def test_each_measured_stage_has_a_plot(rows: list[dict[str, Any]], tmp_path: Pa
         folder.mkdir()
         stage_rows = [row for row in rows if row["stage"] == stage]
         (folder / "f.json").write_text(json.dumps(machine | {"rows": stage_rows}))
-        scheduling_plots.draw(folder / "f.json")
-        plots = sorted(folder.glob("*.png"))
-        assert [path.name for path in plots] == expected
-        assert all(path.read_bytes().startswith(PNG) for path in plots)
+        plots.draw(folder / "f.json", PLOTS)
+        images = sorted(folder.glob("*.png"))
+        assert [path.name for path in images] == expected
+        assert all(path.read_bytes().startswith(PNG) for path in images)
 
 
 def test_load_sends_the_count_and_collects_stage_times() -> None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import report
 from benchmarks.ceiling.gemm import NETWORKS
 from benchmarks.families.__main__ import CELLS, FULL, QUICK, Plan, checkpoint, task
 from benchmarks.families.tables import Engine
@@ -80,12 +80,12 @@ def main() -> None:
     parser.add_argument(
         "--checkpoints", type=Path, metavar="DIRECTORY", help="write the checkpoints to DIRECTORY and keep them"
     )
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "ceiling.json")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "ceiling.json")
     options = parser.parse_args()
-    header = record.header()
+    header = report.header()
     plan = QUICK if options.quick else FULL._replace(rounds=5, seconds=3.0)
     rows = [measure(name, plan, options.checkpoints) for name in WIDTHS]
-    record.write(options.out, header | {"rows": rows})
+    report.write(options.out, header | {"rows": rows})
 
 
 if __name__ == "__main__":

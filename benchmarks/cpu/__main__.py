@@ -18,10 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks import record, workloads
+from benchmarks import report, workloads
 from benchmarks.ceiling.gemm import DTYPES, TOKENS
-from benchmarks.cpu import accuracy, targets
-from benchmarks.cpu import tables as report
+from benchmarks.cpu import accuracy, tables, targets
 from benchmarks.cpu.contenders import BARE, CONTENDERS, RIVALS, SERVED, Engine, Launcher
 from benchmarks.cpu.tables import BASELINE, MACHINE, SMALL_CALL, Cell, Contender, Row
 from benchmarks.processes import cpu_seconds_elsewhere, exit_on_signal, memory, serve_minilm
@@ -49,11 +48,11 @@ class Plan(NamedTuple):
         if contender == MACHINE:
             return [Cell(dtype, TOKENS, 1) for dtype in DTYPES]
         if contender.where == "bare":
-            return [report.throughput_cell(contender, w) for w in self.workloads] + [
+            return [tables.throughput_cell(contender, w) for w in self.workloads] + [
                 Cell(w, 1, 1) for w in self.singles
             ]
         # Servers load the checkpoint unchanged; it is limited to 256 tokens.
-        batches = [report.throughput_cell(contender, w) for w in self.workloads if w != "full"]
+        batches = [tables.throughput_cell(contender, w) for w in self.workloads if w != "full"]
         return batches + [Cell("short", 1, c) for c in self.concurrencies]
 
 
@@ -85,7 +84,7 @@ def correctness(engines: list[Engine], texts: list[str]) -> list[Row]:
             flush=True,
         )
         for metric, value in zip(("cosine_mean", "cosine_least", "neighbours_10"), result, strict=True):
-            rows.append(report.make_row(engine.contender, metric, [value], texts=len(texts)))
+            rows.append(tables.make_row(engine.contender, metric, [value], texts=len(texts)))
     return rows
 
 
@@ -99,10 +98,10 @@ def measure_memory(engines: list[Engine], when: str) -> list[Row]:
         measured.add(engine.pid)
         processes = memory(engine.pid)
         for name, usage in processes.items():
-            rows.append(report.make_row(engine.contender, "peak_rss_mb", [usage["peak_rss"]], process=name, when=when))
-            rows.append(report.make_row(engine.contender, "pss_mb", [usage["pss"]], process=name, when=when))
+            rows.append(tables.make_row(engine.contender, "peak_rss_mb", [usage["peak_rss"]], process=name, when=when))
+            rows.append(tables.make_row(engine.contender, "pss_mb", [usage["pss"]], process=name, when=when))
         total = sum(usage["peak_rss"] for usage in processes.values())
-        rows.append(report.make_row(engine.contender, "peak_rss_mb_total", [total], when=when))
+        rows.append(tables.make_row(engine.contender, "peak_rss_mb_total", [total], when=when))
         parts = ", ".join(f"{name} {usage['peak_rss']:.0f} ({usage['pss']:.0f})" for name, usage in processes.items())
         print(f"  {', '.join(engine.contender)}: {total:.0f}: {parts}", flush=True)
     return rows
@@ -117,10 +116,10 @@ def warm_up(engines: list[Engine], plan: Plan) -> None:
         print(f"  {', '.join(engine.contender)}: warmed up in {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def measure(engines: list[Engine], plan: Plan) -> tuple[report.Rounds, list[float]]:
+def measure(engines: list[Engine], plan: Plan) -> tuple[tables.Rounds, list[float]]:
     """Run all rounds. Return the results and, per round, the CPU usage of other processes in percent of all cores."""
     begin = time.monotonic()
-    rounds: report.Rounds = defaultdict(list)
+    rounds: tables.Rounds = defaultdict(list)
     other_cpu = []
     cells = dict.fromkeys(cell for engine in engines for cell in plan.cells(engine.contender))
     for turn in range(plan.rounds):
@@ -160,14 +159,14 @@ def cold_starts(count: int, pools: Path, logs: Path) -> list[Row]:
                 load.vectors(["one"], protocol="http", port=stack.port)
                 seconds.append(stack.start_seconds + time.monotonic() - begin)
     print(f"cold start to the first vector, s: {', '.join(f'{s:.2f}' for s in seconds)}", flush=True)
-    return [report.make_row(SERVED["http"], "cold_start_s", seconds)]
+    return [tables.make_row(SERVED["http"], "cold_start_s", seconds)]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="short and mixed texts, up to 8 in flight: about 5 minutes instead of 18")
-    add("--out", type=Path, default=record.RESULTS / "cpu.json", help="result file (default: %(default)s)")
+    add("--out", type=Path, default=report.RESULTS / "cpu.json", help="result file (default: %(default)s)")
     add("--rounds", type=int, help=f"rounds, 3 or more (default: {FULL.rounds}, quick: {QUICK.rounds})")
     add("--seconds", type=float, help=f"seconds per cell (default: {FULL.seconds}, quick: {QUICK.seconds})")
     add("--engines", default="*", help=f"comma-separated engines or glob patterns: {', '.join(CONTENDERS)}")
@@ -188,8 +187,8 @@ def versions(keys: list[str]) -> dict[str, dict[str, str]]:
     """Return the package versions of every environment in use, by folder."""
     names = {BARE[key].environment for key in keys if key in BARE} | ({"infinity"} if "infinity" in keys else set())
     pythons = {f".venv/rivals/{name}": RIVALS / name / "bin/python" for name in sorted(names - {""})}
-    rivals = {folder: record.installed(python) for folder, python in pythons.items() if python.exists()}
-    return {".venv": record.versions()} | rivals
+    rivals = {folder: report.installed(python) for folder, python in pythons.items() if python.exists()}
+    return {".venv": report.versions()} | rivals
 
 
 def main() -> None:
@@ -198,7 +197,7 @@ def main() -> None:
     exit_on_signal()
 
     begin = time.monotonic()
-    result = record.header() | {"versions": versions(options.engines)}
+    result = report.header() | {"versions": versions(options.engines)}
     print(f"{result['machine']}\ncreating {plan.texts} texts per workload …", flush=True)
     pools = create_texts(plan)
     with tempfile.TemporaryDirectory() as folder:
@@ -219,14 +218,14 @@ def main() -> None:
             print("warming up …", flush=True)
             warm_up(engines, plan)
             rounds, other_cpu = measure(engines, plan)
-            rows = report.make_rows(rounds) + rows
+            rows = tables.make_rows(rounds) + rows
             print("memory after the load: peak RSS (current PSS) of each process, MB")
             rows += measure_memory(engines, "after")
         if ours:
             rows += cold_starts(plan.starts, file, Path(folder))
-    print(f"\n{report.table(rows)}\n\n{report.served_table(rows)}\n")
+    print(f"\n{tables.table(rows)}\n\n{tables.served_table(rows)}\n")
     for dtype in DTYPES:
-        if ceiling := report.find_row(rows, MACHINE, "gflop_per_s", workload=dtype):
+        if ceiling := tables.find_row(rows, MACHINE, "gflop_per_s", workload=dtype):
             print(f"the machine's linears, {dtype}: {ceiling['median']:.0f} GFLOP/s")
     print("\n".join(targets.expectations(rows, result["machine"])))
     print(
@@ -237,11 +236,12 @@ def main() -> None:
     metadata = {"texts": {"per_workload": plan.texts, "digest": workloads.digest(pools)}}
     metadata |= {"rounds": plan.rounds, "seconds_a_cell": plan.seconds, "cpu_percent_elsewhere": other_cpu}
     metadata |= {"not_measured": launcher.missing, "wall_s": round(time.monotonic() - begin)}
-    record.write(options.out, result | metadata | {"rows": rows})
+    report.write(options.out, result | metadata | {"rows": rows})
     if options.plots:
-        from benchmarks.cpu.plots import draw
+        from benchmarks.cpu.plots import PLOTS
+        from benchmarks.plots import draw
 
-        draw(options.out)
+        draw(options.out, PLOTS)
 
 
 if __name__ == "__main__":

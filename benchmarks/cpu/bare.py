@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.cpu.calls import Encode, read_pools, serve
 from benchmarks.processes import MODEL
-from benchmarks.record import ROOT
+from benchmarks.report import ROOT
 from benchmarks.worker import Vectors
 
 

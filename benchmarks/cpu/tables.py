@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from benchmarks.report import format_number, markdown_table
+
 BASELINE = "sentence-transformers-fp32"
 LARGE_CALL = 128  # texts per in-process call: sentence-transformers sorts them by length, which suits it best
 SMALL_CALL = 32  # texts per call if all have the same length or are long
@@ -122,7 +124,7 @@ def table(rows: Sequence[Row]) -> str:
     """
     columns = ["engine", "short, sentences/s", "mixed", "256 tokens", "512 tokens"]
     columns += ["one short query, p50 ms", "one of 256 tokens", "cosine, mean", "least", "neighbours", "peak MB"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [columns]
     for contender in list_contenders(rows):
         cells = [
             find_row(rows, contender, "sentences_per_s", throughput_cell(contender, w))
@@ -138,8 +140,8 @@ def table(rows: Sequence[Row]) -> str:
         ):
             row = find_row(rows, contender, metric, **({"when": "after"} if metric == "peak_rss_mb_total" else {}))
             figures.append(format(row["median"], form) if row else "–")
-        lines.append(f"| {contender.engine}, {contender.where} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+        lines.append([f"{contender.engine}, {contender.where}", *figures])
+    return markdown_table(lines)
 
 
 def served_table(rows: Sequence[Row]) -> str:
@@ -147,15 +149,15 @@ def served_table(rows: Sequence[Row]) -> str:
     concurrencies = sorted({row["concurrency"] for row in rows if row["where"] != "bare" and row.get("inputs") == 1})
     columns = ["server, one short text a request"]
     columns += [f"{c} in flight: requests/s, p50 / p99 ms" for c in concurrencies]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [columns]
     for contender in (contender for contender in list_contenders(rows) if contender.where != "bare"):
         figures = []
         for c in concurrencies:
             cells = [find_row(rows, contender, metric, Cell("short", 1, c)) for metric in METRICS[:3]]
             speed, p50, p99 = (format_number(cell["median"]) if cell else "–" for cell in cells)
             figures.append(f"{speed}, {p50} / {p99}")
-        lines.append(f"| {contender.engine}, {contender.where} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+        lines.append([f"{contender.engine}, {contender.where}", *figures])
+    return markdown_table(lines)
 
 
 def _figure(row: Row | None) -> str:
@@ -166,8 +168,3 @@ def _figure(row: Row | None) -> str:
         return format_number(row["median"])
     ratio = f"{row['ratio_to_st_fp32']:.2f}×, {row['ratio_min']:.2f}–{row['ratio_max']:.2f}"
     return f"{format_number(row['median'])} ({ratio})"
-
-
-def format_number(value: float) -> str:
-    """Format with three significant digits, or without decimals from 100 on."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

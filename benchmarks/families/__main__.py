@@ -23,12 +23,12 @@ import numpy as np
 from google.protobuf.json_format import MessageToJson
 from PIL import Image
 
-from benchmarks import record, workloads
-from benchmarks.cpu.tables import format_number
-from benchmarks.families import tables as report
+from benchmarks import report, workloads
+from benchmarks.families import tables
 from benchmarks.families.tables import BASELINE, Engine, Row
 from benchmarks.processes import cpu_seconds_elsewhere, exit_on_signal
-from benchmarks.shapes import SHAPES
+from benchmarks.report import format_number
+from benchmarks.shapes import CHECKPOINTS
 from benchmarks.worker import Vectors, Worker, worker
 
 ENGINES = [Engine(name, dtype) for dtype in ("float32", "bfloat16") for name in ("transformers", "ours")]
@@ -131,14 +131,14 @@ def checkpoint(name: str, keep: Path | None) -> Iterator[Path]:
         directory = folder / name
         if not (directory / "tokenizer.json").is_file():  # written last
             folder.mkdir(parents=True, exist_ok=True)
-            needed, free = SHAPES[name].parameters_m * 4e6 * 1.1, shutil.disk_usage(folder).free
+            needed, free = CHECKPOINTS[name].parameters_m * 4e6 * 1.1, shutil.disk_usage(folder).free
             if free < needed:
                 sys.exit(
                     f"not enough disk space in {folder}: {name} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
                 )
             start = time.monotonic()
             command = [sys.executable, "-m", "benchmarks.shapes", name, str(directory)]
-            subprocess.run(command, cwd=record.ROOT, check=True, stderr=subprocess.DEVNULL)
+            subprocess.run(command, cwd=report.ROOT, check=True, stderr=subprocess.DEVNULL)
             print(f"  checkpoint written in {time.monotonic() - start:.0f} s", flush=True)
         yield directory
 
@@ -157,7 +157,7 @@ def task(name: str, engine: Engine, directory: Path, work: dict[str, Rows]) -> d
     """
     from triton_embed.python_backend.checkpoint.repository import read_config
 
-    family, repository = SHAPES[name].family, record.ROOT / "model_repository"
+    family, repository = CHECKPOINTS[name].family, report.ROOT / "model_repository"
     config = read_config(repository, family)
     config.name = family
     config.parameters["checkpoint"].string_value = str(directory)
@@ -224,7 +224,7 @@ def measure(name: str, plan: Plan, engines: list[Engine], keep: Path | None) -> 
         count = parameters(directory)
         for running in loaded:
             now = memory(running.worker.process.pid)
-            rows.append(report.weights(name, running.engine, count, running.load_s, running.memory, now))
+            rows.append(tables.weights(name, running.engine, count, running.load_s, running.memory, now))
     return rows
 
 
@@ -240,15 +240,15 @@ def compute(name: str, cell: Cell, plan: Plan, loaded: list[Loaded], rows: Rows)
             rates[running.engine].append(size / seconds)
             progress = f"  round {turn + 1}/{plan.rounds}  {cell.workload:12}  {running.engine.label:17}"
             print(f"{progress} {format_number(rates[running.engine][-1]):>6} {cell.unit}", flush=True)
-    return report.speeds(name, cell.workload, cell.unit, size, rates, vectors)
+    return tables.speeds(name, cell.workload, cell.unit, size, rates, vectors)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="one round of few rows: a functional test, not a measurement")
-    add("--only", action="append", choices=list(SHAPES), help="only this shape; repeatable")
-    add("--out", type=Path, default=record.RESULTS, help="folder of the result file (default: %(default)s)")
+    add("--only", action="append", choices=list(CHECKPOINTS), help="only this shape; repeatable")
+    add("--out", type=Path, default=report.RESULTS, help="folder of the result file (default: %(default)s)")
     add("--keep", type=Path, metavar="DIR", help="keep the checkpoints in DIR and reuse those already there")
     add("--plots", action="store_true", help="also draw PNGs next to the result file")
     return parser.parse_args()
@@ -257,11 +257,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     plan = QUICK if options.quick else FULL
-    names = options.only or list(SHAPES)
+    names = options.only or list(CHECKPOINTS)
     exit_on_signal()
     begin, cpu = time.monotonic(), cpu_seconds_elsewhere()
 
-    result = record.header()
+    result = report.header()
     print(result["machine"])
     fast = FAST_BF16 & set(result["machine"]["features"])
     if not fast:
@@ -273,19 +273,20 @@ def main() -> None:
         rows += measure(name, plan, engines, options.keep and options.keep.absolute())
     other_cpu = 100 * (cpu_seconds_elsewhere() - cpu) / (time.monotonic() - begin) / len(os.sched_getaffinity(0))
 
-    print(f"\n{report.speed_table(rows)}\n\n{report.weight_table(rows)}\n")
+    print(f"\n{tables.speed_table(rows)}\n\n{tables.weight_table(rows)}\n")
     print("images/s start from JPEG files: both engines' figures include decoding, resizing and normalization")
-    print("\n".join(report.expectations(rows)))
+    print("\n".join(tables.expectations(rows)))
     if other_cpu > 5:
         print(f"warning: unrelated processes used {other_cpu:.0f} % of the cores")
     metadata = {"quick": plan.quick, "rounds": plan.rounds, "baseline": BASELINE.label}
     metadata["cpu_percent_elsewhere"] = round(other_cpu, 1)
     file = options.out / ("-".join(["families", *(options.only or [])]) + ".json")
-    record.write(file, result | metadata | {"rows": rows})
+    report.write(file, result | metadata | {"rows": rows})
     if options.plots:
-        from benchmarks.families.plots import draw
+        from benchmarks.families.plots import PLOTS
+        from benchmarks.plots import draw
 
-        draw(file)
+        draw(file, PLOTS)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.record import ROOT
+from benchmarks.report import ROOT
 from benchmarks.worker import Vectors, serve_requests
 
 BATCH = 32  # rows

@@ -1,32 +1,34 @@
-"""Plots of the families' result file.
-
-`python -m benchmarks.families.plots results/families.json` writes PNGs next to it.
-"""
-
-import sys
-from pathlib import Path
-from typing import Any
+"""Plots of the families' result file: speed and memory."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cpu import plots
-from benchmarks.cpu.plots import plt
-from benchmarks.cpu.tables import format_number
 from benchmarks.families.tables import EXTRA_MB, FACTOR, Engine, Row
+from benchmarks.plots import (
+    BASELINE,
+    BASELINE_LIGHT,
+    LIMIT,
+    OURS,
+    OURS_LIGHT,
+    Result,
+    canvas,
+    finish,
+    group_bars,
+    label_bars,
+    slot,
+)
 
 COLORS = {
-    Engine("transformers", "float32"): "#9a9a9a",
-    Engine("transformers", "bfloat16"): "#d9a441",
-    Engine("ours", "float32"): "#7fb3d5",
-    Engine("ours", "bfloat16"): "#1f5f99",
+    Engine("transformers", "float32"): BASELINE,
+    Engine("transformers", "bfloat16"): BASELINE_LIGHT,
+    Engine("ours", "float32"): OURS_LIGHT,
+    Engine("ours", "bfloat16"): OURS,
 }
-WIDTH = 0.8 / len(COLORS)
 
 
-def speed(result: dict[str, Any]) -> Figure:
+def speed(result: Result) -> Figure:
     """Plot speed relative to transformers fp32: absolute speeds of the shapes differ a hundredfold."""
-    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+    figure, axes = canvas(11, 5)
     rows = [row for row in result["rows"] if row["metric"] == "speed"]
     groups = list(dict.fromkeys((row["shape"], row["workload"], row["unit"]) for row in rows))
     for engine, color in COLORS.items():
@@ -34,13 +36,13 @@ def speed(result: dict[str, Any]) -> Figure:
         _bars(axes, engine, color, [engine_rows.get(group) for group in groups], "ratio_to_transformers_fp32", "median")
     axes.axhline(1, color="#555", lw=0.6)
     axes.set(title="Speed at real shapes, random weights", ylabel="times transformers fp32 (labels: per second)")
-    plots.finish(figure, axes, ["\n".join(group) for group in groups], result, len(COLORS))
+    finish(figure, axes, ["\n".join(group) for group in groups], result, len(COLORS))
     return figure
 
 
-def memory(result: dict[str, Any]) -> Figure:
+def memory(result: Result) -> Figure:
     """Plot the peak memory of each process, and the limit of our engine."""
-    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+    figure, axes = canvas(11, 5)
     rows = [row for row in result["rows"] if row["metric"] == "weights"]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for engine, color in COLORS.items():
@@ -51,11 +53,12 @@ def memory(result: dict[str, Any]) -> Figure:
         if engine.name == "ours":
             for x, shape in enumerate(shapes):
                 if shape in engine_rows:
-                    x_start = x + _slot(engine) - WIDTH / 2
-                    axes.hlines(engine_rows[shape]["limit_mb"], x_start, x_start + WIDTH, color="#b03030", lw=1.5)
+                    offset, width = slot(_number(engine), len(COLORS))
+                    limit, start = engine_rows[shape]["limit_mb"], x + offset - width / 2
+                    axes.hlines(limit, start, start + width, color=LIMIT, lw=1.5)
     title = f"Peak memory (VmHWM) of a process; red: {FACTOR} × weights + {EXTRA_MB} MB"
     axes.set(title=title, ylabel="MB")
-    plots.finish(figure, axes, shapes, result, len(COLORS))
+    finish(figure, axes, shapes, result, len(COLORS))
     return figure
 
 
@@ -64,27 +67,17 @@ def _belongs_to(engine: Engine, row: Row) -> bool:
 
 
 def _bars(
-    axes: Axes, engine: Engine, color: str, rows: list[Row | None], height: str, label: str, **label_options: str
+    axes: Axes, engine: Engine, color: str, rows: list[Row | None], height: str, label: str, **options: str
 ) -> None:
     present = {x: row for x, row in enumerate(rows) if row}
     if present:
-        positions = [x + _slot(engine) for x in present]
-        heights = [row[height] for row in present.values()]
-        bars = axes.bar(positions, heights, WIDTH * 0.9, label=engine.label, color=color)
-        axes.bar_label(
-            bars, [format_number(row[label]) for row in present.values()], fontsize=7, padding=2, **label_options
-        )
+        heights = {x: row[height] for x, row in present.items()}
+        bars = group_bars(axes, heights, _number(engine), len(COLORS), label=engine.label, color=color)
+        label_bars(axes, bars, [row[label] for row in present.values()], 7, **options)
 
 
-def _slot(engine: Engine) -> float:
-    """Return the x offset of an engine's bar within a group."""
-    return (list(COLORS).index(engine) - (len(COLORS) - 1) / 2) * WIDTH
+def _number(engine: Engine) -> int:
+    return list(COLORS).index(engine)
 
 
-def draw(path: Path) -> None:
-    """Write both plots of a result file."""
-    plots.draw(path, (speed, memory))
-
-
-if __name__ == "__main__":
-    draw(Path(sys.argv[1]))
+PLOTS = (speed, memory)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.cpu.tables import format_number
+from benchmarks.report import format_number, markdown_table
 from benchmarks.worker import Vectors
 
 Row = dict[str, Any]
@@ -112,7 +112,7 @@ def speed_table(rows: list[Row]) -> str:
         figures = [_figure(by_engine[engine]) for engine in engines]
         different = "–" if highest is None else f"{highest:.3f}"
         lines.append([shape, f"{workload}, {baseline['unit']}", *figures, cosines, different])
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def _figure(row: Row) -> str:
@@ -128,7 +128,7 @@ def weight_table(rows: list[Row]) -> str:
             sizes = [row[key] for key in ("weights_mb", "peak_loaded_mb", "peak_mb", "anonymous_mb")]
             factor = f"{row['peak_mb'] / row['weights_mb']:.2f}"
             lines.append([row["shape"], _engine(row).label, *map(format_number, sizes), factor, f"{row['load_s']:.1f}"])
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def expectations(rows: list[Row]) -> list[str]:
@@ -143,8 +143,3 @@ def expectations(rows: list[Row]) -> list[str]:
 
 def _engine(row: Row) -> Engine:
     return Engine(row["engine"], row["dtype"])
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])

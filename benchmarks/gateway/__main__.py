@@ -16,7 +16,7 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import record
+from benchmarks import report
 from benchmarks.gateway.in_process import SHAPES, shares
 from benchmarks.gateway.rates import rate, workers
 from benchmarks.processes import exit_on_signal, free_port, running
@@ -31,10 +31,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--callers", type=int, default=32)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "gateway.json")
+    parser.add_argument("--out", type=Path, default=report.RESULTS / "gateway.json")
     options = parser.parse_args()
     exit_on_signal()
-    result = record.header()
+    result = report.header()
     with tempfile.TemporaryDirectory() as folder:
         logs, port = Path(folder), free_port()
         with running([sys.executable, "-m", "benchmarks.gateway.echo", str(port)], logs / "echo.log"):
@@ -56,7 +56,7 @@ def main() -> int:
                         result["rates"].append(row)
                         figures = f"{row['requests_per_s']:,.0f} requests/s, p50 {row['p50_ms']:.1f} ms"
                         print(f"  {count} worker(s), {model}: {figures}", flush=True)
-    record.write(options.out, result)
+    report.write(options.out, result)
     return 0
 
 

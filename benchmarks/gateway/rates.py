@@ -2,19 +2,19 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import multiprocessing
 import socket
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from benchmarks import clients
+from benchmarks import clients, loadgen
 from benchmarks.gateway.in_process import body_of
 from benchmarks.processes import free_port, running
 
@@ -61,20 +61,11 @@ def load(port: int, model: str, callers: int, seconds: float, results: Any) -> N
     """Generate load; put requests per second and the median latency in ms on the queue. Runs in a child process."""
 
     async def run() -> tuple[float, float]:
-        client, latencies = clients.Http(port), []
-        request_bytes = request(body_of(model))
-
-        async def caller(end: float) -> None:
-            while (start := time.perf_counter()) < end:
-                status, _ = await client.call(request_bytes)
-                assert status == "200", status
-                latencies.append(time.perf_counter() - start)
-
-        await asyncio.gather(*(caller(time.perf_counter() + 0.5) for _ in range(callers)))  # warm-up
-        latencies.clear()
-        start = time.perf_counter()
-        await asyncio.gather(*(caller(start + seconds) for _ in range(callers)))
-        return len(latencies) / (time.perf_counter() - start), 1_000 * statistics.median(latencies)
+        client, requests = clients.Http(port), [request(body_of(model))]
+        await loadgen.measure(client, requests, itertools.count(), callers, 0.5)  # warm-up
+        sample = await loadgen.measure(client, requests, itertools.count(), callers, seconds)
+        assert not sample.failures, sample.failures
+        return len(sample.latencies) / sample.seconds, 1_000 * statistics.median(sample.latencies)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         results.put(runner.run(run()))

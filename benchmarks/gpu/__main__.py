@@ -10,8 +10,6 @@ nothing.
 """
 
 import argparse
-import json
-import shlex
 import sys
 import time
 import traceback
@@ -21,13 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import checkout, record
+from benchmarks import report
+from benchmarks.gpu import tables
 from benchmarks.gpu.run import Row, Run
 from benchmarks.gpu.timing import Timer
-
-checkout.importable()
-
-from benchmarks.gpu import tables as report  # noqa: E402
 
 Stage = Callable[[Run], Iterable[Row]]
 
@@ -58,7 +53,7 @@ def ops(run: Run) -> Iterable[Row]:
 
 
 def models(run: Run) -> Iterable[Row]:
-    from benchmarks.gpu.models.families import models
+    from benchmarks.gpu.models.stage import models
 
     return models(run)
 
@@ -70,9 +65,10 @@ def tune(run: Run) -> Iterable[Row]:
 
 
 def plots(run: Run) -> Iterator[Row]:
-    from benchmarks.gpu.plots import draw
+    from benchmarks.gpu.plots import PLOTS
+    from benchmarks.plots import draw
 
-    for file in draw(run.out / "results.json"):
+    for file in draw(run.out / "results.json", PLOTS):
         yield {"what": file.name}
 
 
@@ -89,7 +85,7 @@ def perform(run: Run, names: list[str], stages: Mapping[str, Stage] = STAGES) ->
         try:
             for row in stages[name](run):
                 stage["rows"].append(row)
-                print(f"{time.monotonic() - run.begin:5.0f} s  {name:9}  {report.line(row)}", flush=True)
+                print(f"{time.monotonic() - run.begin:5.0f} s  {name:9}  {tables.line(row)}", flush=True)
                 stage["seconds"] = time.monotonic() - begin
                 write(run)
         except Exception as error:  # noqa: BLE001 - a failing stage must not stop the others
@@ -100,11 +96,8 @@ def perform(run: Run, names: list[str], stages: Mapping[str, Stage] = STAGES) ->
 
 
 def write(run: Run) -> None:
-    """Replace results.json atomically, so that an interrupted benchmark leaves a complete file."""
-    file = run.out / "results.json"
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(json.dumps(run.results, indent=1) + "\n")
-    fresh.replace(file)
+    """Write what is measured so far."""
+    report.save(run.out / "results.json", run.results)
 
 
 def selected_stages(options: argparse.Namespace) -> list[str]:
@@ -144,9 +137,6 @@ def main() -> None:
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     if options.dry_run:
         torch.set_num_threads(1)
-        from triton_embed.kernels import ops
-
-        ops.use("reference")  # as accurate as the kernels must be
     else:
         torch.cuda.set_device(device)
     from benchmarks.gpu import machine as gpu_machine
@@ -154,13 +144,9 @@ def main() -> None:
     begin = time.monotonic()
     timer = Timer(device, repeats=3 if options.dry_run else 20)
     run = Run(device, options.out, options.dry_run, timer, begin + 60 * options.minutes)
+    run.results |= report.header(gpu_machine.versions())
     run.results |= {
-        "machine": record.machine(),
         "gpu": gpu_machine.gpu(device),
-        "versions": gpu_machine.versions(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "commit": gpu_machine.commit(),
-        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "dry_run": options.dry_run,
         "ceilings": {},
         "stages": {},
@@ -170,9 +156,9 @@ def main() -> None:
     perform(run, names)
     run.results["seconds"] = time.monotonic() - begin
     write(run)
-    print("\n".join(["", *report.failures(run.results), *report.summary(run.results)]))
+    print("\n".join(["", *tables.failures(run.results), *tables.summary(run.results)]))
     if {"attention", "ops", "models"} & set(names):
-        print(f"\n{report.table(run.results)}")
+        print(f"\n{tables.table(run.results)}")
     if options.dry_run:
         print("dry run: these figures mean nothing")
     print(f"written: {options.out / 'results.json'}")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
 from benchmarks.gpu.run import Row, Run
 
 PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "numpy", "safetensors", "tokenizers")
@@ -49,10 +48,6 @@ def _driver() -> str:
     fields = "driver_version,clocks.max.sm,clocks.max.memory,power.limit,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def commit() -> str:
-    return record.commit() if shutil.which("git") else "unknown"
 
 
 @torch.inference_mode()

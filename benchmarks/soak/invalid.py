@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from benchmarks.processes import MODEL
-from benchmarks.soak.http import SoakCase
+from benchmarks.soak.client import SoakCase
 from benchmarks.soak.inputs import data_uri
 from benchmarks.soak.judge import Check, any_body, expect_error
 from benchmarks.soak.models import GME, QWEN3

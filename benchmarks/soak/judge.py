@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import ROOT
-from benchmarks.soak.http import Response
+from benchmarks.report import ROOT
+from benchmarks.soak.client import Response
 from benchmarks.soak.inputs import Input, Vector
 
 MIN_COSINE = 0.99999  # of an fp32 vector

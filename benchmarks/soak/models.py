@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3Config, Qwen3Model
 
 from benchmarks.processes import MODEL
-from benchmarks.record import ROOT
+from benchmarks.report import ROOT
 from triton_embed.python_backend.checkpoint.repository import write_model
 
 QWEN3, GME = "qwen3_embedding", "gme_qwen2_vl"

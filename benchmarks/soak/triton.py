@@ -14,7 +14,7 @@ import tritonclient.http.aio as http
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.processes import MODEL
-from benchmarks.soak.http import Response, SoakCase
+from benchmarks.soak.client import Response, SoakCase
 from benchmarks.soak.inputs import Input, Inputs
 from benchmarks.soak.judge import Checker, ExpectedError, expect_triton_error
 from benchmarks.soak.models import GME, QWEN3

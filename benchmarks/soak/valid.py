@@ -10,7 +10,7 @@ import orjson
 
 from benchmarks.processes import MODEL
 from benchmarks.soak import judge as soak_judge
-from benchmarks.soak.http import Http, SoakCase
+from benchmarks.soak.client import Http, SoakCase
 from benchmarks.soak.inputs import Input, Inputs, data_uri
 from benchmarks.soak.judge import Check, Checker, ExpectedError
 from benchmarks.soak.models import GME, QWEN3, QWEN3_TOKENS

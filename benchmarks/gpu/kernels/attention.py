@@ -14,15 +14,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import checkout
 from benchmarks.gpu.kernels.accuracy import exact, judge
 from benchmarks.gpu.kernels.ops import Maker, mixed, nbytes
 from benchmarks.gpu.run import Row, Run, attempt
-
-checkout.importable()
-
-from triton_embed.kernels import ops, reference  # noqa: E402
-from triton_embed.kernels.packed import Packed  # noqa: E402
+from triton_embed.kernels import reference
+from triton_embed.kernels.packed import Packed
 
 SDPA = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}
 MAX_DIFFERENCE = 2e-2  # relative, between two kernels in bf16
@@ -96,12 +92,12 @@ def _measure(run: Run, case: Case) -> Row:
     packed = Packed.from_lengths(case.lengths, run.device)
     buffers = [Maker(run, torch.bfloat16, seed).normal(tokens, width) for seed in range(count)]
     sets = [_split(case, buffer) for buffer in buffers]
-    verdict = _check(case, sets[0], packed)
-    times: dict[str, Any] = {"ours": run.timer.device_ms(_ours(case, sets, packed), count)}
+    verdict = _check(run, case, sets[0], packed)
+    times: dict[str, Any] = {"ours": run.timer.device_ms(_ours(run, case, sets, packed), count)}
     expected = reference.varlen_attention(*sets[0], packed, case.causal, None, case.scale)
     for name, make in _rivals(run, case, packed).items():
         times[name] = attempt({}, lambda make=make: _rival(run, case, make(sets), count, expected))  # type: ignore[misc]
-    again = run.timer.device_ms(_ours(case, sets, packed), count)["median_ms"]
+    again = run.timer.device_ms(_ours(run, case, sets, packed), count)["median_ms"]
     ours = times["ours"]["median_ms"]
     medians_ms = {name: timing["median_ms"] for name, timing in times.items() if "median_ms" in timing}
     return verdict | {
@@ -134,20 +130,20 @@ def _split(case: Case, qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.view(len(qkv), -1, case.dim).split((case.heads, case.kv_heads, case.kv_heads), dim=1)
 
 
-def _check(case: Case, qkv: tuple[Tensor, ...], packed: Packed) -> Row:
+def _check(run: Run, case: Case, qkv: tuple[Tensor, ...], packed: Packed) -> Row:
     """Check against float64 for as many head groups as fit in memory; heads are independent of each other."""
     group = case.heads // case.kv_heads
     scores = max(8 * n * n * case.lengths.count(n) for n in set(case.lengths)) * group
     groups = max(1, min(case.kv_heads, int(MAX_SCORE_BYTES / scores)))
-    outputs = ops.varlen_attention(*qkv, packed, case.causal, None, case.scale)
+    outputs = run.ops.varlen_attention(*qkv, packed, case.causal, None, case.scale)
     q, k, v = qkv[0][:, : groups * group], qkv[1][:, :groups], qkv[2][:, :groups]
     torch_outputs = reference.varlen_attention(q, k, v, packed, case.causal, None, case.scale)
     truth = exact(reference.varlen_attention, q, k, v, packed, case.causal, None, case.scale)
     return judge(outputs[:, : groups * group], truth, torch_outputs, q.dtype)
 
 
-def _ours(case: Case, sets: list[tuple[Tensor, ...]], packed: Packed) -> Callable[[int], object]:
-    return lambda i: ops.varlen_attention(*sets[i], packed, case.causal, None, case.scale)
+def _ours(run: Run, case: Case, sets: list[tuple[Tensor, ...]], packed: Packed) -> Callable[[int], object]:
+    return lambda i: run.ops.varlen_attention(*sets[i], packed, case.causal, None, case.scale)
 
 
 Make = Callable[[list[tuple[Tensor, ...]]], Callable[[int], object]]

@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import checkout
 from benchmarks.gpu.kernels.accuracy import exact, judge
 from benchmarks.gpu.run import Row, Run, attempt
-
-checkout.importable()
-
-from triton_embed.kernels import ops, reference  # noqa: E402
-from triton_embed.kernels.packed import Packed  # noqa: E402
+from triton_embed.kernels import reference
+from triton_embed.kernels.packed import Packed
 
 OTHER_DTYPES = (torch.float16, torch.float32)
 KERNELS_SHARE = 0.25  # of the remaining time, for the stage `kernels`
 Inputs = list[Any]
-Call = Callable[..., Any]  # call(kernels, *inputs), where kernels is `ops`, `reference` or an equivalent
+Call = Callable[..., Any]  # call(kernels, *inputs), where kernels is `run.ops`, `reference` or an equivalent
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,7 @@ def check(run: Run, case: Case, dtype: torch.dtype) -> Row:
     """Check one case against float64; in-place ops get copies so that each run starts from the same values."""
     with torch.inference_mode():
         inputs = case.make(Maker(run, dtype))
-        outputs = case.call(ops, *copies(inputs))
+        outputs = case.call(run.ops, *copies(inputs))
         torch_outputs = case.call(reference, *copies(inputs))
         truth = exact(case.call, reference, *inputs)
         return judge(outputs, truth, torch_outputs, dtype)
@@ -176,26 +172,28 @@ def speeds(run: Run) -> Iterator[Row]:
 class LeftToTorch:
     """The fallback of `ops.linear` when the table has no config: cuBLAS, then the activation kernel."""
 
-    @staticmethod
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-        return ops.activation(reference.linear(x, weight, bias), act)
+    def __init__(self, run: Run) -> None:
+        self._ops = run.ops
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+        return self._ops.activation(reference.linear(x, weight, bias), act)
 
 
 @torch.inference_mode()
 def _speed(run: Run, case: Case) -> Row:
     verdict = check(run, case, torch.bfloat16)
     inputs = case.make(Maker(run, torch.bfloat16))
-    outputs = case.call(ops, *copies(inputs))
+    outputs = case.call(run.ops, *copies(inputs))
     count = run.timer.sets(nbytes(inputs))
     sets = [inputs, *(case.make(Maker(run, torch.bfloat16, seed)) for seed in range(1, count))]
-    engines: dict[str, Any] = {"ours": ops, "torch": reference}
+    engines: dict[str, Any] = {"ours": run.ops, "torch": reference}
     if case.op == "linear":
-        engines["cublas, then our activation"] = LeftToTorch()
+        engines["cublas, then our activation"] = LeftToTorch(run)
     times = {
         name: run.timer.device_ms(lambda i, module=module: case.call(module, *sets[i]), count)  # type: ignore[misc]
         for name, module in engines.items()
     }
-    again = run.timer.device_ms(lambda i: case.call(ops, *sets[i]), count)
+    again = run.timer.device_ms(lambda i: case.call(run.ops, *sets[i]), count)
     ours = times["ours"]["median_ms"]
     row: Row = verdict | {"times": times, "again": again["median_ms"] / ours}
     row["ratio_to_torch"] = times["torch"]["median_ms"] / ours

@@ -16,17 +16,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import checkout
 from benchmarks.gpu.kernels import ops as gpu_ops
 from benchmarks.gpu.kernels.accuracy import exact, judge
 from benchmarks.gpu.kernels.ops import Case, Maker, mixed, nbytes
 from benchmarks.gpu.run import Row, Run, attempt
-
-checkout.importable()
-
-from triton_embed.kernels import reference  # noqa: E402
-from triton_embed.kernels.gpu import blocks  # noqa: E402
-from triton_embed.kernels.gpu.blocks import Config  # noqa: E402
+from triton_embed.kernels import reference
+from triton_embed.kernels.gpu import blocks
+from triton_embed.kernels.gpu.blocks import Config
 
 MAX_TIME_RATIO = 0.97  # new time / old time; a smaller gain is noise
 LARGEST_BLOCK = 16_384  # values held by the warps of one program
@@ -180,7 +176,7 @@ def _tune(run: Run, entry: Entry, table: blocks.Table, seconds: float) -> Row:
     for config in choices:
         if times and time.monotonic() > stop:
             break
-        kernels = gpu_ops.LeftToTorch() if config is None else Configured(config, run.device)
+        kernels = gpu_ops.LeftToTorch(run) if config is None else Configured(config, run.device)
         result = attempt({}, lambda kernels=kernels: {"ms": sum(trial.ms(kernels) for trial in trials)})  # type: ignore[misc]
         if "ms" in result:
             times[config] = result["ms"]

@@ -1,7 +1,6 @@
 """Raw HTTP client for the soak: complete, slow and partial requests, and callers that disconnect."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -9,11 +8,9 @@ from typing import Any
 
 import orjson
 
-from benchmarks.clients import KEEP_ALIVE_SECONDS
+from benchmarks.clients import CONNECTION_ERRORS, HttpConnection
 
 KEY = "soak-key"
-# Raised by a closed connection or an invalid response.
-CONNECTION_ERRORS = (EOFError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -44,27 +41,6 @@ class SoakCase:
     request: bytes = b""
 
 
-class Connection:
-    """A connection to the gateway."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-        self.last_used = time.monotonic()
-
-    async def receive(self) -> Response:
-        """Read one response."""
-        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        first, *lines = head.strip().split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        body = await self.reader.readexactly(int(headers["content-length"]))
-        self.last_used = time.monotonic()
-        return Response(int(first.split()[1]), headers, body)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.writer.close()
-
-
 class Http:
     """A client of one gateway.
 
@@ -74,7 +50,7 @@ class Http:
 
     def __init__(self, port: int, deadline: float = 330) -> None:
         self.port, self.deadline = port, deadline
-        self._idle: list[Connection] = []
+        self._idle: list[HttpConnection] = []
 
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
         """Encode a request. Underscores in header names become hyphens; headers with an empty value are omitted."""
@@ -85,14 +61,12 @@ class Http:
 
     async def send(self, request: bytes) -> Response:
         """Send a complete request over a keep-alive connection."""
-        while self._idle and time.monotonic() - self._idle[-1].last_used > KEEP_ALIVE_SECONDS:
-            self._idle.pop().close()
-        connection = self._idle.pop() if self._idle else await self._connect()
+        connection = self._idle.pop() if self._idle else HttpConnection(self.port)
         return await self._exchange(connection, [(request, 0.0)])
 
     async def send_pieces(self, pieces: Iterable[tuple[bytes, float]]) -> Response:
         """Send pieces (bytes, seconds to wait afterwards) over a new connection. The response may arrive early."""
-        return await self._exchange(await self._connect(), pieces)
+        return await self._exchange(HttpConnection(self.port), pieces)
 
     async def send_slowly(self, request: bytes, seconds: float, count: int = 6) -> Response:
         """Send a request in `count` pieces over `seconds`."""
@@ -102,26 +76,21 @@ class Http:
 
     async def disconnect(self, request: bytes, delay: float) -> None:
         """Send `request`, which may be incomplete, and close the connection after `delay` seconds."""
-        connection = await self._connect()
+        connection = HttpConnection(self.port)
+        writer = await _open(connection)
         with suppress(*CONNECTION_ERRORS):
-            connection.writer.write(request)
-            await connection.writer.drain()
+            writer.write(request)
+            await writer.drain()
             await asyncio.sleep(delay)
         connection.close()
 
-    async def _connect(self) -> Connection:
-        try:
-            return Connection(*await asyncio.open_connection("127.0.0.1", self.port))
-        except OSError as error:
-            raise ConnectionError(repr(error)) from error
-
-    async def _exchange(self, connection: Connection, pieces: Iterable[tuple[bytes, float]]) -> Response:
-        sending = asyncio.create_task(_send(connection.writer, list(pieces)))
+    async def _exchange(self, connection: HttpConnection, pieces: Iterable[tuple[bytes, float]]) -> Response:
+        sending = asyncio.create_task(_send(await _open(connection), list(pieces)))
         reusable = False
         try:
             async with asyncio.timeout(self.deadline):
-                response = await connection.receive()
-            reusable = sending.done() and response.headers.get("connection") != "close"
+                response = _parse(*await connection.receive())
+            reusable = sending.done() and connection.keep_alive
             return response
         except TimeoutError:  # a subclass of OSError
             raise
@@ -133,6 +102,19 @@ class Http:
                 self._idle.append(connection)
             else:
                 connection.close()
+
+
+async def _open(connection: HttpConnection) -> asyncio.StreamWriter:
+    try:
+        return await connection.open()
+    except OSError as error:
+        raise ConnectionError(repr(error)) from error
+
+
+def _parse(head: bytes, body: bytes) -> Response:
+    first, *lines = head.decode("latin-1").strip().split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return Response(int(first.split()[1]), headers, body)
 
 
 async def _send(writer: asyncio.StreamWriter, pieces: Sequence[tuple[bytes, float]]) -> None:
