@@ -10,9 +10,12 @@ import orjson
 import pytest
 
 from benchmarks import loadgen, plots
-from benchmarks.scheduling import __main__ as scheduling
-from benchmarks.scheduling.__main__ import BULK, MAX_P99_RATIO, Config, LoadResult
+from benchmarks.scheduling.budget import cells, configs
+from benchmarks.scheduling.fairness import BULK, MAX_P99_RATIO, bulk_texts
 from benchmarks.scheduling.plots import PLOTS
+from benchmarks.scheduling.results import LoadResult
+from benchmarks.scheduling.stack import Config
+from benchmarks.scheduling.tables import tables
 
 PNG = b"\x89PNG"
 
@@ -24,7 +27,7 @@ def reply(latencies: list[float], failures: dict[str, int] | None = None) -> dic
 
 def test_bulk_texts_are_distinct_and_keep_the_lengths() -> None:
     texts = [f"{'word ' * (i % 40)}one two three four five six seven eight nine ten {i}" for i in range(512)]
-    bulk = scheduling.bulk_texts(texts)
+    bulk = bulk_texts(texts)
     assert len(bulk) == 2 * BULK
     assert len(set(bulk)) == len(bulk)
     assert [len(text) for text in bulk] == 8 * [len(text) for text in texts]
@@ -56,8 +59,8 @@ def rows() -> list[dict[str, Any]]:
     measured = [
         {"stage": "budget", **config._asdict(), "workload": workload, "inputs": inputs, "callers": callers}
         | {"inputs_per_s": 100.0 + callers, "p50_ms": 7.0}
-        for config in scheduling.configs()
-        for workload, inputs, callers in scheduling.cells()
+        for config in configs()
+        for workload, inputs, callers in cells()
     ]
     return [
         common | {"what": "idle", "p50_ms": 2.0, "p99_ms": 3.0},
@@ -68,8 +71,8 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_tables_show_every_row_and_failures(rows: list[dict[str, Any]]) -> None:
-    lines = scheduling.tables(rows)
-    assert len(lines) == 2 + 1 + 2 + len(scheduling.configs())
+    lines = tables(rows)
+    assert len(lines) == 2 + 1 + 2 + len(configs())
     assert "p99 is 4.5 × idle p50 (at most 3); bulk 120 inputs/s; FAILED {'504': 1}" in lines[1]
     assert "+1.00 ms (0.90 to 1.10, at most 1.5); stages triton 2.50" in lines[2]
     assert lines[-1].startswith(str(Config(wait_us=2_000)))
