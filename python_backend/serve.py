@@ -27,7 +27,7 @@ from triton_embed.python_backend import wire
 from triton_embed.python_backend.checkpoint import files as checkpoint
 from triton_embed.python_backend.checkpoint.config import ServingConfig
 from triton_embed.python_backend.errors import BadInput, BadRequest
-from triton_embed.python_backend.inputs.parameters import check_dimensions, parse_parameters
+from triton_embed.python_backend.inputs.parameters import parse_parameters
 from triton_embed.python_backend.scheduling.metrics import EngineMetrics
 from triton_embed.python_backend.scheduling.sender import Sender
 from triton_embed.python_backend.spec import Spec
@@ -149,7 +149,9 @@ class EmbeddingServer:
         from triton_embed.python_backend.inputs.rows import IdRows, ItemRows
 
         request.parameters = parameters = parse_parameters(request.triton.parameters())
-        check_dimensions(parameters.get("dimensions"), self._serving.name, self._model)
+        dimensions = parameters.get("dimensions")
+        if dimensions is not None and (message := wire.dimensions_error(dimensions, self._info)):
+            raise BadRequest(message)
         if request.reports_errors and wire.ERROR not in request.outputs:
             raise BadRequest('on_error "report" needs the output ERROR to be requested')
         ids, text, image = (request.tensor(name) for name in (wire.INPUT_IDS, wire.TEXT, wire.IMAGE))

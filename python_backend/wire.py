@@ -5,9 +5,10 @@ without torch.
 """
 
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
 
 # Input tensors
 TEXT = "TEXT"
@@ -35,12 +36,16 @@ PARAMETERS: dict[str, type] = {
     "error_format": str,
     "timeout_ms": int,
 }
-# Parameters with a fixed set of values; the first is the default.
-CHOICES = {
-    "truncate": ("end", "start", "none"),
-    "long_text": ("truncate", "mean"),
-    "on_error": ("fail", "report"),
-    "error_format": ("text", "json"),  # of an InputError, as the error of the response or as a cell of ERROR
+# Values of parameters with a fixed set of them; the first is the default.
+Truncate = Literal["end", "start", "none"]
+LongText = Literal["truncate", "mean"]
+OnError = Literal["fail", "report"]
+ErrorFormat = Literal["text", "json"]  # of an InputError, as the error of the response or as a cell of ERROR
+CHOICES: dict[str, tuple[str, ...]] = {
+    "truncate": get_args(Truncate),
+    "long_text": get_args(LongText),
+    "on_error": get_args(OnError),
+    "error_format": get_args(ErrorFormat),
 }
 PROMPT_KEYS = ("instruction", "prompt_name")  # keys of an entry of prompts, which may have one of them
 
@@ -84,7 +89,7 @@ class InputError:
             return f"Input at index {self.index}{self.message.removeprefix('Input')}"
         return f"{self.message} (input at index {self.index})"
 
-    def write(self, error_format: str) -> str:
+    def write(self, error_format: ErrorFormat) -> str:
         """Return the error in the form of the parameter `error_format`."""
         return self.to_json() if error_format == "json" else self.text
 
@@ -134,3 +139,55 @@ class ModelInfo:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+
+# Rules that both sides check. Each returns a message, or None if the rule is kept.
+
+
+def dimensions_error(dimensions: int, model: ModelInfo) -> str | None:
+    """Check dimensions against those the model was trained for, by SGLang's rules and in its words."""
+    if dimensions == model.dimensions:
+        return None
+    if dimensions < 1:
+        return "Requested dimensions must be greater than 0"
+    if dimensions > model.dimensions:
+        return f"Provided dimensions are greater than max embedding dimension: {model.dimensions}"
+    if not model.matryoshka:
+        return (
+            f"Model '{model.name}' does not support matryoshka representation, "
+            "changing output dimensions will lead to poor results."
+        )
+    if isinstance(model.matryoshka, tuple) and dimensions not in model.matryoshka:
+        return (
+            f"Model '{model.name}' only supports {list(model.matryoshka)} matryoshka dimensions, "
+            "using other output dimensions will lead to poor results."
+        )
+    return None
+
+
+def vocabulary_error(ids: Iterable[int], lowest: int, highest: int, vocab_size: int) -> str | None:
+    """Check the token ids of an input, of which the caller knows the extremes: an array finds them fastest itself."""
+    if lowest >= 0 and highest < vocab_size:
+        return None
+    outside = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+    return f"Input has token id {outside}, which is outside the model's vocabulary (0 to {vocab_size - 1})"
+
+
+def length_error(tokens: int, max_tokens: int) -> str | None:
+    """Check the length of an input that must not be truncated."""
+    if tokens <= max_tokens:
+        return None
+    return f"The input ({tokens} tokens) is longer than the model's context length ({max_tokens} tokens)."
+
+
+def modality_error(model: str, modalities: Collection[str], has_text: bool, image_count: int) -> str | None:
+    """Check what an input is made of against the modalities of ModelInfo."""
+    if image_count and "image" not in modalities:
+        return f"Model '{model}' takes no images"
+    if "text+image" in modalities:
+        return None
+    if image_count and has_text:
+        return f"Model '{model}' embeds a text or an image, not both together"
+    if image_count > 1:
+        return f"Model '{model}' embeds one image at a time"
+    return None

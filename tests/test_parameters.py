@@ -1,9 +1,7 @@
 """Tests of request validation, with the exact message of each error."""
 
-import dataclasses
 import json
 import string
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,21 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import MINILM, serving
-from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.errors import BadRequest
 from triton_embed.python_backend.inputs.parameters import (
     Item,
-    check_dimensions,
     count_rows,
     parse_parameters,
     parse_prompts,
     read_item,
     unpad_ids,
 )
-from triton_embed.python_backend.spec import EncoderSpec
 
-MODEL = ModelConfig.from_checkpoint(Path(MINILM), serving(), EncoderSpec())  # 384 dimensions
 PARAMETER_VALUES = {
     "dimensions": st.integers(),
     "instruction": st.text(),
@@ -91,51 +84,6 @@ def test_unknown_parameter_is_refused_by_name(key: str, value: object) -> None:
 def test_parameter_of_the_wrong_type_or_value_is_refused(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest) as raised:
         parse_parameters(json.dumps(parameters))
-    assert str(raised.value) == message
-
-
-UNTRAINED = (
-    "Model 'm' does not support matryoshka representation, changing output dimensions will lead to poor results."
-)
-LISTED = (
-    "Model 'm' only supports [64, 128] matryoshka dimensions, using other output dimensions will lead to poor results."
-)
-TOO_MANY = "Provided dimensions are greater than max embedding dimension: 384"
-TOO_FEW = "Requested dimensions must be greater than 0"
-
-
-@pytest.mark.parametrize(
-    ("trained", "dimensions", "message"),
-    [
-        (None, None, None),
-        (None, 384, None),
-        (None, 383, UNTRAINED),
-        (None, 1, UNTRAINED),
-        (None, 385, TOO_MANY),
-        (None, 0, TOO_FEW),
-        ((64, 128), 64, None),
-        ((64, 128), 128, None),
-        ((64, 128), 384, None),
-        ((64, 128), 65, LISTED),
-        ((64, 128), 385, TOO_MANY),
-        ((64, 128), -1, TOO_FEW),
-        (True, 1, None),
-        (True, 383, None),
-        (True, 385, TOO_MANY),
-        (True, 0, TOO_FEW),
-        (True, -(2**63), TOO_FEW),
-        (True, 2**63, TOO_MANY),
-    ],
-)
-def test_dimensions_are_checked_against_the_model(
-    trained: bool | tuple[int, ...] | None, dimensions: int | None, message: str | None
-) -> None:
-    model = dataclasses.replace(MODEL, matryoshka=trained)
-    if message is None:
-        assert check_dimensions(dimensions, "m", model) is None  # type: ignore[func-returns-value]
-        return
-    with pytest.raises(BadRequest) as raised:
-        check_dimensions(dimensions, "m", model)
     assert str(raised.value) == message
 
 

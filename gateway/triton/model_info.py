@@ -8,8 +8,12 @@ from pydantic import TypeAdapter
 from triton_embed.gateway.api.inputs import NO_PROMPT, Prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest
 from triton_embed.gateway.errors import invalid
-from triton_embed.python_backend.wire import ModelInfo
+from triton_embed.python_backend import wire
+from triton_embed.python_backend.wire import InputError, ModelInfo
 
+FOREIGN_IDS = (
+    "Ids must come from the model's own tokenizer; LangChain's OpenAIEmbeddings needs check_embedding_ctx_length=False."
+)
 _INFO = TypeAdapter(ModelInfo)
 
 
@@ -29,7 +33,8 @@ def fit(request: EmbeddingRequest, model: ModelInfo) -> EmbeddingRequest:
         ApiError: 400 if the model cannot serve it, with the message the model itself would send.
     """
     for size in request.vector_format.sizes:
-        _check_dimensions(size, model)
+        if message := wire.dimensions_error(size, model):
+            raise invalid(message, "dimensions")
     if request.prompt or request.prompts:
         request = _resolve_prompts(request, model)
     if request.ids:
@@ -79,54 +84,18 @@ def _prompt(prompt: Prompt, model: ModelInfo, where: str = "") -> Prompt:
     return Prompt(prompt_name=own) if own else no_prompt
 
 
-def _check_dimensions(dimensions: int, model: ModelInfo) -> None:
-    """Refuse dimensions the model was not trained for, by SGLang's rules and in its words."""
-    if dimensions == model.dimensions:
-        return
-    if dimensions < 1:
-        raise invalid("Requested dimensions must be greater than 0", "dimensions")
-    if dimensions > model.dimensions:
-        message = f"Provided dimensions are greater than max embedding dimension: {model.dimensions}"
-        raise invalid(message, "dimensions")
-    if not model.matryoshka:
-        message = f"Model '{model.name}' does not support matryoshka representation, changing output dimensions "
-        raise invalid(message + "will lead to poor results.", "dimensions")
-    if isinstance(model.matryoshka, tuple) and dimensions not in model.matryoshka:
-        message = f"Model '{model.name}' only supports {list(model.matryoshka)} matryoshka dimensions, using other "
-        raise invalid(message + "output dimensions will lead to poor results.", "dimensions")
-
-
 def _check_ids(request: EmbeddingRequest, model: ModelInfo) -> None:
     truncates = request.truncate != "none" or request.long_text == "mean"
     for i, row in enumerate(request.ids):
         if not row:  # invalid already
             continue
-        if min(row) < 0 or max(row) >= model.vocab_size:
-            other = next(id_ for id_ in row if not 0 <= id_ < model.vocab_size)
-            message = (
-                f"Input at index {i} has token id {other}, which is outside the model's vocabulary "
-                f"(0 to {model.vocab_size - 1}). Ids must come from the model's own tokenizer; "
-                "LangChain's OpenAIEmbeddings needs check_embedding_ctx_length=False."
-            )
-            request.refuse(i, message)
-        elif len(row) > model.max_model_len and not truncates:
-            message = (
-                f"The input ({len(row)} tokens) is longer than the model's context length "
-                f"({model.max_model_len} tokens). (input at index {i})"
-            )
-            request.refuse(i, message)
+        if message := wire.vocabulary_error(row, min(row), max(row), model.vocab_size):
+            request.refuse(i, f"{InputError(i, 'invalid_token_id', message).text}. {FOREIGN_IDS}")
+        elif not truncates and (message := wire.length_error(len(row), model.max_model_len)):
+            request.refuse(i, InputError(i, "too_long", message).text)
 
 
 def _check_images(request: EmbeddingRequest, model: ModelInfo) -> None:
-    if "text+image" in model.modalities:
-        return
     for i, (text, images) in enumerate(zip(request.texts, request.images, strict=True)):
-        reason = ""
-        if images and "image" not in model.modalities:
-            reason = "takes no images"
-        elif images and text:
-            reason = "embeds a text or an image, not both together"
-        elif len(images) > 1:
-            reason = "embeds one image at a time"
-        if reason:
-            request.refuse(i, f"Model '{model.name}' {reason} (input at index {i})")
+        if message := wire.modality_error(model.name, model.modalities, bool(text), len(images)):
+            request.refuse(i, InputError(i, "unsupported_input", message).text)

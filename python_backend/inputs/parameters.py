@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_embed.python_backend import wire
-from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.errors import BadInput, BadRequest
 
 
@@ -44,26 +43,6 @@ def parse_parameters(text: str) -> dict[str, Any]:
     if "prompts" in parameters and not parameters.keys().isdisjoint(wire.PROMPT_KEYS):
         raise BadRequest("Send either prompts or one instruction or prompt_name for all rows")
     return parameters
-
-
-def check_dimensions(dimensions: int | None, name: str, model: ModelConfig) -> None:
-    """Refuse dimensions the model was not trained for, by SGLang's rules and in its words."""
-    if dimensions is None or dimensions == model.dimensions:
-        return
-    if dimensions < 1:
-        raise BadRequest("Requested dimensions must be greater than 0")
-    if dimensions > model.dimensions:
-        raise BadRequest(f"Provided dimensions are greater than max embedding dimension: {model.dimensions}")
-    if model.matryoshka is None:
-        raise BadRequest(
-            f"Model '{name}' does not support matryoshka representation, "
-            "changing output dimensions will lead to poor results."
-        )
-    if model.matryoshka is not True and dimensions not in model.matryoshka:
-        raise BadRequest(
-            f"Model '{name}' only supports {list(model.matryoshka)} matryoshka dimensions, "
-            "using other output dimensions will lead to poor results."
-        )
 
 
 def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from triton_embed.python_backend.inputs.images import ClipImageProcessor, Qwen2V
 from triton_embed.python_backend.inputs.parameters import Item
 from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
 from triton_embed.python_backend.inputs.tokenizer import Tokenizer
+from triton_embed.python_backend.wire import modality_error
 
 MAX_CACHED_PREFIXES = 256  # instructions whose ids are cached
 MAX_CACHED_PREFIX_CHARACTERS = 4_096  # instructions come from requests, so the cache must bound their length
@@ -102,9 +103,9 @@ class TextProcessor:
         Raises:
             BadInput: The item is empty or has a modality that the model does not support.
         """
-        if item.images:
-            raise BadInput(index, "unsupported_input", f"Model '{self._name}' takes no images")
-        if not item.text:
+        if message := modality_error(self._name, self.modalities, bool(item.text), len(item.images)):
+            raise BadInput(index, "unsupported_input", message)
+        if not item.text and not item.images:
             raise BadInput(index, "empty", "Input cannot be empty or whitespace only")
 
     def has_ids(self, item: Item) -> bool:
@@ -115,9 +116,9 @@ class TextProcessor:
         """Decode an image file to pixels of the size that the vision tower needs.
 
         Raises:
-            BadInput: The image cannot be read, or the model accepts no images.
+            BadInput: The image cannot be read.
         """
-        raise BadInput(index, "unsupported_input", f"Model '{self._name}' takes no images")
+        raise NotImplementedError(f"{type(self).__name__} takes no images")  # `check` refuses them
 
     def build_row(self, ids: Ids, images: tuple[Pixels, ...], template: Template, truncate: str, index: int) -> Row:
         """Build the row of an item.
@@ -199,15 +200,6 @@ class ClipProcessor(TextProcessor):
                 f"config.json says image_size {size}"
             )
 
-    def check(self, item: Item, index: int) -> None:
-        if item.text and item.images:
-            message = f"Model '{self._name}' embeds a text or an image, not both together"
-            raise BadInput(index, "unsupported_input", message)
-        if len(item.images) > 1:
-            raise BadInput(index, "unsupported_input", f"Model '{self._name}' embeds one image at a time")
-        if not item.text and not item.images:
-            raise BadInput(index, "empty", "Input cannot be empty or whitespace only")
-
     def has_ids(self, item: Item) -> bool:
         return bool(item.text)
 
@@ -271,10 +263,6 @@ class ChatProcessor(TextProcessor):
         self._tail_tokens = self.tokenizer.count_tokens(self._tail)
         turn_start = self._head.rindex("<|im_start|>")
         self._turn_header_tokens = self.tokenizer.count_tokens(self._head[turn_start:])
-
-    def check(self, item: Item, index: int) -> None:
-        if not item.text and not item.images:
-            raise BadInput(index, "empty", "Input cannot be empty or whitespace only")
 
     def decode_image(self, data: bytes, index: int) -> Pixels:
         return self._image_processor.read(data, index)

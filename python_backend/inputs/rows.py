@@ -17,7 +17,7 @@ from triton_embed.python_backend.inputs.chunking import Chunk, combine, first_ch
 from triton_embed.python_backend.inputs.parameters import Item, count_rows, parse_prompts, read_item, unpad_ids
 from triton_embed.python_backend.inputs.processors import Template, TextProcessor
 from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
-from triton_embed.python_backend.wire import InputError
+from triton_embed.python_backend.wire import ErrorFormat, InputError
 
 MAX_PADDED_IDS = 2**24  # numbers in the output IDS, padding included: 64 MiB
 
@@ -33,7 +33,7 @@ class RequestRows:
         self._truncate: str = parameters.get("truncate", "end")
         self._mean = parameters.get("long_text") == "mean"
         self._report = parameters.get("on_error") == "report"
-        self._error_format: str = parameters.get("error_format", "text")
+        self._error_format: ErrorFormat = parameters.get("error_format", "text")
         self._count = count
         self._ids: list[Ids] = [NO_IDS] * count  # as received or encoded, not truncated
         self._weights: list[int] = []  # of each chunk

@@ -10,6 +10,7 @@ from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
 from triton_embed.python_backend.errors import BadInput, ConfigError
 from triton_embed.python_backend.inputs.row import Ids, Row
+from triton_embed.python_backend.wire import length_error, vocabulary_error
 
 
 class Tokenizer:
@@ -142,14 +143,8 @@ class Tokenizer:
         """
         if not len(ids):
             raise BadInput(index, "empty", "Input cannot be empty")
-        outside = ids[(ids < 0) | (ids >= self._model.vocab_size)]
-        if len(outside):
-            raise BadInput(
-                index,
-                "invalid_token_id",
-                f"Input has token id {outside[0]}, which is outside the model's vocabulary "
-                f"(0 to {self._model.vocab_size - 1})",
-            )
+        if message := vocabulary_error(ids, ids.min(), ids.max(), self._model.vocab_size):
+            raise BadInput(index, "invalid_token_id", message)
         return ids
 
     def truncate(self, ids: Ids, truncate: str, index: int, head: int, tail: int) -> Row:
@@ -163,15 +158,12 @@ class Tokenizer:
             BadInput: `truncate` is "none", or the ids to keep exceed the maximum length.
         """
         limit = self.max_tokens
-        dropped = len(ids) - limit
-        if dropped <= 0:
+        message = length_error(len(ids), limit)
+        if message is None:
             return Row(ids)
         if truncate == "none":
-            raise BadInput(
-                index,
-                "too_long",
-                f"The input ({len(ids)} tokens) is longer than the model's context length ({limit} tokens).",
-            )
+            raise BadInput(index, "too_long", message)
+        dropped = len(ids) - limit
         if head + tail > limit:
             raise BadInput(
                 index,
