@@ -20,7 +20,7 @@ import uvloop
 
 from benchmarks import report, workloads
 from benchmarks.clients import Http
-from benchmarks.processes import Stack, exit_on_signal, role, serve_minilm, stop, tree
+from benchmarks.processes import Stack, exit_on_signal, role, serving_minilm, stop, tree
 
 CONCURRENCY = 8
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
@@ -138,7 +138,7 @@ def main() -> None:
     result = report.header()
     texts = workloads.texts(256)["short"]
     before = shared_memory()
-    with tempfile.TemporaryDirectory() as folder, serve_minilm(Path(folder)) as stack:
+    with tempfile.TemporaryDirectory() as folder, serving_minilm(Path(folder)) as stack:
         print(f"ready after {stack.start_seconds:.1f} s", flush=True)
         benchmark = FaultBenchmark(stack, texts, options.patience)
         outcomes = uvloop.run(benchmark.run())

@@ -8,8 +8,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,26 +136,40 @@ class Stack:
     process: subprocess.Popen[str]
     port: int
     grpc_port: int
+    triton_http_port: int
     start_seconds: float
+    log: Path
 
 
 @contextmanager
-def serve_minilm(logs: Path) -> Iterator[Stack]:
-    """Run `triton-embed serve` with one model on free loopback ports; it is ready when the block begins."""
-    http, grpc = free_port(), free_port()
+def serving(
+    *flags: str,
+    logs: Path,
+    name: str = "triton-embed",
+    ready: str = "/ready",
+    environment: Mapping[str, str] | None = None,
+    seconds: float = 180,
+) -> Iterator[Stack]:
+    """Run `triton-embed serve flags` on free loopback ports; it is ready when the block begins.
+
+    Args:
+        name: Name of the log.
+        ready: Path that answers once the stack is ready.
+        environment: Variables added to the environment.
+        seconds: Timeout of the start.
+    """
+    http, grpc, triton_http, metrics = (free_port() for _ in range(4))
     command = [
-        *(
-            str(Path(sys.executable).with_name("triton-embed")),
-            "serve",
-            "--model",
-            MODEL,
-            "--port",
-            str(http),
-        ),
-        *("--triton-grpc-port", str(grpc), "--triton-http-port", str(free_port())),
-        *("--triton-metrics-port", str(free_port())),
+        *(str(Path(sys.executable).with_name("triton-embed")), "serve", *flags, "--port", str(http)),
+        *("--triton-grpc-port", str(grpc), "--triton-http-port", str(triton_http)),
+        *("--triton-metrics-port", str(metrics)),
     ]
-    log = logs / "triton-embed.log"
-    with running(command, log) as process:
-        seconds = wait_until_ready(f"http://127.0.0.1:{http}/ready", process, log)
-        yield Stack(process, http, grpc, seconds)
+    log = logs / f"{name}.log"
+    with running(command, log, env=os.environ | (environment or {})) as process:
+        start_seconds = wait_until_ready(f"http://127.0.0.1:{http}{ready}", process, log, seconds)
+        yield Stack(process, http, grpc, triton_http, start_seconds, log)
+
+
+def serving_minilm(logs: Path) -> AbstractContextManager[Stack]:
+    """Run `triton-embed serve` with MiniLM."""
+    return serving("--model", MODEL, logs=logs)

@@ -19,8 +19,7 @@ from transformers import AutoModel, BertConfig, BertModel, Qwen3Config
 from benchmarks import workloads
 from benchmarks.ceiling import gemm
 from benchmarks.cpu import __main__ as cpu
-from benchmarks.cpu import accuracy, calls, contenders, plots, targets
-from benchmarks.cpu import tables as report
+from benchmarks.cpu import accuracy, calls, contenders, plots, tables, targets
 from benchmarks.cpu.tables import BASELINE, MACHINE, Cell, Contender, Row
 from benchmarks.rivals import padded
 from benchmarks.worker import Vectors
@@ -136,14 +135,14 @@ def results(*speeds: float, p50: float = 5.0, **fields: Any) -> list[dict[str, A
     return [{"sentences_per_s": speed, "p50_ms": p50, "p99_ms": 2 * p50, **fields} for speed in speeds]
 
 
-def rounds() -> report.Rounds:
+def rounds() -> tables.Rounds:
     """Return three rounds; in the second, the machine was half as fast."""
     http = Cell("mixed", 32, 8)
     return {
         (MACHINE, Cell("bf16", 1024, 1)): [{"gflop_per_s": rate} for rate in (400.0, 200.0, 400.0)],
-        (ST, report.throughput_cell(ST, "mixed")): results(50, 25, 50),
+        (ST, tables.throughput_cell(ST, "mixed")): results(50, 25, 50),
         (ST, Cell("short", 1, 1)): results(100, 100, 100, p50=10),
-        (BF16, report.throughput_cell(BF16, "mixed")): results(200, 110, 190, way="as it comes"),
+        (BF16, tables.throughput_cell(BF16, "mixed")): results(200, 110, 190, way="as it comes"),
         (BF16, Cell("short", 1, 1)): results(500, 500, 500, p50=2),
         (HTTP, http): results(180, 90, 160, failures={"503": 1}),
         (HTTP, Cell("short", 1, 1)): results(300, 300, 300, p50=3.5),
@@ -151,16 +150,16 @@ def rounds() -> report.Rounds:
 
 
 def test_ratios_compare_values_of_the_same_round() -> None:
-    rows = report.make_rows(rounds())
-    row = report.find_row(rows, BF16, "sentences_per_s", report.throughput_cell(BF16, "mixed"))
+    rows = tables.make_rows(rounds())
+    row = tables.find_row(rows, BF16, "sentences_per_s", tables.throughput_cell(BF16, "mixed"))
     assert row
     assert (row["median"], row["min"], row["max"], row["rounds"]) == (190, 110, 200, [200, 110, 190])
     assert (row["ratio_to_st_fp32"], row["ratio_min"], row["ratio_max"]) == (4, 3.8, 4.4)
     assert row["way"] == "as it comes"
-    single = report.find_row(rows, BF16, "p50_ms", Cell("short", 1, 1))
+    single = tables.find_row(rows, BF16, "p50_ms", Cell("short", 1, 1))
     assert single
     assert single["ratio_to_st_fp32"] == pytest.approx(0.2)
-    large_call = report.find_row(rows, BF16, "p50_ms", report.throughput_cell(BF16, "mixed"))
+    large_call = tables.find_row(rows, BF16, "p50_ms", tables.throughput_cell(BF16, "mixed"))
     assert large_call
     assert large_call["ratio_to_st_fp32"] is None  # latency ratios are only for single texts
 
@@ -169,7 +168,7 @@ def test_rounds_without_a_response_are_excluded() -> None:
     no_response = results(0, p50=float("nan"))
     measured = {(ST, Cell("short", 1, 1)): results(1, 1, 1, p50=8), (HTTP, Cell("short", 1, 1)): results(1, p50=4)}
     measured[HTTP, Cell("short", 1, 1)] += no_response + results(1, p50=2)
-    row = report.find_row(report.make_rows(measured), HTTP, "p50_ms")
+    row = tables.find_row(tables.make_rows(measured), HTTP, "p50_ms")
     assert row
     assert (row["median"], row["rounds"], row["ratio_to_st_fp32"]) == (3, [4, None, 2], 0.375)
     json.dumps(row, allow_nan=False)
@@ -192,9 +191,9 @@ def test_target_is_compared_with_the_median(values: list[float], upper: bool, pr
 
 
 def test_every_target_has_a_line() -> None:
-    rows = report.make_rows(rounds())
-    rows.append(report.make_row(HTTP, "peak_rss_mb_total", [500.0], when="before"))
-    rows.append(report.make_row(HTTP, "peak_rss_mb_total", [901.0], when="after"))
+    rows = tables.make_rows(rounds())
+    rows.append(tables.make_row(HTTP, "peak_rss_mb_total", [500.0], when="before"))
+    rows.append(tables.make_row(HTTP, "peak_rss_mb_total", [901.0], when="after"))
     lines = targets.expectations(rows, {"features": ["avx512_bf16"]})
     by_name = {line.partition(": ")[2].partition(":")[0]: line for line in lines}
     assert len(lines) == 19
@@ -262,7 +261,7 @@ def test_contenders_are_measured_only_in_supported_cells() -> None:
     served = cpu.FULL.cells(HTTP)
     assert Cell("short", 1, 32) in served
     assert all(cell.workload != "full" for cell in served)
-    assert report.throughput_cell(ST, "full") in cpu.FULL.cells(ST)
+    assert tables.throughput_cell(ST, "full") in cpu.FULL.cells(ST)
     assert {cell.workload for cell in cpu.FULL.cells(MACHINE)} == set(gemm.DTYPES)
 
 
@@ -290,7 +289,7 @@ def test_command_writes_the_result_file_and_plots(tmp_path: Path) -> None:
     contenders_measured = {Contender(row["engine"], row["where"]) for row in result["rows"]}
     assert contenders_measured == {MACHINE, ST, Contender("ours-fp32", "bare")}
     rows: list[Row] = result["rows"]
-    lowest = report.find_row(rows, Contender("ours-fp32", "bare"), "cosine_least")
+    lowest = tables.find_row(rows, Contender("ours-fp32", "bare"), "cosine_least")
     assert lowest
     assert lowest["median"] > 0.999999
     assert "met: ours fp32, least cosine" in process.stdout

@@ -16,9 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import tables as gpu_report
+from benchmarks.gpu import tables
 from benchmarks.gpu.kernels import accuracy as gpu_accuracy
-from benchmarks.gpu.kernels import ops as gpu_ops
+from benchmarks.gpu.kernels import cases as gpu_cases
 from benchmarks.gpu.kernels import tune as gpu_tune
 from benchmarks.gpu.models.model import MODELS, Model
 from benchmarks.gpu.run import Row, Run, attempt
@@ -26,6 +26,7 @@ from benchmarks.gpu.timing import Timer
 from benchmarks.gpu_server import __main__ as gpu_server
 from benchmarks.gpu_server import wheels as gpu_wheels
 from conftest import ROOT, serving
+from triton_embed.kernels import reference
 from triton_embed.kernels.gpu import blocks
 from triton_embed.kernels.gpu.blocks import Config, Table
 from triton_embed.python_backend.execution.embedder import Embedder
@@ -61,7 +62,7 @@ def test_dry_run_completes_every_stage_without_failures(dry_run: tuple[dict[str,
     results, printed, out = dry_run
     assert tuple(results["stages"]) == STAGES
     assert all(stage["rows"] for stage in results["stages"].values())
-    assert gpu_report.failures(results) == []
+    assert tables.failures(results) == []
     assert results["seconds"] < 120  # about 20 on an idle machine
     assert {"machine", "gpu", "versions", "command", "commit", "ceilings"} <= results.keys()
     assert results["versions"]["torch"] == torch.__version__
@@ -75,7 +76,7 @@ def test_dry_run_completes_every_stage_without_failures(dry_run: tuple[dict[str,
 def test_dry_run_measures_every_op_and_every_model(dry_run: tuple[dict[str, Any], str, Path]) -> None:
     stages = dry_run[0]["stages"]
     judged = {(row["op"], row["dtype"]) for row in stages["kernels"]["rows"] if row["right"]}
-    ops = {*gpu_report.FUSED, "varlen_attention", "pooled_attention", "linear"}
+    ops = {*tables.FUSED, "varlen_attention", "pooled_attention", "linear"}
     assert judged == {(op, dtype) for op in ops for dtype in ("bfloat16", "float16", "float32")}
     assert {row["op"] for row in stages["ops"]["rows"]} == ops - {"varlen_attention"}
     result = {(row["model"], row.get("engine")) for row in stages["models"]["rows"] if "rate" in row}
@@ -87,9 +88,9 @@ def test_dry_run_measures_every_op_and_every_model(dry_run: tuple[dict[str, Any]
 
 def test_table_lists_every_target(dry_run: tuple[dict[str, Any], str, Path]) -> None:
     results, printed, _ = dry_run
-    for target in gpu_report.targets():
+    for target in tables.targets():
         assert f"| {target.name} |" in printed
-    assert gpu_report.table(results) in printed
+    assert tables.table(results) in printed
 
 
 def test_failing_stage_or_row_does_not_stop_the_others(run: Run) -> None:
@@ -109,7 +110,7 @@ def test_failing_stage_or_row_does_not_stop_the_others(run: Run) -> None:
         {"what": "second", "error": "IndexError: list index out of range"},
         {"what": "third", "value": 3},
     ]
-    assert len(gpu_report.failures(run.results)) == 2
+    assert len(tables.failures(run.results)) == 2
 
 
 def test_row_is_on_disk_before_next_row_is_computed(run: Run) -> None:
@@ -157,7 +158,7 @@ def test_tuning_writes_a_readable_table(run: Run) -> None:
     before = {path: path.read_bytes() for path in blocks.DIRECTORY.glob("*.json")}
     gpu.perform(run, ["tune"])
     stage = run.results["stages"]["tune"]
-    assert gpu_report.failures(run.results) == []
+    assert tables.failures(run.results) == []
     entries = json.loads((run.out / "sm80.json").read_text())
     tuned_table = Table("sm80", entries)
     changed = [row for row in stage["rows"] if row["changed"]]
@@ -187,7 +188,7 @@ def test_tuning_selects_the_fastest_correct_config(run: Run, monkeypatch: pytest
             return torch.nn.functional.silu(gate) * (gate if self._config == wrong else up)
 
     monkeypatch.setattr(gpu_tune, "Configured", Kernels)
-    entry = gpu_tune.Entry("elementwise", {}, [gpu_ops.gated("", 32, 16)], [quick, wrong, broken])
+    entry = gpu_tune.Entry("elementwise", {}, [gpu_cases.gated("", 32, 16)], [quick, wrong, broken])
     table = Table("sm80", {"elementwise": [{"config": {"block_m": 1}}]})
     row = gpu_tune._tune(run, entry, table, 60)
     assert row["new"] == gpu_tune.config_fields(quick)
@@ -247,7 +248,7 @@ def test_exact_reference_uses_float64_throughout() -> None:
     """Check that the reference computes its statistics in float64, although plain torch uses fp32."""
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     weight = torch.full((64,), 1.01).to(torch.bfloat16)
-    y, _ = gpu_accuracy.exact(gpu_ops.reference.add_rms_norm, x, None, weight, 1e-6)
+    y, _ = gpu_accuracy.exact(reference.add_rms_norm, x, None, weight, 1e-6)
     expected = torch.nn.functional.rms_norm(x.double(), (64,), weight.double(), 1e-6)
     assert y.dtype == torch.float64
     torch.testing.assert_close(y, expected, rtol=1e-14, atol=0)
@@ -313,7 +314,7 @@ def attention_row(ratio: float, correct: bool = True, longest: int = 512) -> Row
     ],
 )
 def test_verdict_uses_worst_case_and_ignores_wrong_kernels(rows: list[Row], verdict: str) -> None:
-    result = gpu_report.table({"stages": {"attention": {"rows": rows}}}).splitlines()[2]
+    result = tables.table({"stages": {"attention": {"rows": rows}}}).splitlines()[2]
     assert result.startswith("| attention d64")
     assert result.endswith(f"| {verdict} |")
 
@@ -321,7 +322,7 @@ def test_verdict_uses_worst_case_and_ignores_wrong_kernels(rows: list[Row], verd
 @pytest.mark.parametrize(("ms", "verdict"), [(0.5, "goal"), (0.8, "met"), (1.0, "NOT MET")])
 def test_lower_latency_is_better(ms: float, verdict: str) -> None:
     row = {"model": "bge-large", "metric": "one query", "engine": "ours", "median_ms": ms}
-    lines = gpu_report.table({"stages": {"models": {"rows": [row]}}}).splitlines()
+    lines = tables.table({"stages": {"models": {"rows": [row]}}}).splitlines()
     (result,) = (line for line in lines if line.startswith("| bge-large: one query"))
     assert result.endswith(f"| {verdict} |")
 
@@ -346,7 +347,7 @@ def test_flop_count_matches_torch(model: Model) -> None:
 
 
 def test_mixed_lengths_fill_the_batch_and_are_mostly_short() -> None:
-    lengths = gpu_ops.mixed(16_384)
+    lengths = gpu_cases.mixed(16_384)
     assert sum(lengths) == 16_384
     assert min(lengths) >= 1
     assert max(lengths) > 400

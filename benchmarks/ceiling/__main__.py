@@ -17,8 +17,9 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.ceiling.gemm import NETWORKS
-from benchmarks.families.__main__ import CELLS, FULL, QUICK, Plan, checkpoint, task
 from benchmarks.families.tables import Engine
+from benchmarks.families.tasks import checkpoint, task
+from benchmarks.families.work import CELLS, FULL, QUICK, Plan
 from benchmarks.processes import exit_on_signal
 from benchmarks.worker import worker
 

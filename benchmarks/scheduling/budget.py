@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scheduling.results import LoadResult, OtherCpu, log_progress
-from benchmarks.scheduling.stack import Config, Plan, Row, serving
+from benchmarks.scheduling.stack import Config, Plan, Row, serving_config
 from benchmarks.worker import Worker
 
 BUDGETS = (256, 512, 1_024, 2_048, 4_096)  # tokens per forward pass
@@ -26,7 +26,7 @@ def measure_budget(load: Worker, plan: Plan, folder: Path, begin: float) -> list
     for turn in range(plan.rounds):
         order = configs()
         for config in order[turn % len(order) :] + order[: turn % len(order)]:
-            with serving(config, folder) as stack:
+            with serving_config(config, folder) as stack:
                 target = {"protocol": "http", "port": stack.port}
                 load.call(**target, workload="mixed", inputs=32, callers=4, count=8)  # warm-up
                 cpu_meter = OtherCpu()

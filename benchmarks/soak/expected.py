@@ -1,6 +1,6 @@
 """Expected vectors of the soak: fp32, one row at a time, from sentence-transformers (minilm) and transformers (others).
 
-`python -m benchmarks.soak.expected FOLDER` is a worker; FOLDER holds the checkpoints that `soak_models` wrote. A worker
+`python -m benchmarks.soak.expected FOLDER` is a worker; FOLDER holds the checkpoints that `models` wrote. A worker
 request holds a model and items: text, instruction, image files, and how to fit a long text into the context length.
 """
 

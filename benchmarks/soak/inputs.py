@@ -1,4 +1,4 @@
-"""Inputs of the soak, each with its expected vector, computed in advance by `soak_expected`."""
+"""Inputs of the soak, each with its expected vector, computed in advance by `expected`."""
 
 import base64
 import io

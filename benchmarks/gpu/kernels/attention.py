@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.kernels.accuracy import exact, judge
-from benchmarks.gpu.kernels.ops import Maker, mixed, nbytes
+from benchmarks.gpu.kernels.cases import Maker, mixed, nbytes
 from benchmarks.gpu.run import Row, Run, attempt
 from triton_embed.kernels import reference
 from triton_embed.kernels.packed import Packed

@@ -16,9 +16,24 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.kernels import ops as gpu_ops
 from benchmarks.gpu.kernels.accuracy import exact, judge
-from benchmarks.gpu.kernels.ops import Case, Maker, mixed, nbytes
+from benchmarks.gpu.kernels.cases import (
+    Case,
+    Maker,
+    activation_case,
+    attention_case,
+    copies,
+    gated,
+    linear_case,
+    mixed,
+    nbytes,
+    norms,
+    pool,
+    pooled,
+    rms,
+    rope,
+)
+from benchmarks.gpu.kernels.ops import LeftToTorch
 from benchmarks.gpu.run import Row, Run, attempt
 from triton_embed.kernels import reference
 from triton_embed.kernels.gpu import blocks
@@ -98,23 +113,21 @@ def entries(run: Run) -> list[Entry]:
         (
             "elementwise",
             {},
-            [gpu_ops.gated("", tokens, 3_072 // scale), gpu_ops.activation_case("gelu_erf", tokens, 64)],
+            [gated("", tokens, 3_072 // scale), activation_case("gelu_erf", tokens, 64)],
         ),
-        ("rotary", {"half": 32}, [gpu_ops.rope("", 16, 8, 64, True, tokens)]),
-        ("rotary", {"half": 40}, [gpu_ops.rope("", 16, 16, 80, False, tokens)]),
-        ("rotary", {"half": 64}, [gpu_ops.rope("", 16, 8, 128, True, tokens)]),
+        ("rotary", {"half": 32}, [rope("", 16, 8, 64, True, tokens)]),
+        ("rotary", {"half": 40}, [rope("", 16, 16, 80, False, tokens)]),
+        ("rotary", {"half": 64}, [rope("", 16, 8, 128, True, tokens)]),
     ):
         configs = _elementwise() if kernel == "elementwise" else _rows(2 * sizes["half"], (1, 2, 4, 8))
         entries.append(Entry(kernel, sizes, cases, configs))
     for width in WIDTHS[:2] if run.dry else WIDTHS:
-        cases = [gpu_ops.rms("", tokens, width), gpu_ops.norms("post_layer_norm", "", tokens, width)]
+        cases = [rms("", tokens, width), norms("post_layer_norm", "", tokens, width)]
         entries.append(Entry("rowwise", {"width": width}, cases, _rows(width, (1, 2, 4, 8))))
     for width in WIDTHS[2:3] if run.dry else WIDTHS[1:]:
-        entries.append(
-            Entry("pooling", {"width": width}, [gpu_ops.pool("mean", tokens, width)], _rows(width, (4, 8, 16)))
-        )
+        entries.append(Entry("pooling", {"width": width}, [pool("mean", tokens, width)], _rows(width, (4, 8, 16))))
     for dim in (64,) if run.dry else (64, 128):
-        cases = [gpu_ops.pooled("", tokens, 16, 16 if dim == 64 else 8, dim)]
+        cases = [pooled("", tokens, 16, 16 if dim == 64 else 8, dim)]
         configs = [Config(16, n, 1, warps, stages) for n, warps, stages in product((32, 64, 128), (2, 4), (2, 3))]
         entries.append(Entry("pooled_attention", {"itemsize": 2, "head_dim": dim}, cases, configs))
     entries += _linear(run)
@@ -127,8 +140,7 @@ def _attention(run: Run, tokens: int, dim: int) -> Entry:
     heads, kv_heads = (16, 8) if causal else (16, 16)
     lengths = [run.size(2_048, 24)] * (tokens // run.size(2_048, 24))
     cases = [
-        gpu_ops.attention_case(case_lengths, heads, kv_heads, dim, causal, None, 0)
-        for case_lengths in (lengths, mixed(tokens))
+        attention_case(case_lengths, heads, kv_heads, dim, causal, None, 0) for case_lengths in (lengths, mixed(tokens))
     ]
     configs = [Config(m, n, 1, warps, stages) for m, n, warps, stages in ATTENTION[dim]]
     return Entry("attention", {"itemsize": 2, "head_dim": dim}, cases, configs)
@@ -157,7 +169,7 @@ def _linear(run: Run) -> list[Entry]:
         for outputs, inputs in sizes:
             up_to = {"itemsize": 2, "tokens": tokens if tokens < max(LINEAR_TOKENS) else 1 << 30}
             up_to |= {"outputs": outputs, "inputs": inputs}
-            case = gpu_ops.linear_case("", tokens, outputs, inputs, "gelu_erf")
+            case = linear_case("", tokens, outputs, inputs, "gelu_erf")
             entries.append(Entry("linear", up_to, [case], configs, torch=True))
     return entries
 
@@ -176,7 +188,7 @@ def _tune(run: Run, entry: Entry, table: blocks.Table, seconds: float) -> Row:
     for config in choices:
         if times and time.monotonic() > stop:
             break
-        kernels = gpu_ops.LeftToTorch(run) if config is None else Configured(config, run.device)
+        kernels = LeftToTorch(run) if config is None else Configured(config, run.device)
         result = attempt({}, lambda kernels=kernels: {"ms": sum(trial.ms(kernels) for trial in trials)})  # type: ignore[misc]
         if "ms" in result:
             times[config] = result["ms"]
@@ -207,10 +219,10 @@ class _Trial:
         make = partial(Maker, run, torch.bfloat16)
         inputs = case.make(make())
         self._first = inputs
-        self._torch_outputs = case.call(reference, *gpu_ops.copies(inputs))
+        self._torch_outputs = case.call(reference, *copies(inputs))
         self._truth = exact(case.call, reference, *inputs)
         count = run.timer.sets(nbytes(inputs))
-        self._sets = [gpu_ops.copies(inputs), *(case.make(make(seed)) for seed in range(1, count))]
+        self._sets = [copies(inputs), *(case.make(make(seed)) for seed in range(1, count))]
 
     @torch.inference_mode()
     def ms(self, kernels: Any) -> float:
@@ -219,7 +231,7 @@ class _Trial:
         Raises:
             ValueError: If the output is wrong.
         """
-        outputs = self._call(kernels, *gpu_ops.copies(self._first))
+        outputs = self._call(kernels, *copies(self._first))
         verdict = judge(outputs, self._truth, self._torch_outputs, torch.bfloat16)
         if not verdict["right"]:
             raise ValueError(f"wrong result: relative error {verdict.get('error_to_exact', math.nan):.1e}")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.gpu.kernels.ops import mixed
+from benchmarks.gpu.kernels.cases import mixed
 from benchmarks.gpu.models.model import Model
 from benchmarks.gpu.run import Run
 from triton_embed.python_backend.inputs.row import NO_IDS

@@ -6,22 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import orjson
-
 from benchmarks.processes import MODEL
-from benchmarks.soak import judge as soak_judge
+from benchmarks.soak import judge
 from benchmarks.soak.client import Http, SoakCase
-from benchmarks.soak.inputs import Input, Inputs, data_uri
-from benchmarks.soak.judge import Check, Checker, ExpectedError
+from benchmarks.soak.inputs import Input, Inputs
+from benchmarks.soak.judge import Checker, ExpectedError
 from benchmarks.soak.models import GME, QWEN3, QWEN3_TOKENS
 from benchmarks.soak.site import ImageSite
+from benchmarks.soak.traffic.requests import MODEL_NAMES, Requests
 
-# Accepted names of each model; the response must repeat the requested name.
-MODEL_NAMES = {
-    MODEL: ("minilm", "MiniLM", "sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"),
-    QWEN3: ("qwen3_embedding", "Qwen3_Embedding"),
-    GME: ("gme_qwen2_vl", "gme"),
-}
 LENGTHS = {MODEL: 256, QWEN3: QWEN3_TOKENS}
 DIMENSIONS = (1, 8, 20, 32, 63, 64)  # the tiny Qwen3 has 64
 BULK_INPUTS = (100, 400)  # minimum and maximum inputs of a request with priority batch
@@ -31,11 +24,11 @@ OVERLONG = "word " * 700
 BROKEN_IMAGE = base64.b64encode(b"\x89PNG\r\n\x1a\nno picture").decode()
 
 
-class ValidTraffic:
+class ValidTraffic(Requests):
     """Creates valid requests. `forms`: (weight, name, function that creates a case) of each form of traffic."""
 
     def __init__(self, http: Http, inputs: Inputs, site: ImageSite, checker: Checker) -> None:
-        self.http, self.inputs, self.site, self.checker = http, inputs, site, checker
+        super().__init__(http, inputs, site, checker)
         self.forms = (
             (14, "lists of strings", self.strings),
             (8, "a string", self.string),
@@ -63,35 +56,6 @@ class ValidTraffic:
             (2, "slow senders", self.slow),
             (1, "a deadline too short", self.short_deadline),
         )
-
-    def embeddings(
-        self,
-        rng: random.Random,
-        form: str,
-        model: str,
-        expected: Sequence[Input | ExpectedError],
-        payload: Any,
-        **fields: Any,
-    ) -> SoakCase:
-        """Create a POST of `payload`, with random fields that do not affect the vectors."""
-        body = {"model": rng.choice(MODEL_NAMES[model]), "input": payload, **fields}
-        if rng.random() < 0.7:
-            body["encoding_format"] = rng.choice(["base64", "base64", "float", ["float"], None])
-        if rng.random() < 0.2:
-            body["return_receipt"] = True
-        if rng.random() < 0.1:
-            body |= {
-                "user": "somebody",
-                "unknown": [1, {"two": None}],
-                "priority": rng.choice(["batch", "interactive"]),
-            }
-        path = rng.choice(("/v1/embeddings", "/v1/embeddings", "/embeddings"))
-        return self.post(form, path, body, self.checker.embeddings(expected, body), len(expected))
-
-    def post(self, form: str, path: str, body: Any, check: Check, inputs: int = 1) -> SoakCase:
-        """Create a POST with a JSON body. `check`: the check of a response with status 200."""
-        request = self.http.request("POST", path, orjson.dumps(body))
-        return SoakCase(form, lambda: self.http.send(request), {200: check}, inputs, request)
 
     def strings(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, MODEL, QWEN3, GME))
@@ -133,12 +97,12 @@ class ValidTraffic:
 
     def instruction(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((QWEN3, QWEN3, GME))
-        expected = self._draw_same_instruction(rng, model)
+        expected = self.draw_same_instruction(rng, model)
         payload = [self.item(rng, item, keys=False) if item.images else item.text for item in expected]
         return self.embeddings(rng, form, model, expected, payload, **expected[0].keys)
 
     def wrapped_instruction(self, rng: random.Random, form: str) -> SoakCase:
-        expected = self._draw_same_instruction(rng, QWEN3)
+        expected = self.draw_same_instruction(rng, QWEN3)
         texts = [item.text for item in expected]
         return self.embeddings(rng, form, QWEN3, expected, {"input": texts, **expected[0].keys})
 
@@ -230,7 +194,7 @@ class ValidTraffic:
         pool = [item for item in self.inputs.pools[model, "texts"] if item.tokens < 40]
         expected = rng.choices(pool, k=rng.randint(*BULK_INPUTS))
         case = self.embeddings(rng, form, model, expected, [item.text for item in expected], priority="batch")
-        return self._with_deadline(case, BULK_DEADLINE_SECONDS)
+        return self.with_deadline(case, BULK_DEADLINE_SECONDS)
 
     def encode(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3, GME))
@@ -259,7 +223,7 @@ class ValidTraffic:
             "return_documents": rng.choice((None, True, False)),
         }
         path = rng.choice(("/v1/rerank", "/rerank"))
-        return self.post(form, path, body, soak_judge.ranking(query, documents, body), len(documents) + 1)
+        return self.post(form, path, body, judge.ranking(query, documents, body), len(documents) + 1)
 
     def score(self, rng: random.Random, form: str) -> SoakCase:
         model = rng.choice((MODEL, QWEN3))
@@ -272,18 +236,18 @@ class ValidTraffic:
             "text_2": text_2,
         }
         path = rng.choice(("/v1/score", "/score"))
-        return self.post(form, path, body, soak_judge.scores(left, right), len(left) + len(right))
+        return self.post(form, path, body, judge.scores(left, right), len(left) + len(right))
 
     def tokenize(self, rng: random.Random, form: str) -> SoakCase:
         model, kind = rng.choice(((MODEL, "texts"), (MODEL, "end"), (QWEN3, "texts"), (QWEN3, "instructed")))
         expected = (
-            self._draw_same_instruction(rng, model) if kind == "instructed" else self.inputs.draw(rng, model, kind, 4)
+            self.draw_same_instruction(rng, model) if kind == "instructed" else self.inputs.draw(rng, model, kind, 4)
         )
         texts: Any = [item.text for item in expected]
         single = len(texts) == 1
         field = rng.choice(("prompt", "input", "text"))
         body = {"model": rng.choice(MODEL_NAMES[model]), field: texts[0] if single else texts, **expected[0].keys}
-        return self.post(form, "/tokenize", body, soak_judge.tokens(expected, single), 0)
+        return self.post(form, "/tokenize", body, judge.tokens(expected, single), 0)
 
     def get(self, rng: random.Random, form: str) -> SoakCase:
         paths = (
@@ -298,7 +262,7 @@ class ValidTraffic:
         )
         path = rng.choice(paths)
         request = self.http.request("GET", path)
-        return SoakCase(form, lambda: self.http.send(request), {200: soak_judge.any_body}, request=request)
+        return SoakCase(form, lambda: self.http.send(request), {200: judge.any_body}, request=request)
 
     def slow(self, rng: random.Random, form: str) -> SoakCase:
         case = self.strings(rng, form)
@@ -308,50 +272,14 @@ class ValidTraffic:
     def short_deadline(self, rng: random.Random, form: str) -> SoakCase:
         """Create a request with a short deadline: the only form for which a 504 is acceptable."""
         case = self.strings(rng, form)
-        case = self._with_deadline(case, rng.choice(SHORT_DEADLINES_SECONDS))
-        return replace(case, checks={**case.checks, 504: soak_judge.expect_error(504, None)})
+        case = self.with_deadline(case, rng.choice(SHORT_DEADLINES_SECONDS))
+        return replace(case, checks={**case.checks, 504: judge.expect_error(504, None)})
 
     def burst(self, rng: random.Random) -> SoakCase:
         """Create one of several simultaneous requests that together exceed the limit of pending tokens."""
         expected = rng.choices(self.inputs.pools[QWEN3, "texts"], k=300)
         case = self.embeddings(rng, "burst", QWEN3, expected, [item.text for item in expected])
-        return replace(case, checks={**case.checks, 429: soak_judge.queue_full})
-
-    def item(self, rng: random.Random, item: Input, *, keys: bool = True) -> dict[str, Any]:
-        """Return an input as an object. `keys`: include its instruction."""
-        obj: dict[str, Any] = {"text": item.text} if item.text else {}
-        if item.images:
-            references = self.references(rng, item)
-            key = rng.choice(("image", "image_url"))
-            obj[key] = references[0] if len(references) == 1 else references
-        return {**obj, **(item.keys if keys else {})}
-
-    def content(self, rng: random.Random, item: Input) -> list[dict[str, Any]]:
-        """Return an input as content parts of OpenAI's API."""
-        parts: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": reference if isinstance(reference, dict) else {"url": reference}}
-            for reference in self.references(rng, item)
-        ]
-        return parts + ([{"type": "text", "text": item.text}] if item.text else [])
-
-    def references(self, rng: random.Random, item: Input) -> list[Any]:
-        """Return the images of an input as data URIs, base64 or URLs, plain or in an object."""
-        references: list[Any] = []
-        for name in item.images:
-            file_bytes = self.inputs.image_files[name][1]
-            choice = rng.choice((data_uri(file_bytes), base64.b64encode(file_bytes).decode(), self.site.url(name)))
-            references.append(rng.choice((choice, choice, {"url": choice, "detail": "auto"})))
-        return references
-
-    def _with_deadline(self, case: SoakCase, seconds: float) -> SoakCase:
-        request = case.request.replace(b"\r\n", f"\r\nx-request-timeout: {seconds}\r\n".encode(), 1)
-        return replace(case, send=lambda: self.http.send(request), request=request)
-
-    def _draw_same_instruction(self, rng: random.Random, model: str) -> list[Input]:
-        """Draw inputs that share one instruction."""
-        first = rng.choice(self.inputs.pools[model, "instructed"])
-        same = [item for item in self.inputs.pools[model, "instructed"] if item.keys == first.keys]
-        return [first, *rng.choices(same, k=rng.choice((0, 0, 1, 3, 7)))]
+        return replace(case, checks={**case.checks, 429: judge.queue_full})
 
     def _report_errors(
         self, rng: random.Random, form: str, model: str, items: Sequence[tuple[Any, Input | ExpectedError]]

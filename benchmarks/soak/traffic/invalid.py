@@ -10,7 +10,7 @@ from benchmarks.soak.client import SoakCase
 from benchmarks.soak.inputs import data_uri
 from benchmarks.soak.judge import Check, any_body, expect_error
 from benchmarks.soak.models import GME, QWEN3
-from benchmarks.soak.valid import BROKEN_IMAGE, OVERLONG, ValidTraffic
+from benchmarks.soak.traffic.valid import BROKEN_IMAGE, OVERLONG, ValidTraffic
 
 PATHS = ("/v1/embeddings", "/v1/embeddings", "/encode", "/v1/rerank", "/v1/score", "/tokenize")
 # Bodies that are not a JSON object or are nested too deeply.

@@ -18,7 +18,7 @@ from benchmarks.soak.client import Response, SoakCase
 from benchmarks.soak.inputs import Input, Inputs
 from benchmarks.soak.judge import Checker, ExpectedError, expect_triton_error
 from benchmarks.soak.models import GME, QWEN3
-from benchmarks.soak.valid import OVERLONG
+from benchmarks.soak.traffic.valid import OVERLONG
 
 OUTPUTS = ("EMBEDDING", "TOKENS", "ERROR")
 

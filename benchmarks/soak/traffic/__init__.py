@@ -1,0 +1,1 @@
+"""Requests of the soak with the checks of their responses."""
