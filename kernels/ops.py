@@ -1,156 +1,262 @@
-"""The entry point of the kernels: one typed function per op. Arguments are checked here and nowhere else.
+"""The entry point of the kernels: one method per op. Arguments are checked here and nowhere else.
 
 Shapes: T packed tokens, B sequences, H query heads, G key/value heads, D head dim, E hidden, I intermediate.
-The last dimension of every tensor is contiguous. Tensors are fp32, bf16 or fp16; statistics are fp32.
-On a GPU an op is a Triton kernel; on a CPU it is a oneDNN product or a loop compiled by Numba. Nothing falls back: what
-no kernel supports is a ValueError, unless the operator chose plain torch (`reference.py`) with `use`.
+The last dimension of every tensor is contiguous. Tensors are fp32, bf16 or fp16; statistics are fp32. Nothing falls
+back: what the backend does not support is a ValueError.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from triton_embed.kernels import reference
-from triton_embed.kernels.cpu import linear_onednn as onednn
+from triton_embed.kernels.backend import Backend, PackedWeight, choose, resolve
 from triton_embed.kernels.cpu.linear_int8 import Int8Weight
 from triton_embed.kernels.packed import Packed
 
+__all__ = ["ACTIVATIONS", "POOLING_MODES", "Ops", "resolve"]
+
 ACTIVATIONS = reference.ACTIVATIONS
 POOLING_MODES = ("cls", "last", "mean", "max")
-KERNELS = ("auto", "reference", "triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOOPED = (torch.float32, torch.bfloat16)  # dtypes of the CPU loops
-
-_chosen = "auto"
 
 
-def use(kernels: str) -> None:
-    """Choose the kernels of this process.
+class Ops:
+    """Every op on one backend, which a network gets when it is built."""
 
-    Args:
-        kernels: `auto` (Triton on a GPU, compiled loops and oneDNN on a CPU), `reference` (plain torch everywhere), or
-            `triton` (everywhere; on a CPU for tests under TRITON_INTERPRET=1).
-    """
-    global _chosen
-    _known(kernels, KERNELS)
-    _chosen = kernels
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
 
+    @classmethod
+    def on(cls, device: torch.device | str, dtype: torch.dtype, kernels: str = "auto") -> Self:
+        """Return the ops for a device and dtype; see `backend.choose`.
 
-def used_on(device: torch.device | str) -> str:
-    """Return the backend of ops on tensors of this device: `triton`, `cpu` or `reference`."""
-    if _chosen == "auto":
-        return "triton" if torch.device(device).type == "cuda" else "cpu"
-    return _chosen
+        Raises:
+            ValueError, LookupError, ImportError: with one sentence that says why there are none.
+        """
+        return cls(choose(kernels, device, dtype))
 
+    @classmethod
+    def reference(cls) -> Self:
+        """Return the ops of plain torch, with which other backends are compared."""
+        return cls(reference)
 
-def require(device: torch.device | str, dtype: torch.dtype) -> None:
-    """Check that the kernels can run on a device in a dtype.
+    @property
+    def name(self) -> str:
+        """The backend: `triton`, `cpu` or `reference`."""
+        return self._backend.name
 
-    Raises:
-        ValueError, LookupError, ImportError: with one sentence that says why not.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"no kernel computes in {dtype}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"torch {torch.__version__} finds no GPU")
-    if torch.device(device).type == "cpu" and _chosen == "auto":
-        try:
-            _looped()
-        except AttributeError as error:
-            hint = "set the parameter kernels to reference"
-            raise ValueError(f"torch {torch.__version__} has no OpenMP for loops to run on; {hint}") from error
-    if used_on(device) == "triton":
-        if _chosen == "auto" and _triton().interpreted():
-            raise ValueError("TRITON_INTERPRET=1 runs kernels in a slow interpreter; unset it to serve")
-        _triton().blocks.table_for(torch.device(device))
+    def varlen_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: Packed,
+        causal: bool,
+        window: int | None,
+        scale: float,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Compute attention inside each packed sequence: q [T,H,D], k and v [T,G,D] -> [T,H,D].
 
+        Query head h reads key head h // (H / G).
 
-def _for(x: Tensor) -> Any:
-    """Return the module whose functions run ops on this tensor."""
-    if _chosen == "reference" or (_chosen == "auto" and not x.is_cuda):
-        return _looped() if _chosen == "auto" and x.dtype in LOOPED else reference
-    return _triton()
+        Args:
+            window: A query sees the keys with i - j < window (transformers' rule); causal attention only.
+            prefix: Keys and values [P,G,D] before every sequence.
+        """
+        _check_attention(q, k, v, packed, prefix)
+        if window is not None and (window < 1 or not causal):
+            raise ValueError(f"a window of {window} tokens in {'causal' if causal else 'bidirectional'} attention")
+        return self._backend.varlen_attention(q, k, v, packed, causal, window, scale, prefix)
 
+    def tile_tokens(
+        self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> int | None:
+        """Return the tokens per tile of `varlen_attention`, which `Packed` lays out in advance; None without tiles."""
+        return self._backend.tile_tokens(heads, kv_heads, head_dim, dtype, torch.device(device))
 
-@cache
-def _looped() -> ModuleType:
-    from triton_embed.kernels.cpu import backend as looped  # imported here, because a GPU does not need Numba
+    def pooled_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: Packed,
+        rows: Tensor,
+        window: int | None,
+        scale: float,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Compute attention of one query per sequence over all of its keys: q [T,H,D], k and v [T,G,D] -> [B,H,D].
 
-    return looped
+        This is all the last layer has to compute for a pooled row: the last row of a causal sequence, any row of a
+        bidirectional one. Query b is q[rows[b]], rows int [B].
 
+        Args:
+            window: The query is the last row and sees this many keys, its own included.
+            prefix: As in `varlen_attention`.
+        """
+        _check_attention(q, k, v, packed, prefix)
+        if rows.shape != (len(packed.lengths),):
+            raise ValueError(f"pooled rows {tuple(rows.shape)} of {len(packed.lengths)} sequences")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        return self._backend.pooled_attention(q, k, v, packed, rows, window, scale, prefix)
 
-@cache
-def _triton() -> ModuleType:
-    from triton_embed.kernels.gpu import (
-        backend as accelerated,  # imported here, because a server on a CPU may lack triton
-    )
+    def qk_norm_rope_(
+        self,
+        qkv: Tensor,
+        heads: tuple[int, int],
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """Apply per-head RMSNorm (if there are weights), then rotary positions, to q and k of `qkv` in place.
 
-    return accelerated
+        qkv [T,(H+2G)*D] with `heads` = (H, G); cos, sin fp32 [T, D/2]: the angles of each token. They are the same in
+        every layer and computed once per forward pass, for any axes of positions.
+        """
+        head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
+        if rest or not cos.shape == sin.shape == (len(qkv), head_dim / 2):
+            raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, cos and sin {tuple(cos.shape)}")
+        _same_size(qkv[:, :head_dim], *(weight for weight in (q_weight, k_weight) if weight is not None))
+        return self._backend.qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
 
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return RMSNorm of x + residual, and the sum itself (the next residual): both [N,E] in the dtype of x.
 
-def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: Packed,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    prefix: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Compute attention inside each packed sequence: q [T,H,D], k and v [T,G,D] -> [T,H,D].
+        Args:
+            rows: int [N]: row n of x is added to row rows[n] of the residual.
+        """
+        self._check_sum(x, residual, rows)
+        _same_size(x, weight)
+        return self._backend.add_rms_norm(x, residual, weight, eps, rows)
 
-    Query head h reads key head h // (H / G).
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return LayerNorm of x + residual, and the sum itself, as `add_rms_norm` does: for pre-norm blocks."""
+        self._check_sum(x, residual, rows)
+        _same_size(x, weight, bias)
+        return self._backend.add_layer_norm(x, residual, weight, bias, eps, rows)
 
-    Args:
-        window: A query sees the keys with i - j < window (transformers' rule); causal attention only.
-        prefix: Keys and values [P,G,D] before every sequence.
-    """
-    _check_attention(q, k, v, packed, prefix)
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"a window of {window} tokens in {'causal' if causal else 'bidirectional'} attention")
-    result: Tensor = _for(q).varlen_attention(q, k, v, packed, causal, window, scale, prefix)
-    return result
+    def first_residual(self, x: Tensor) -> Tensor:
+        """Return x as the first residual: fp32 on a CPU, where that is cheap and avoids a third of bf16's error."""
+        return self._backend.first_residual(x)
 
+    def post_layer_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return LayerNorm of x + residual in the dtype of x, and in the dtype of the residual (the next residual): for
+        post-norm blocks."""
+        self._check_sum(x, residual, rows)
+        _same_size(x, weight, bias)
+        return self._backend.post_layer_norm(x, residual, weight, bias, eps, rows)
 
-def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> int | None:
-    """Return the tokens per tile of `varlen_attention`, which `Packed` lays out in advance; None without tiles."""
-    if used_on(device) != "triton":
-        return None
-    result: int = _triton().tile_tokens(heads, kv_heads, head_dim, dtype, torch.device(device))
-    return result
+    def embed_layer_norm(
+        self,
+        ids: Tensor,
+        pos: Tensor,
+        types: Tensor | None,
+        word: Tensor,
+        position: Tensor,
+        token_type: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> Tensor:
+        """Return LayerNorm of word + position + token-type embeddings: [T] -> [T,E]. `types` None: all type 0."""
+        if ids.shape != pos.shape or (types is not None and types.shape != ids.shape):
+            raise ValueError(f"ids {tuple(ids.shape)} and positions {tuple(pos.shape)} or their types differ")
+        return self._backend.embed_layer_norm(ids, pos, types, word, position, token_type, weight, bias, eps)
 
+    def gated_activation(self, gate_up: Tensor) -> Tensor:
+        """Return silu(gate) * up: [T,2I] -> [T,I]."""
+        if gate_up.shape[-1] % 2:
+            raise ValueError(f"gate and up must be halves of the last dimension, got {tuple(gate_up.shape)}")
+        return self._backend.gated_activation(gate_up)
 
-def pooled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: Packed,
-    rows: Tensor,
-    window: int | None,
-    scale: float,
-    prefix: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Compute attention of one query per sequence over all of its keys: q [T,H,D], k and v [T,G,D] -> [B,H,D].
+    def activation(self, x: Tensor, kind: str) -> Tensor:
+        """Apply one of `ACTIVATIONS` elementwise."""
+        _known(kind, ACTIVATIONS)
+        return self._backend.activation(x, kind)
 
-    This is all the last layer has to compute for a pooled row: the last row of a causal sequence, any row of a
-    bidirectional one. Query b is q[rows[b]], rows int [B].
+    def linear(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, act: str | None = None) -> Tensor:
+        """Return act(x @ weight.T + bias): [T,K] -> [T,N].
 
-    Args:
-        window: The query is the last row and sees this many keys, its own included.
-        prefix: As in `varlen_attention`.
-    """
-    _check_attention(q, k, v, packed, prefix)
-    if rows.shape != (len(packed.lengths),):
-        raise ValueError(f"pooled rows {tuple(rows.shape)} of {len(packed.lengths)} sequences")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    result: Tensor = _for(q).pooled_attention(q, k, v, packed, rows, window, scale, prefix)
-    return result
+        The weight [N,K] is plain or from `pack_linear`; a packed weight determines the dtype, else x does. On a GPU a
+        plain product is cuBLAS's; with an activation, the table of the architecture chooses between cuBLAS and our
+        kernel.
+        """
+        if act is not None:
+            _known(act, ACTIVATIONS)
+        if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+            raise ValueError(f"linear over x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias is not None}")
+        if x.dtype == torch.float32 and (not isinstance(weight, Tensor) or weight.is_mkldnn):
+            x = x.to(weight.dtype)
+        if not isinstance(weight, Tensor):
+            fused = act if weight.fuses(act) else None
+            y = weight.linear(x, bias, fused)
+            return y if act == fused else self.activation(y, act or "")
+        return self._backend.linear(x, weight, bias, act)
+
+    def linear_sizes(self, device: torch.device | str) -> list[int]:
+        """Return numbers of tokens for each of which `linear` runs a different kernel; empty if it is torch's."""
+        return self._backend.linear_sizes(torch.device(device))
+
+    def pack_linear(self, weight: Tensor, in_int8: bool = False) -> Tensor | PackedWeight:
+        """Return a weight [N,K] in the layout `linear` reads fastest, or rounded to int8, after loading."""
+        return Int8Weight.pack(weight) if in_int8 else self._backend.pack_linear(weight)
+
+    def segment_pool(
+        self,
+        x: Tensor,
+        packed: Packed,
+        mode: str,
+        dims: Sequence[int],
+        norm: Callable[[Tensor], Tensor] | None = None,
+        l2: bool = True,
+    ) -> Tensor:
+        """Return one fp32 vector per sequence, [T,E] -> [B,F]: pool, apply `norm`, keep dims[b] values, normalize.
+
+        Values past dims[b] are 0.
+
+        Args:
+            mode: One of `POOLING_MODES`.
+            norm: Any map [B,E] -> [B,F] of fp32.
+            l2: Whether to L2-normalize.
+        """
+        _known(mode, POOLING_MODES)
+        if packed.tokens != x.shape[0] or len(dims) != len(packed.lengths):
+            raise ValueError(f"pooling {tuple(x.shape)} over {packed.tokens} tokens with {len(dims)} dims")
+        if min(dims) < 1 or (norm is None and max(dims) > x.shape[1]):
+            raise ValueError(f"dims {tuple(dims)} of vectors of {x.shape[1]}")
+        return self._backend.segment_pool(x, packed, mode, dims, norm, l2)
+
+    def patchify(self, image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
+        """Return the normalized patches of one image: uint8 [height, width, C] -> fp32 [patches, C*frames*patch*patch].
+
+        Patches are ordered by `merge` x `merge` block as Qwen2-VL's merger needs them (merge=1: row by row), and the
+        image is repeated over `frames`. Height and width are multiples of patch * merge; mean and std are [C].
+        """
+        if image.dim() != 3 or image.shape[0] % (patch * merge) or image.shape[1] % (patch * merge):
+            raise ValueError(f"an image of {tuple(image.shape)} has no whole {patch * merge}-pixel blocks")
+        return self._backend.patchify(image, patch, merge, frames, mean, std)
+
+    def _check_sum(self, x: Tensor, residual: Tensor | None, rows: Tensor | None) -> None:
+        if residual is None:
+            if rows is not None:
+                raise ValueError("rows need a residual")
+            return
+        if x.shape[1:] != residual.shape[1:] or len(x) != len(residual if rows is None else rows):
+            raise ValueError(f"shapes {tuple(x.shape)} and {tuple(residual.shape)} differ")
+        if x.is_cuda or self.name == "triton" or residual.dtype != torch.float32:
+            _same_place(x, residual)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: tuple[Tensor, Tensor] | None) -> None:
@@ -161,213 +267,6 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: tu
     if prefix is not None and not prefix[0].shape == prefix[1].shape == (len(prefix[0]), *k.shape[1:]):
         raise ValueError(f"a prefix of {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)} for k {tuple(k.shape)}")
     _same_place(q, k, v, *(prefix or ()))
-
-
-def qk_norm_rope_(
-    qkv: Tensor,
-    heads: tuple[int, int],
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Apply per-head RMSNorm (if there are weights), then rotary positions, to q and k of `qkv` in place.
-
-    qkv [T,(H+2G)*D] with `heads` = (H, G); cos, sin fp32 [T, D/2]: the angles of each token. They are the same in every
-    layer and computed once per forward pass, for any axes of positions.
-    """
-    head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
-    if rest or not cos.shape == sin.shape == (len(qkv), head_dim / 2):
-        raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, cos and sin {tuple(cos.shape)}")
-    _same_size(qkv[:, :head_dim], *(weight for weight in (q_weight, k_weight) if weight is not None))
-    result: Tensor = _for(qkv).qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
-    return result
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return RMSNorm of x + residual, and the sum itself (the next residual): both [N,E] in the dtype of x.
-
-    Args:
-        rows: int [N]: row n of x is added to row rows[n] of the residual.
-    """
-    _check_sum(x, residual, rows)
-    _same_size(x, weight)
-    result: tuple[Tensor, Tensor] = _for(x).add_rms_norm(x, residual, weight, eps, rows)
-    return result
-
-
-def add_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return LayerNorm of x + residual, and the sum itself, as `add_rms_norm` does: for pre-norm blocks."""
-    _check_sum(x, residual, rows)
-    _same_size(x, weight, bias)
-    result: tuple[Tensor, Tensor] = _for(x).add_layer_norm(x, residual, weight, bias, eps, rows)
-    return result
-
-
-def residual(x: Tensor) -> Tensor:
-    """Return x as the first residual: fp32 on a CPU, where that is cheap and avoids a third of bf16's error."""
-    return x.float() if x.device.type == "cpu" and used_on("cpu") != "triton" and onednn.supports(x.dtype) else x
-
-
-def post_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return LayerNorm of x + residual in the dtype of x, and in the dtype of the residual (the next residual): for
-    post-norm blocks."""
-    _check_sum(x, residual, rows)
-    _same_size(x, weight, bias)
-    result: tuple[Tensor, Tensor] = _for(x).post_layer_norm(x, residual, weight, bias, eps, rows)
-    return result
-
-
-def embed_layer_norm(
-    ids: Tensor,
-    pos: Tensor,
-    types: Tensor | None,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> Tensor:
-    """Return LayerNorm of word + position + token-type embeddings: [T] -> [T,E]. `types` None: all type 0."""
-    if ids.shape != pos.shape or (types is not None and types.shape != ids.shape):
-        raise ValueError(f"ids {tuple(ids.shape)} and positions {tuple(pos.shape)} or their types differ")
-    result: Tensor = _for(word).embed_layer_norm(ids, pos, types, word, position, token_type, weight, bias, eps)
-    return result
-
-
-def gated_activation(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up: [T,2I] -> [T,I]."""
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate and up must be halves of the last dimension, got {tuple(gate_up.shape)}")
-    result: Tensor = _for(gate_up).gated_activation(gate_up)
-    return result
-
-
-def activation(x: Tensor, kind: str) -> Tensor:
-    """Apply one of `ACTIVATIONS` elementwise."""
-    _known(kind, ACTIVATIONS)
-    result: Tensor = _for(x).activation(x, kind)
-    return result
-
-
-class PackedWeight(Protocol):
-    """A weight [N,K] laid out for products on a CPU, used in place of the tensor."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def fuses(self, act: str | None) -> bool:
-        """Return whether `linear` applies this activation."""
-
-    def linear(self, x: Tensor, bias: Tensor | None, act: str | None) -> Tensor: ...
-
-
-def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """Return act(x @ weight.T + bias): [T,K] -> [T,N].
-
-    The weight [N,K] is plain or from `pack_linear`; a packed weight determines the dtype, else x does. On a GPU a plain
-    product is cuBLAS's; with an activation, the table of the architecture chooses between cuBLAS and our kernel.
-    """
-    if act is not None:
-        _known(act, ACTIVATIONS)
-    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(f"linear over x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias is not None}")
-    if x.dtype == torch.float32 and (not isinstance(weight, Tensor) or weight.is_mkldnn):
-        x = x.to(weight.dtype)
-    if not isinstance(weight, Tensor):
-        fused = act if weight.fuses(act) else None
-        y = weight.linear(x, bias, fused)
-        return y if act == fused else activation(y, act or "")
-    if weight.is_mkldnn:
-        if onednn.fuses(act):
-            return onednn.linear(x, weight, bias, act)
-        return activation(onednn.linear(x, weight, bias, None), act or "")
-    if act is None or used_on(x.device) != "triton":
-        return reference.linear(x, weight, bias, act)
-    sizes = {"tokens": len(x), "outputs": weight.shape[0], "inputs": weight.shape[1], "itemsize": x.itemsize}
-    config = _triton().blocks.table_for(x.device).find_config("linear", **sizes)
-    if config is None:
-        return activation(reference.linear(x, weight, bias), act)
-    result: Tensor = _triton().linear(x, weight, bias, act, config)
-    return result
-
-
-def linear_sizes(device: torch.device | str) -> list[int]:
-    """Return numbers of tokens for each of which `linear` runs a different kernel; empty if it is torch's."""
-    if used_on(device) != "triton":
-        return []
-    limits: list[int] = _triton().blocks.table_for(torch.device(device)).limits("linear", "tokens")
-    return [*limits, max(limits, default=0) + 1]
-
-
-def pack_linear(weight: Tensor, in_int8: bool = False) -> Tensor | PackedWeight:
-    """Return a weight [N,K] in the layout `linear` reads fastest, or rounded to int8. Called once, after loading."""
-    if in_int8:
-        return Int8Weight.pack(weight)
-    if weight.device.type != "cpu" or used_on("cpu") == "triton":
-        return weight
-    packed: PackedWeight | None = _looped().pack_linear(weight) if _chosen == "auto" else None
-    return packed or onednn.pack(weight)
-
-
-def segment_pool(
-    x: Tensor,
-    packed: Packed,
-    mode: str,
-    dims: Sequence[int],
-    norm: Callable[[Tensor], Tensor] | None = None,
-    l2: bool = True,
-) -> Tensor:
-    """Return one fp32 vector per sequence, [T,E] -> [B,F]: pool, apply `norm`, keep dims[b] values, normalize.
-
-    Values past dims[b] are 0.
-
-    Args:
-        mode: One of `POOLING_MODES`.
-        norm: Any map [B,E] -> [B,F] of fp32.
-        l2: Whether to L2-normalize.
-    """
-    _known(mode, POOLING_MODES)
-    if packed.tokens != x.shape[0] or len(dims) != len(packed.lengths):
-        raise ValueError(f"pooling {tuple(x.shape)} over {packed.tokens} tokens with {len(dims)} dims")
-    if min(dims) < 1 or (norm is None and max(dims) > x.shape[1]):
-        raise ValueError(f"dims {tuple(dims)} of vectors of {x.shape[1]}")
-    result: Tensor = _for(x).segment_pool(x, packed, mode, dims, norm, l2)
-    return result
-
-
-def patchify(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Return the normalized patches of one image: uint8 [height, width, C] -> fp32 [patches, C*frames*patch*patch].
-
-    Patches are ordered by `merge` x `merge` block as Qwen2-VL's merger needs them (merge=1: row by row), and the image
-    is repeated over `frames`. Height and width are multiples of patch * merge; mean and std are [C].
-    """
-    if image.dim() != 3 or image.shape[0] % (patch * merge) or image.shape[1] % (patch * merge):
-        raise ValueError(f"an image of {tuple(image.shape)} has no whole {patch * merge}-pixel blocks")
-    result: Tensor = _for(image).patchify(image, patch, merge, frames, mean, std)
-    return result
-
-
-def _check_sum(x: Tensor, residual: Tensor | None, rows: Tensor | None) -> None:
-    if residual is None:
-        if rows is not None:
-            raise ValueError("rows need a residual")
-        return
-    if x.shape[1:] != residual.shape[1:] or len(x) != len(residual if rows is None else rows):
-        raise ValueError(f"shapes {tuple(x.shape)} and {tuple(residual.shape)} differ")
-    if x.is_cuda or _chosen == "triton" or residual.dtype != torch.float32:
-        _same_place(x, residual)
 
 
 def _same_place(x: Tensor, *others: Tensor) -> None:

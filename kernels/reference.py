@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from triton_embed.kernels.cpu import linear_onednn as onednn
 from triton_embed.kernels.packed import Packed
+
+name = "reference"
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_erf": F.gelu,
@@ -128,6 +131,11 @@ def _visible(length: int, shared: int, window: int | None, device: torch.device)
     return visible if window is None else visible & (query - key < window)
 
 
+def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """See `ops.tile_tokens`."""
+    return None
+
+
 def qk_norm_rope_(
     qkv: Tensor,
     heads: tuple[int, int],
@@ -209,6 +217,11 @@ def embed_layer_norm(
     return F.layer_norm(F.embedding(ids, word) + kind + F.embedding(pos, position), weight.shape, weight, bias, eps)
 
 
+def first_residual(x: Tensor) -> Tensor:
+    """See `ops.first_residual`."""
+    return x.float() if x.device.type == "cpu" and onednn.supports(x.dtype) else x
+
+
 def gated_activation(gate_up: Tensor) -> Tensor:
     """See `ops.gated_activation`."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -221,9 +234,24 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """See `ops.linear`. A weight or bias of another dtype is cast to the dtype of x."""
-    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y if act is None else activation(y, act)
+    """See `ops.linear`. A plain weight or bias of another dtype is cast to the dtype of x."""
+    if weight.is_mkldnn:
+        fused = act if onednn.fuses(act) else None
+        y = onednn.linear(x, weight, bias, fused)
+    else:
+        fused = None
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y if act == fused else activation(y, act or "")
+
+
+def linear_sizes(device: torch.device) -> list[int]:
+    """See `ops.linear_sizes`."""
+    return []
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """See `ops.pack_linear`."""
+    return onednn.pack(weight) if weight.device.type == "cpu" else weight
 
 
 def segment_pool(

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import BertConfig, CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
 from conftest import MINILM, REPOSITORY, serving
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops
 from triton_embed.python_backend.checkpoint import repository
 from triton_embed.python_backend.checkpoint.config import Dense, ModelConfig, ServingConfig
 from triton_embed.python_backend.checkpoint.hf_config import ClipConfig, DecoderConfig, EncoderConfig, Qwen2VLConfig
@@ -29,6 +29,8 @@ from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.inputs.processors import TextProcessor
 from triton_embed.python_backend.networks.weights import Naming
 from triton_embed.python_backend.spec import ClipSpec, DecoderSpec, EncoderSpec, Qwen2VLSpec, Spec
+
+ops = Ops.on("cpu", torch.float32)
 
 
 def arguments(parameters: Mapping[str, str], name: str = "bge", gpu: bool = False) -> dict[str, str]:
@@ -364,7 +366,7 @@ def test_matryoshka_dimensions(
 
 
 def test_matryoshka_list_of_a_family_is_limited_to_the_model(checkpoint: Path) -> None:
-    """Use the documented list of a family of three sizes with a model of 1024 dimensions."""
+    """Test the documented list of a family of three sizes with a model of 1024 dimensions."""
     change(checkpoint / CONFIG, hidden_size=1024, num_attention_heads=16)
     parameters = {"checkpoint": "a/b", "model_types": "bert", "matryoshka_dimensions": "128, 256, 512, 1024, 1536"}
     config = ModelConfig.from_checkpoint(checkpoint, ServingConfig.from_triton(arguments(parameters)), EncoderSpec())
@@ -583,7 +585,7 @@ def test_unsupported_module_is_rejected(module: str, checkpoint: Path) -> None:
 
 
 def test_newer_module_names_are_accepted(checkpoint: Path) -> None:
-    """Use the import paths of the classes that sentence-transformers 5.6 and later write."""
+    """Test the import paths of the classes that sentence-transformers 5.6 and later write."""
     SentenceTransformersDense(60, 20, activation_function=None).save(str(_make_directory(checkpoint / "2_Dense")))
     modules = [
         (Transformer, ""),

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from test_loops import before_guard_page
 from torch import Tensor
 
-from triton_embed.kernels import ops
 from triton_embed.kernels.cpu import loops
 from triton_embed.kernels.cpu.attention import attention
+from triton_embed.kernels.ops import Ops
 from triton_embed.kernels.packed import Packed
+
+ops = Ops.on("cpu", torch.float32)
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: 3e-6, BF16: 0.03}

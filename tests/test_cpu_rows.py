@@ -11,8 +11,8 @@ from test_loops import before_guard_page
 from torch import Tensor, nn
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from triton_embed.kernels import ops
-from triton_embed.kernels.cpu import loops, rows
+from triton_embed.kernels.cpu import backend as cpu
+from triton_embed.kernels.cpu import loops
 from triton_embed.kernels.packed import Packed
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -68,10 +68,10 @@ def apply_norm(
 ) -> tuple[Tensor, Tensor]:
     weight, bias = weights(x.shape[1], dtype)
     if kind == "rms":
-        return rows.add_rms_norm(x, residual, weight, EPS, indices)
+        return cpu.add_rms_norm(x, residual, weight, EPS, indices)
     if kind == "layer":
-        return rows.add_layer_norm(x, residual, weight, bias, EPS, indices)
-    return rows.post_layer_norm(x, residual, weight, bias, EPS, indices)
+        return cpu.add_layer_norm(x, residual, weight, bias, EPS, indices)
+    return cpu.post_layer_norm(x, residual, weight, bias, EPS, indices)
 
 
 @pytest.mark.parametrize(("dtype", "other"), PAIRS, ids=str)
@@ -202,7 +202,7 @@ def test_rotary_matches_float64(heads: tuple[int, int], normed: tuple[bool, bool
         norm_weights = [
             random(width, dtype=dtype, seed=2 + n) if has_weight else None for n, has_weight in enumerate(normed)
         ]
-        result = rows.qk_norm_rope_(qkv, heads, cos, sin, *norm_weights, EPS)
+        result = cpu.qk_norm_rope_(qkv, heads, cos, sin, *norm_weights, EPS)
         assert result.data_ptr() == qkv.data_ptr()
         assert_close(qkv[:, :rotated_width], rotated(before, heads, cos, sin, *norm_weights))
         assert torch.equal(qkv[:, rotated_width:], before[:, rotated_width:])
@@ -214,10 +214,10 @@ def test_gate_matches_float64(dtype: torch.dtype) -> None:
     for width in WIDTHS:
         x = 3 * random(5, 2 * width, dtype=dtype)
         expected = F.silu(x[:, :width].double()) * x[:, width:].double()
-        result = rows.gated_activation(x)
+        result = cpu.gated_activation(x)
         assert result.dtype == dtype
         assert_close(result, expected)
-        assert torch.equal(rows.gated_activation(strided(x)), result)
+        assert torch.equal(cpu.gated_activation(strided(x)), result)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -227,13 +227,13 @@ def test_large_gate_saturates(magnitude: float, dtype: torch.dtype) -> None:
     for width in (3, 16, 21):
         gate = torch.tensor([magnitude, -magnitude] * width)[:width].to(dtype)
         x = torch.cat([gate, torch.full((width,), 0.5, dtype=dtype)])[None]
-        assert_close(rows.gated_activation(x)[0], F.silu(gate.double()) * 0.5)
+        assert_close(cpu.gated_activation(x)[0], F.silu(gate.double()) * 0.5)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_tiny_gate_is_halved(dtype: torch.dtype) -> None:
     x = torch.cat([torch.full((5,), 1e-30), torch.ones(5)])[None].to(dtype)
-    assert (rows.gated_activation(x).double() / (x[:, :5].double() / 2) - 1).abs().max() < BOUNDS[dtype]
+    assert (cpu.gated_activation(x).double() / (x[:, :5].double() / 2) - 1).abs().max() < BOUNDS[dtype]
 
 
 def from_bits(bits: int, dtype: torch.dtype) -> Tensor:
@@ -254,7 +254,7 @@ Poisoned = Callable[[Tensor, Tensor | None], list[Tensor]]
 def _rotate(x: Tensor, residual: Tensor | None) -> list[Tensor]:
     angles = random(len(x), x.shape[1] // 2, seed=1)
     qkv = torch.cat([x, x, x], dim=1)
-    return [rows.qk_norm_rope_(qkv, (1, 1), angles.cos(), angles.sin(), weights(x.shape[1])[0], None, EPS)]
+    return [cpu.qk_norm_rope_(qkv, (1, 1), angles.cos(), angles.sin(), weights(x.shape[1])[0], None, EPS)]
 
 
 POISONED: dict[str, tuple[Poisoned, bool]] = {  # op, and whether it takes a residual
@@ -263,8 +263,8 @@ POISONED: dict[str, tuple[Poisoned, bool]] = {  # op, and whether it takes a res
         for kind in ("rms", "layer", "post")
     },
     "rotary": (_rotate, False),
-    "gate": (lambda x, _: [rows.gated_activation(torch.cat([x, torch.ones_like(x)], dim=1))], False),
-    "up": (lambda x, _: [rows.gated_activation(torch.cat([torch.ones_like(x), x], dim=1))], False),
+    "gate": (lambda x, _: [cpu.gated_activation(torch.cat([x, torch.ones_like(x)], dim=1))], False),
+    "up": (lambda x, _: [cpu.gated_activation(torch.cat([torch.ones_like(x), x], dim=1))], False),
 }
 CASES = [
     pytest.param(op, dtype, other, bits, id=f"{op}-{dtype}-{other}-{name}")
@@ -312,7 +312,7 @@ def test_norm_of_nonfinite_values_matches_torch(kind: str, bits: int) -> None:
 OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     **{kind: (lambda x, y, kind=kind: apply_norm(kind, x, y)) for kind in ("rms", "layer", "post")},
     "rotary": lambda x, _: _rotate(x, None),
-    "gate": lambda x, _: (rows.gated_activation(x),),
+    "gate": lambda x, _: (cpu.gated_activation(x),),
 }
 
 
@@ -358,6 +358,6 @@ def test_result_is_independent_of_scratch_and_threads(op: str) -> None:
 def test_pooling_propagates_nan(token: int, mode: str) -> None:
     x = random(5, 20)
     x[1 + token, 7] = float("nan")
-    result = ops.segment_pool(x, Packed.from_lengths([1, 3, 1]), mode, [20] * 3)
+    result = cpu.segment_pool(x, Packed.from_lengths([1, 3, 1]), mode, [20] * 3)
     assert result[1].isnan().any()
     assert result[[0, 2]].isfinite().all()

@@ -1,5 +1,6 @@
-"""Encoder, the layers every network is made of, and the head: hidden states of every token against transformers'
-BertModel and XLMRobertaModel in float32.
+"""The encoder, the layers that all networks use, and the head.
+
+The hidden states of every token are compared with transformers' BertModel and XLMRobertaModel in float32.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from transformers import AutoModel, BertModel
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from conftest import serving, write_bert
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import POOLING_MODES, Ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import Dense, ModelConfig
 from triton_embed.python_backend.inputs.row import Row
@@ -36,8 +37,9 @@ from triton_embed.python_backend.networks.layers import (
 )
 from triton_embed.python_backend.spec import EncoderSpec
 
+OPS = Ops.on("cpu", torch.float32)
 LENGTHS = [(1,), (5,), (7, 7, 7), (1, 77, 2, 3, 3, 13, 1)]
-# Odd sizes: a head of 3 values, one head, one layer, one token type, a vocabulary of 54.
+# Odd sizes: heads of 3 values, one head, one layer, one token type.
 SHAPES: dict[str, dict[str, object]] = {
     "three layers": {},
     "small heads": {"hidden_size": 36, "num_attention_heads": 12, "num_hidden_layers": 2, "hidden_act": "gelu_new"},
@@ -48,8 +50,8 @@ SHAPES: dict[str, dict[str, object]] = {
 Pair = tuple[Encoder, Any, ModelConfig]
 
 
-def stir(directory: Path) -> BertModel:
-    """Give biases and norms random values as well: transformers starts them at 0 and 1, which hides mistakes."""
+def randomize_vectors(directory: Path) -> BertModel:
+    """Add noise to biases and norms: transformers initializes them to 0 and 1, which hides mistakes."""
     network = BertModel.from_pretrained(directory).eval()
     torch.manual_seed(1)
     for parameter in network.parameters():
@@ -65,7 +67,7 @@ def rows_of(lengths: Sequence[int], vocabulary: int) -> list[Row]:
 
 
 def hidden_states(network: Any, rows: Sequence[Row]) -> list[Tensor]:
-    """transformers' last hidden states, one row at a time."""
+    """Return the last hidden states of transformers, computed one row at a time."""
     return [network(torch.from_numpy(row.ids.astype(np.int64))[None]).last_hidden_state[0] for row in rows]
 
 
@@ -73,55 +75,55 @@ def load(directory: Path, pooling: str) -> tuple[Encoder, ModelConfig]:
     config = ModelConfig.from_checkpoint(directory, serving(model_types=("bert", "xlm-roberta")), EncoderSpec())
     model = dataclasses.replace(config, pooling=pooling)
     with torch.device("meta"):
-        network = Encoder(model, model.network_config, "cpu").eval()
+        network = Encoder(OPS, model, model.network_config, "cpu").eval()
     weights.load(network, Encoder.naming, directory, torch.float32, "cpu")
     return network, model
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made, sizes = tmp_path_factory.mktemp("encoder") / "tiny", SHAPES[request.param]
+    path, sizes = tmp_path_factory.mktemp("encoder") / "tiny", SHAPES[request.param]
     if request.param == "xlm-roberta":
-        return write_xlm_roberta(made, **sizes)
-    stir(write_bert(made, **sizes))
-    return made
+        return write_xlm_roberta(path, **sizes)
+    randomize_vectors(write_bert(path, **sizes))
+    return path
 
 
 @pytest.fixture(scope="module")
 def pair(directory: Path) -> Pair:
-    """(ours, which keeps every token, theirs) from the same file."""
+    """Load the same file as (our encoder, which keeps every token, transformers', our config)."""
     theirs = AutoModel.from_pretrained(directory, add_pooling_layer=False).eval().requires_grad_(False)
     ours, model = load(directory, "mean")
     return ours, theirs, model
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_hidden_states(lengths: tuple[int, ...], pair: Pair) -> None:
+def test_hidden_states_of_all_tokens(lengths: tuple[int, ...], pair: Pair) -> None:
     ours, theirs, model = pair
     rows = rows_of(lengths, model.vocab_size)
     with torch.inference_mode():
-        found, packed = ours(rows)
+        states, packed = ours(rows)
     expected = torch.cat(hidden_states(theirs, rows))
     assert packed.lengths[: len(rows)] == lengths
-    assert found.shape == (packed.tokens, expected.shape[1])
-    assert (found[: len(expected)] - expected).abs().max() <= 2e-5
+    assert states.shape == (packed.tokens, expected.shape[1])
+    assert (states[: len(expected)] - expected).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize(("pooling", "token"), [("cls", 0), ("last", -1)])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_a_pooled_token_alone_is_computed_in_the_last_layer(
+def test_last_layer_computes_only_the_pooled_token(
     lengths: tuple[int, ...], pooling: str, token: int, pair: Pair, directory: Path
 ) -> None:
     (_, theirs, model), (ours, _) = pair, load(directory, pooling)
     rows = rows_of(lengths, model.vocab_size)
     with torch.inference_mode():
-        found, packed = ours(rows)
+        states, packed = ours(rows)
     expected = torch.stack([state[token] for state in hidden_states(theirs, rows)])
     assert set(packed.lengths) == {1}
-    assert (found[: len(expected)] - expected).abs().max() <= 2e-5
+    assert (states[: len(expected)] - expected).abs().max() <= 2e-5
 
 
-def test_a_packed_weight_changes_nothing(pair: Pair) -> None:
+def test_packing_weights_keeps_hidden_states(pair: Pair) -> None:
     ours, _, model = pair
     rows = rows_of(LENGTHS[-1], model.vocab_size)
     with torch.inference_mode():
@@ -130,14 +132,14 @@ def test_a_packed_weight_changes_nothing(pair: Pair) -> None:
         plain = [module.weight for module in packed]
         for module in packed:
             module.pack()
-        found, _ = ours(rows)
+        after, _ = ours(rows)
     for module, weight in zip(packed, plain, strict=True):
         assert module.weight.is_mkldnn
         module.weight = weight
-    assert (found - before).abs().max() <= 2e-5
+    assert (after - before).abs().max() <= 2e-5
 
 
-def test_every_layer_of_the_checkpoint_is_used(pair: Pair) -> None:
+def test_all_layers_of_the_checkpoint_are_used(pair: Pair) -> None:
     ours, theirs, model = pair
     linears = [module for module in ours.modules() if isinstance(module, Linear)]
     theirs_without_pooler = [module for module in theirs.encoder.modules() if isinstance(module, nn.Linear)]
@@ -145,56 +147,56 @@ def test_every_layer_of_the_checkpoint_is_used(pair: Pair) -> None:
     assert len(ours.encoder["layer"]) == model.network_config.layers == theirs.config.num_hidden_layers
 
 
-def given_the_same(ours: nn.Module, theirs: nn.Module) -> None:
-    """Random parameters, equal in both."""
+def set_equal_parameters(ours: nn.Module, theirs: nn.Module) -> None:
+    """Set random parameters that are equal in both."""
     torch.manual_seed(0)
     for name, parameter in theirs.named_parameters():
         setattr(ours, name, nn.Parameter(torch.randn(parameter.shape), requires_grad=False))
         setattr(theirs, name, getattr(ours, name))
 
 
-def test_the_norm_layer_is_torchs_over_the_sum() -> None:
+def test_layer_norm_equals_torch_on_the_sum() -> None:
     theirs, x, y = nn.LayerNorm(12, eps=1e-3), torch.randn(5, 12), torch.randn(5, 12)
-    pre, post = LayerNorm(12, 1e-3), PostLayerNorm(12, 1e-3)
+    pre, post = LayerNorm(OPS, 12, 1e-3), PostLayerNorm(OPS, 12, 1e-3)
     for ours in (pre, post):
-        given_the_same(ours, theirs)
+        set_equal_parameters(ours, theirs)
     for residual, expected in ((y, x + y), (None, x)):
-        found, total = pre(x, residual)
+        normed, total = pre(x, residual)
         assert torch.equal(total, expected)
-        assert torch.allclose(found, theirs(expected), atol=1e-6)
-        for found in post(x, residual):
-            assert torch.allclose(found, theirs(expected), atol=1e-6)
+        assert torch.allclose(normed, theirs(expected), atol=1e-6)
+        for normed in post(x, residual):
+            assert torch.allclose(normed, theirs(expected), atol=1e-6)
 
 
-def test_the_rms_norm_layer_is_transformers_own_and_hands_on_the_sum() -> None:
-    ours, theirs, x, y = RMSNorm(12, 1e-3), MistralRMSNorm(12, 1e-3), torch.randn(5, 12), torch.randn(5, 12)
-    given_the_same(ours, theirs)
-    for found, total, expected in ((*ours(x, y), x + y), (*ours(x), x)):
+def test_rms_norm_equals_transformers_and_returns_the_sum() -> None:
+    ours, theirs, x, y = RMSNorm(OPS, 12, 1e-3), MistralRMSNorm(12, 1e-3), torch.randn(5, 12), torch.randn(5, 12)
+    set_equal_parameters(ours, theirs)
+    for normed, total, expected in ((*ours(x, y), x + y), (*ours(x), x)):
         assert torch.equal(total, expected)
-        assert torch.allclose(found, theirs(expected), atol=1e-6)
+        assert torch.allclose(normed, theirs(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", [(4, 4), (2, 3, 3)], ids=str)
-def test_a_patch_embedding_is_torchs_convolution(kernel: tuple[int, ...]) -> None:
+def test_patch_embedding_equals_torch_convolution(kernel: tuple[int, ...]) -> None:
     convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
-    ours, theirs = PatchEmbedding(kernel, 7), convolution(3, 7, kernel, kernel, bias=False)
-    given_the_same(ours, theirs)
+    ours, theirs = PatchEmbedding(OPS, kernel, 7), convolution(3, 7, kernel, kernel, bias=False)
+    set_equal_parameters(ours, theirs)
     patches = torch.randn(5, 3, *kernel)
     ours.pack()
     assert torch.allclose(ours(patches.flatten(1)), theirs(patches).flatten(1), atol=1e-5)
 
 
-def test_a_fused_layer_is_its_parts_side_by_side() -> None:
+def test_fused_linear_concatenates_its_parts() -> None:
     parts = [nn.Linear(6, 4), nn.Linear(6, 2), nn.Linear(6, 2)]
-    ours, x = FusedLinear(6, (4, 2, 2)), torch.randn(5, 6)
+    ours, x = FusedLinear(OPS, 6, (4, 2, 2)), torch.randn(5, 6)
     for name in ("weight", "bias"):
-        whole = torch.cat([getattr(part, name).detach() for part in parts])
-        setattr(ours, name, nn.Parameter(whole, requires_grad=False))
+        fused = torch.cat([getattr(part, name).detach() for part in parts])
+        setattr(ours, name, nn.Parameter(fused, requires_grad=False))
     assert torch.allclose(ours(x), torch.cat([part(x) for part in parts], dim=1), atol=1e-6)
 
 
-def test_a_projection_stays_as_it_was_loaded_in_fp32() -> None:
-    projection = Projection(6, 4)
+def test_packing_a_projection_keeps_it_in_fp32() -> None:
+    projection = Projection(OPS, 6, 4)
     before = projection.weight
     projection.pack()
     assert projection.weight is before
@@ -208,28 +210,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 @pytest.mark.parametrize("chain", [(), (7,), (20, 9)], ids=str)
-@pytest.mark.parametrize("pooling", ops.POOLING_MODES)
-def test_the_head_pools_projects_cuts_and_normalises(pooling: str, chain: tuple[int, ...], model: ModelConfig) -> None:
+@pytest.mark.parametrize("pooling", POOLING_MODES)
+def test_head_pools_projects_truncates_and_normalizes(pooling: str, chain: tuple[int, ...], model: ModelConfig) -> None:
     lengths, sizes = (3, 1, 6), (12, *chain)
     dims = (sizes[-1], 5, 1)
     theirs = [modules.Dense(*pair, bias=bool(i)) for i, pair in enumerate(zip(sizes, chain, strict=False))]
     ours = Head(
+        OPS,
         dataclasses.replace(
             model,
             pooling=pooling,
             dense=tuple(Dense(Path(), d.in_features, d.out_features, d.bias, "tanh") for d in theirs),
-        )
+        ),
     )
     for dense, layer in zip(ours.dense, theirs, strict=True):
-        given_the_same(dense.linear, layer.linear)
+        set_equal_parameters(dense.linear, layer.linear)
     hidden = torch.randn(10, 12, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        found = ours(hidden, Packed.from_lengths(lengths), dims)
+        vectors = ours(hidden, Packed.from_lengths(lengths), dims)
     pool = modules.Pooling(12, pooling_mode={"last": "lasttoken"}.get(pooling, pooling))
-    for vector, part, size in zip(found, hidden.split(lengths), dims, strict=True):
-        whole = pool({"token_embeddings": part[None], "attention_mask": torch.ones(1, len(part))})
+    for vector, part, size in zip(vectors, hidden.split(lengths), dims, strict=True):
+        features = pool({"token_embeddings": part[None], "attention_mask": torch.ones(1, len(part))})
         for layer in theirs:
-            whole = layer(whole)
-        expected = nn.functional.normalize(whole["sentence_embedding"][0, :size], dim=0)
+            features = layer(features)
+        expected = nn.functional.normalize(features["sentence_embedding"][0, :size], dim=0)
         assert torch.allclose(vector[:size], expected, atol=1e-6)
         assert not vector[size:].any()

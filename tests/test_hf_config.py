@@ -33,7 +33,7 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops
 from triton_embed.python_backend.checkpoint.hf_config import (
     ClipConfig,
     DecoderConfig,
@@ -44,6 +44,8 @@ from triton_embed.python_backend.checkpoint.hf_config import (
 )
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
 from triton_embed.python_backend.errors import ConfigError
+
+ops = Ops.on("cpu", torch.float32)
 
 Values = Mapping[str, Any]
 FILE = Path("/checkpoint/config.json")
@@ -598,7 +600,7 @@ def test_partial_rotary_factor_of_1_is_accepted(location: str) -> None:
 
 
 def test_rope_parameters_override_older_keys() -> None:
-    """Files with both formats were converted, and the older keys were not removed."""
+    """Read a file with both formats: it was converted, and the older keys were not removed."""
     values = {**LLAMA, "rope_theta": 7.0, "rope_scaling": None}
     assert (
         read_decoder(config_file(values)).rope.theta

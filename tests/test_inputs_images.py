@@ -27,10 +27,12 @@ from transformers import AutoImageProcessor, CLIPProcessor, PreTrainedTokenizerF
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops
 from triton_embed.python_backend.errors import BadRequest, ConfigError
 from triton_embed.python_backend.inputs import images
 from triton_embed.python_backend.inputs.images import ClipImageProcessor, Pixels, Qwen2VLImageProcessor, decode
+
+ops = Ops.on("cpu", torch.float32)
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 # preprocessor_config.json of openai/clip-vit-large-patch14 and Qwen/Qwen2-VL-2B-Instruct on the Hugging Face Hub.
@@ -377,7 +379,7 @@ def test_size_limits_are_checked_before_decoding(monkeypatch: pytest.MonkeyPatch
 
 
 def test_tile_with_byte_sides_allocates_no_memory() -> None:
-    """Reproduce a tile side that Pillow returns as bytes: multiplied by the other side it would fill the memory."""
+    """Test a tile side that Pillow returns as bytes: multiplied by the other side it would fill the memory."""
     byte_tag, long_tag = struct.pack("<HHII", 323, 1, 1, 200), struct.pack("<HHII", 323, 4, 1, 300_000_000)
     data = tiled_tiff(200, kind=1).replace(byte_tag, long_tag)
     tracemalloc.start()
@@ -441,7 +443,7 @@ REJECTION = re.compile(rf"Input at index {INDEX} has an image (that cannot be re
     cut=st.none() | st.integers(0, 3000),
 )
 def test_corrupted_file_is_decoded_or_rejected(seed_index: int, flips: list[tuple[int, int]], cut: int | None) -> None:
-    """Corrupt bytes near either end of the file, which hold the structure of the formats."""
+    """Replace bytes near either end of the file, where formats store their structure."""
     data = bytearray(fuzz_seeds()[seed_index % len(fuzz_seeds())])
     for offset, value in flips:
         data[offset % len(data)] = value

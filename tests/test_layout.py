@@ -27,17 +27,20 @@ OTHERS = [
     *sorted((ROOT / "benchmarks").rglob("*.py")),
     *sorted((ROOT / "examples").glob("*.py")),
 ]
+BACKENDS = ("kernels/gpu/backend.py", "kernels/cpu/backend.py")
 MAX_FILES = 12  # per folder
 WIRE = "python_backend/wire.py"  # the one file of the engine that the gateway imports
 
 # A file imports only files before it in its folder.
 ORDER = {
     "kernels": (
-        "packed reference",
+        "packed",
+        "cpu/linear_onednn cpu/linear_int8",
+        "reference",
         "gpu/functions gpu/blocks gpu/launch",
         "gpu/attention gpu/norm gpu/rotary gpu/activation gpu/pooling gpu/patchify gpu/linear gpu/backend",
-        "cpu/simd cpu/loops cpu/linear_onednn cpu/linear_int8 cpu/linear_bf16 cpu/rows cpu/attention cpu/backend",
-        "ops",
+        "cpu/simd cpu/loops cpu/linear_bf16 cpu/norm cpu/rotary cpu/activation cpu/pooling cpu/attention cpu/backend",
+        "backend ops",
     ),
     "python_backend": (
         "wire errors",
@@ -86,7 +89,12 @@ TESTED_ELSEWHERE = {
     "kernels/reference.py": "test_ops.py",
     "kernels/gpu/functions.py": "interpreted/test_activation.py",
     "kernels/gpu/backend.py": "interpreted/test_networks.py",
+    "kernels/backend.py": "test_ops.py",
     "kernels/cpu/backend.py": "test_ops.py",
+    "kernels/cpu/norm.py": "test_cpu_rows.py",
+    "kernels/cpu/rotary.py": "test_cpu_rows.py",
+    "kernels/cpu/activation.py": "test_cpu_rows.py",
+    "kernels/cpu/pooling.py": "test_cpu_rows.py",
     "gateway/locations.py": "test_wheel.py",
     "gateway/process/triton_process.py": "test_supervisor.py",
     "gateway/http/protocol.py": "test_server.py",
@@ -100,6 +108,7 @@ TESTED_ELSEWHERE = {
 TESTS_OF_SEVERAL_FILES = {
     "test_benchmarks.py",
     "test_conftest.py",
+    "test_cpu_rows.py",
     "test_docs.py",
     "test_documents.py",
     "test_e2e.py",
@@ -225,7 +234,7 @@ def test_only_ops_and_backends_connect_kernel_files() -> None:
     ours = [item for item in all_imports("kernels") if item.ours]
     assert listed([item for item in ours if not item.module.startswith("kernels/")]) == []
     shared = {"packed", "gpu/functions", "gpu/blocks", "gpu/launch", "cpu/simd", "cpu/loops", "cpu/linear_bf16"}
-    entries = {"kernels/ops.py", "kernels/gpu/backend.py", "kernels/cpu/backend.py"}
+    entries = {"kernels/ops.py", "kernels/backend.py", "kernels/reference.py", *BACKENDS}
     crossing = [item for item in ours if item.module not in {f"kernels/{name}.py" for name in shared}]
     assert listed([item for item in crossing if item.file not in entries]) == []
 

@@ -6,9 +6,11 @@ from test_loops import before_guard_page
 from test_ops import assert_close, random
 from transformers.activations import ACT2FN
 
-from triton_embed.kernels import ops
 from triton_embed.kernels.cpu import linear_bf16 as panels
 from triton_embed.kernels.cpu.linear_bf16 import PanelWeight
+from triton_embed.kernels.ops import Ops
+
+ops = Ops.on("cpu", torch.float32)
 
 ACTIVATIONS = {
     "gelu_erf": "gelu",
@@ -24,7 +26,7 @@ SHAPES = [(32, 2), (32, 30), (64, 384), (96, 386), (1_152, 64)]  # outputs, inpu
 
 @pytest.fixture(autouse=True)
 def panels_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use panels even on CPUs where oneDNN is preferred."""
+    """Select panels even on CPUs where oneDNN is preferred."""
     monkeypatch.setattr(panels, "is_preferred", lambda: True)
 
 
@@ -51,7 +53,7 @@ def test_linear_matches_float64(tokens: int, shape: tuple[int, int]) -> None:
         assert_close(result, expected)
 
 
-@pytest.mark.parametrize("act", ops.ACTIVATIONS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_match_transformers(act: str) -> None:
     weight, packed = packed_weight(96, 64)
     x, bias = 3 * random(37, 64, dtype=torch.bfloat16), random(96, dtype=torch.bfloat16, seed=2)
@@ -61,7 +63,7 @@ def test_activations_match_transformers(act: str) -> None:
 
 @pytest.mark.parametrize("act", [act for act in panels.ACTIVATIONS if act])
 def test_activations_over_the_full_range(act: str) -> None:
-    """Use a weight of 1, so that the product is x itself."""
+    """Test with a weight of 1, so that the product is x itself."""
     weight = torch.zeros(32, 2, dtype=torch.bfloat16)
     weight[:, 0] = 1
     x = torch.zeros(4_001, 2, dtype=torch.bfloat16)
@@ -127,7 +129,7 @@ def test_packing_keeps_the_weight_and_its_shape() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 5, 8, 11])
 def test_no_read_past_the_last_token(tokens: int) -> None:
-    """Place x before a guard page, where a violation is a segmentation fault."""
+    """Test x before a guard page, where a violation is a segmentation fault."""
     _, packed = packed_weight(32, 64)
     x = random(tokens, 64, dtype=torch.bfloat16)
     assert torch.equal(ops.linear(before_guard_page(x), packed, None), ops.linear(x, packed, None))

@@ -6,8 +6,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from conftest import MINILM, Family
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import ACTIVATIONS, Ops
 from triton_embed.python_backend.inputs.parameters import Item
+
+ops = Ops.on("cpu", torch.float32)
 
 SHAPES = [(1, 8, 3), (20, 384, 1152), (300, 96, 40), (513, 33, 64)]  # tokens, inputs, outputs
 
@@ -23,7 +25,7 @@ def random_layer(tokens: int, inputs: int, outputs: int) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product_error_is_bounded(shape: tuple[int, int, int], biased: bool, dtype: torch.dtype) -> None:
-    """Bound the error: each factor is rounded independently, by at most 1/254 of the largest in its row."""
+    """Check the error: each factor is rounded independently, by at most 1/254 of the largest in its row."""
     x, weight, bias = random_layer(*shape)
     x = x.to(dtype)
     packed = ops.pack_linear(weight, in_int8=True)
@@ -36,7 +38,7 @@ def test_product_error_is_bounded(shape: tuple[int, int, int], biased: bool, dty
     assert packed.shape == weight.shape
 
 
-@pytest.mark.parametrize("act", ops.ACTIVATIONS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activation_is_applied_to_the_product(act: str) -> None:
     x, weight, bias = random_layer(30, 64, 32)
     packed = ops.pack_linear(weight, in_int8=True)

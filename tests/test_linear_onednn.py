@@ -8,8 +8,10 @@ from test_ops import ACTIVATIONS, assert_close, one_thread, random  # noqa: F401
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from triton_embed.kernels import ops
 from triton_embed.kernels.cpu import linear_onednn as onednn
+from triton_embed.kernels.ops import Ops
+
+ops = Ops.on("cpu", torch.float32)
 
 SHAPES = [(1, 1, 1), (1, 384, 1536), (7, 60, 92), (13, 31, 53), (257, 384, 384)]  # T, K, N
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda weight: weight, "packed": ops.pack_linear}
@@ -63,7 +65,7 @@ def test_every_configurable_dtype_can_be_packed(dtype: torch.dtype) -> None:
 
 def test_only_activations_of_onednn_are_fused() -> None:
     """Check the list, because torch's oneDNN binding supports only gelu and relu and ignores unknown names."""
-    assert {act for act in ops.ACTIVATIONS if onednn.fuses(act)} == {"gelu_erf", "gelu_tanh", "relu"}
+    assert {act for act in ACTIVATIONS if onednn.fuses(act)} == {"gelu_erf", "gelu_tanh", "relu"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,19 +10,18 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from triton_embed.kernels.cpu import loops, rows
+from triton_embed.kernels.cpu import loops
 from triton_embed.kernels.cpu.loops import (
     MIN_THREAD_ELEMENTS,
-    Loop,
+    Address,
     add,
-    float_argument,
+    loop,
     pointer,
     read,
     scratch,
@@ -31,6 +30,7 @@ from triton_embed.kernels.cpu.loops import (
     thread_range,
     write,
 )
+from triton_embed.kernels.cpu.norm import add_rms_norm
 
 COUNTS = range(41)
 OFFSETS = (0, 1, 5)  # elements before a row, so that its registers are not aligned
@@ -39,33 +39,45 @@ GARBAGE = 0x5A  # fills memory that must not be written
 PAGE = mmap.PAGESIZE
 
 
-@Loop
-def _visit(a: Any) -> None:
-    begin, end = thread_range(a[1])
+@loop
+def _visit(visits: Address, count: int, threads: Address, counts: Address) -> None:
+    begin, end = thread_range(count)
     for i in range(begin, end):
-        pointer(a[0], np.int64)[i] += 1
-        pointer(a[2], np.int64)[i] = thread_index()
-    pointer(a[3], np.int64)[thread_index()] += thread_count()
+        pointer(visits, np.int64)[i] += 1
+        pointer(threads, np.int64)[i] = thread_index()
+    pointer(counts, np.int64)[thread_index()] += thread_count()
 
 
-@Loop
-def _store_arguments(a: Any) -> None:
-    out = pointer(a[0], np.int64)
-    for i in range(6):
-        out[i] = a[i + 1]
-    fractions = pointer(a[7], np.float64)
-    for i in range(5):
-        fractions[i] = float_argument(a[8 + i])
+@loop
+def _store_arguments(
+    integers: Address,
+    absent: Address,
+    i: int,
+    j: int,
+    k: int,
+    x: Address,
+    y: Address,
+    fractions: Address,
+    p: float,
+    q: float,
+    r: float,
+    s: float,
+    t: float,
+) -> None:
+    out = pointer(integers, np.int64)
+    out[0], out[1], out[2], out[3], out[4], out[5] = absent, i, j, k, x, y
+    out = pointer(fractions, np.float64)
+    out[0], out[1], out[2], out[3], out[4] = p, q, r, s, t
 
 
-@Loop
-def _rows(a: Any) -> None:
-    if a[0] == 0:
-        read(a[1], a[2], a[3], a[4])
-    elif a[0] == 1:
-        add(a[1], a[2], a[3], a[4])
+@loop
+def _rows(kind: int, row: Address, itemsize: int, x: Address, count: int) -> None:
+    if kind == 0:
+        read(row, itemsize, x, count)
+    elif kind == 1:
+        add(row, itemsize, x, count)
     else:
-        write(a[3], a[1], a[2], a[4])
+        write(x, row, itemsize, count)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +102,7 @@ def test_threads_split_the_range_evenly(count: int) -> None:
     torch.set_num_threads(count)
     for size in range(51):
         visits, owners, seen = torch.zeros(size + 1).long(), torch.full((size + 1,), -1), torch.zeros(4).long()
-        _visit(count * MIN_THREAD_ELEMENTS, visits, size, owners, seen)
+        _visit(count * MIN_THREAD_ELEMENTS, visits=visits, count=size, threads=owners, counts=seen)
         assert visits.tolist() == [1] * size + [0]
         assert seen.tolist() == [count] * count + [0] * (4 - count)
         assert owners[:size].tolist() == sorted(owners[:size].tolist())
@@ -113,7 +125,7 @@ def test_threads_split_the_range_evenly(count: int) -> None:
 def test_little_work_uses_few_threads(work: int, used: int) -> None:
     torch.set_num_threads(3)
     seen = torch.zeros(4).long()
-    _visit(work, seen, 0, seen, seen)
+    _visit(work, visits=seen, count=0, threads=seen, counts=seen)
     assert seen.tolist() == [used] * used + [0] * (4 - used)
 
 
@@ -121,7 +133,8 @@ def test_none_becomes_address_0_and_numbers_are_exact() -> None:
     integers, fractions = torch.full((6,), -7), torch.zeros(5).double()
     x = torch.zeros(3)
     floats = (0.1, -2.5, float("inf"), 5e-324, -1e300)
-    _store_arguments(0, integers, None, -1, 2**62, -(2**63), x, x[1:], fractions, *floats)
+    whole = {"absent": None, "i": -1, "j": 2**62, "k": -(2**63), "x": x, "y": x[1:]}
+    _store_arguments(0, integers=integers, fractions=fractions, **whole, **dict(zip("pqrst", floats, strict=True)))
     assert integers.tolist() == [0, -1, 2**62, -(2**63), x.data_ptr(), x.data_ptr() + 4]
     assert fractions.numpy().tobytes() == np.array(floats).tobytes()
 
@@ -129,12 +142,13 @@ def test_none_becomes_address_0_and_numbers_are_exact() -> None:
 def test_float_argument_may_be_integral_in_the_next_call() -> None:
     integers, fractions = torch.zeros(6).long(), torch.zeros(5).double()
     for floats in ((1.5, 2.5, 3.5, 4.5, 5.5), (1.0, 2.0, 3.0, -4.0, 0.0)):
-        _store_arguments(0, integers, *range(6), fractions, *floats)
+        whole = {"absent": None, "i": 1, "j": 2, "k": 3, "x": None, "y": None}
+        _store_arguments(0, integers=integers, fractions=fractions, **whole, **dict(zip("pqrst", floats, strict=True)))
         assert fractions.tolist() == list(floats)
 
 
 def place_in_garbage(x: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Place a row inside memory filled with garbage. Return all of the memory, and the row."""
+    """Copy a row into memory filled with garbage; return the whole memory and the row."""
     memory = torch.full((512,), GARBAGE, dtype=torch.uint8)
     row = memory.view(x.dtype)[16 + offset :][: len(x)]
     row.copy_(x)
@@ -161,7 +175,7 @@ def test_read_pads_with_zeros(offset: int, dtype: torch.dtype) -> None:
         assert 0 <= padded - count < 16
         source, row = place_in_garbage(values, offset)
         target, x = place_in_garbage(torch.full((padded,), 7.0), 0)
-        _rows(0, 0, row, dtype.itemsize, x, count)
+        _rows(0, kind=0, row=row, itemsize=dtype.itemsize, x=x, count=count)
         assert torch.equal(x[:count], values.float())
         assert not x[count:].any()
         assert torch.equal(row, values)
@@ -176,7 +190,7 @@ def test_add_changes_only_the_row(offset: int, dtype: torch.dtype) -> None:
         values, before = numbers(count, dtype), numbers(count, torch.float32, seed=1)
         source, row = place_in_garbage(values, offset)
         target, x = place_in_garbage(before, 0)
-        _rows(0, 1, row, dtype.itemsize, x, count)
+        _rows(0, kind=1, row=row, itemsize=dtype.itemsize, x=x, count=count)
         assert torch.equal(x, before + values.float())
         assert torch.equal(row, values)
         assert_surroundings_unchanged(source, row)
@@ -190,7 +204,7 @@ def test_write_rounds_and_changes_only_the_row(offset: int, dtype: torch.dtype) 
         values = numbers(count, torch.float32)
         target, row = place_in_garbage(torch.zeros(count, dtype=dtype), offset)
         source, x = place_in_garbage(values, 0)
-        _rows(0, 2, row, dtype.itemsize, x, count)
+        _rows(0, kind=2, row=row, itemsize=dtype.itemsize, x=x, count=count)
         assert torch.equal(row, values.to(dtype))
         assert torch.equal(x, values)
         assert_surroundings_unchanged(target, row)
@@ -203,7 +217,7 @@ def test_no_read_past_the_end_of_a_row(dtype: torch.dtype) -> None:
     for count in COUNTS:
         row = before_guard_page(numbers(count, dtype)) if count else torch.empty(0, dtype=dtype)
         for kind in (0, 1, 2):
-            _rows(0, kind, row, dtype.itemsize, x, count)
+            _rows(0, kind=kind, row=row, itemsize=dtype.itemsize, x=x, count=count)
 
 
 EDGES = {  # edge cases of rounding to bf16
@@ -222,7 +236,7 @@ def test_rounding_is_the_same_inside_and_after_registers(bits: tuple[int, ...]) 
     for pattern in bits:
         values = torch.from_numpy(np.full(21, pattern, np.uint32).view(np.float32))
         result, expected = torch.zeros(21).bfloat16(), values.bfloat16()
-        _rows(0, 2, result, 2, values, 21)
+        _rows(0, kind=2, row=result, itemsize=2, x=values, count=21)
         assert torch.equal(result.isnan(), expected.isnan()), f"{pattern:#x} -> {result.tolist()}"
         if not expected.isnan().any():
             assert torch.equal(result.view(torch.int16), expected.view(torch.int16))
@@ -265,32 +279,32 @@ def test_concurrent_python_threads_do_not_interfere() -> None:
     torch.set_num_threads(2)
     weight = torch.ones(300)
     inputs = [numbers(300 * 8000, torch.float32, seed).view(8000, 300) for seed in range(2)]
-    expected = [rows.add_rms_norm(x, x, weight, 1e-6) for x in inputs]
+    expected = [add_rms_norm(x, x, weight, 1e-6) for x in inputs]
     barrier = threading.Barrier(2)
 
     def repeat(i: int) -> bool:
         torch.set_num_threads(2)
         barrier.wait(10)
-        results = (rows.add_rms_norm(inputs[i], inputs[i], weight, 1e-6) for _ in range(10))
+        results = (add_rms_norm(inputs[i], inputs[i], weight, 1e-6) for _ in range(10))
         return all(torch.equal(y, expected[i][0]) and torch.equal(total, expected[i][1]) for y, total in results)
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(repeat, range(2)))
 
 
-def double(a: Any) -> None:
-    x = pointer(a[0], np.float32)
-    x[0] = x[0] + x[0]
+def double(x: Address) -> None:
+    values = pointer(x, np.float32)
+    values[0] = values[0] + values[0]
 
 
-def runs(body: Callable[[Any], None]) -> bool:
+def runs(body: Callable[..., None]) -> bool:
     x = torch.tensor([21.0])
-    Loop(body)(0, x)
+    loop(body)(0, x=x)
     return x.tolist() == [42.0]
 
 
 def test_loop_works_without_a_source_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the function no source file, because Numba caches a function by its file."""
+    """Compile a function without a source file, although Numba caches a function by its file."""
     monkeypatch.setattr(double, "__code__", double.__code__.replace(co_filename="<nowhere>"))
     assert runs(double)
 
@@ -319,12 +333,12 @@ def test_loop_works_with_a_damaged_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 ATTEND_AND_GATE = """
 import torch
-from triton_embed.kernels.cpu import attention as dense_attention, rows
+from triton_embed.kernels.cpu import activation, attention as dense_attention
 from triton_embed.kernels.packed import Packed
 
 x = torch.ones(1, 1, 16)
 dense_attention.attention(x, x, x, Packed.from_lengths([1]), False, 1.0)
-print(rows.gated_activation(torch.full((1, 4), 4.0))[0, 0].item())
+print(activation.gated_activation(torch.full((1, 4), 4.0))[0, 0].item())
 """
 
 
@@ -334,6 +348,14 @@ def run_process(kernels: Path, cache: Path, code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=kernels, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
+
+
+def test_missing_or_unknown_argument_is_a_type_error() -> None:
+    x = torch.ones(1)
+    with pytest.raises(TypeError, match="count"):
+        _rows(0, kind=0, row=x, itemsize=4, x=x)
+    with pytest.raises(TypeError, match="size"):
+        _rows(0, kind=0, row=x, itemsize=4, x=x, count=1, size=2)
 
 
 def test_cache_is_reused_until_an_inlined_function_changes(tmp_path: Path) -> None:

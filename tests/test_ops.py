@@ -4,6 +4,8 @@ Errors are relative Frobenius norms against float64 on the same rounded inputs, 
 the bound. Shapes are awkward on purpose: length 1, primes, one long sequence among many short ones.
 """
 
+import ctypes.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,8 +35,13 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from triton_embed.kernels import ops
+from triton_embed.kernels import backend
+from triton_embed.kernels import ops as kernels
+from triton_embed.kernels.cpu import linear_onednn as onednn
+from triton_embed.kernels.ops import POOLING_MODES, Ops
 from triton_embed.kernels.packed import Packed
+
+ops = Ops.on("cpu", torch.float32)
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 DTYPES = list(BOUNDS)
@@ -395,7 +402,7 @@ ACTIVATIONS = {
 
 
 def test_every_activation_is_tested() -> None:
-    assert set(ACTIVATIONS) == set(ops.ACTIVATIONS)
+    assert set(ACTIVATIONS) == set(kernels.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -418,7 +425,7 @@ POOLINGS = {"cls": "cls", "mean": "mean", "last": "lasttoken", "max": "max"}
 
 
 def test_every_pooling_is_tested() -> None:
-    assert set(POOLINGS) == set(ops.POOLING_MODES)
+    assert set(POOLINGS) == set(POOLING_MODES)
 
 
 def pooled(x: Tensor, lengths: Sequence[int], mode: str) -> Tensor:
@@ -435,7 +442,7 @@ def pooled(x: Tensor, lengths: Sequence[int], mode: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("mode", ops.POOLING_MODES)
+@pytest.mark.parametrize("mode", POOLING_MODES)
 def test_pooling(mode: str, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     x = random(sum(lengths), 60, dtype=dtype)
     found = ops.segment_pool(x, Packed.from_lengths(lengths), mode, [60] * len(lengths), l2=False)
@@ -443,7 +450,7 @@ def test_pooling(mode: str, lengths: tuple[int, ...], dtype: torch.dtype) -> Non
     assert_close(found, pooled(x, lengths, mode), torch.float32)
 
 
-@pytest.mark.parametrize("mode", ops.POOLING_MODES)
+@pytest.mark.parametrize("mode", POOLING_MODES)
 def test_each_row_is_cut_to_its_own_size_and_normalised(mode: str) -> None:
     lengths, dims = (3, 3, 1, 41, 2), (60, 1, 20, 7, 59)
     x = 1e-3 * random(sum(lengths), 60, dtype=torch.bfloat16)  # short vectors: an absolute epsilon would show
@@ -464,7 +471,7 @@ def test_a_final_norm_comes_before_the_cut() -> None:
 
 
 @pytest.mark.parametrize("size", [10, 31])
-@pytest.mark.parametrize("mode", ops.POOLING_MODES)
+@pytest.mark.parametrize("mode", POOLING_MODES)
 def test_a_map_may_give_vectors_of_another_size(mode: str, size: int) -> None:
     """sentence-transformers' Dense, which pools before and is cut and normalised after."""
     lengths, dims = (5, 5, 1, 7), (size, 3, 1, size - 1)
@@ -485,7 +492,7 @@ def test_a_map_may_give_vectors_of_another_size(mode: str, size: int) -> None:
         assert not row[kept:].any()
 
 
-@pytest.mark.parametrize("mode", ops.POOLING_MODES)
+@pytest.mark.parametrize("mode", POOLING_MODES)
 def test_not_a_number_stays_inside_its_own_sequence(mode: str) -> None:
     """One poisoned sequence, with neighbours of its own length and of others, through every op of a layer."""
     lengths = (4, 4, 4, 1, 9)
@@ -652,15 +659,37 @@ def test_shapes_that_do_not_fit_are_refused(case: str) -> None:
         WRONG[case]()
 
 
-def test_a_torch_without_openmp_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise AttributeError("undefined symbol: GOMP_parallel")
-
-    monkeypatch.setattr(ops, "_looped", missing)
+def test_torch_without_openmp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the import of the loops fail as it does where torch's library lacks the symbol."""
+    monkeypatch.delattr("triton_embed.kernels.cpu.backend")
+    for name in [name for name in sys.modules if name.startswith("triton_embed.kernels.cpu.")]:
+        if not name.endswith("simd"):  # it registers types, and does not need OpenMP
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch._C, "__file__", ctypes.util.find_library("m"))
     with pytest.raises(ValueError, match="has no OpenMP for loops to run on; set the parameter kernels to reference"):
-        ops.require("cpu", torch.float32)
-    ops.use("reference")
-    try:
-        ops.require("cpu", torch.float32)
-    finally:
-        ops.use("auto")
+        backend.choose("auto", "cpu", torch.float32)
+    assert backend.choose("reference", "cpu", torch.float32).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "name"),
+    [("auto", "cpu", "cpu"), ("auto", "cuda:0", "triton"), ("reference", "cuda:0", "reference")],
+)
+def test_setting_and_device_determine_the_backend(setting: str, device: str, name: str) -> None:
+    assert backend.resolve(setting, device) == name
+
+
+def test_unknown_setting_and_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match="'cuda' is none of auto, reference, triton"):
+        backend.resolve("cuda", "cpu")
+    with pytest.raises(ValueError, match=r"no kernel computes in torch\.float64"):
+        backend.choose("auto", "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("setting", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_residual_on_a_cpu_is_fp32(setting: str, dtype: torch.dtype) -> None:
+    x = random(3, 8, dtype=dtype)
+    residual = Ops.on("cpu", dtype, setting).first_residual(x)
+    assert residual.dtype == (torch.float32 if onednn.supports(dtype) else dtype)
+    assert torch.equal(residual, x.to(residual.dtype))

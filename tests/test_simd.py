@@ -1,14 +1,13 @@
 """SIMD registers inside compiled loops, against numpy and torch in float64."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from triton_embed.kernels.cpu.loops import Loop, pointer
+from triton_embed.kernels.cpu.loops import Address, loop, pointer
 from triton_embed.kernels.cpu.simd import (
     LANES,
     exp2,
@@ -25,6 +24,7 @@ from triton_embed.kernels.cpu.simd import (
     transpose,
 )
 
+Loop = Callable[..., None]
 NAN, INF = float("nan"), float("inf")
 GARBAGE = 7e7  # fills memory that must not be written
 TILES = [(1, 1), (3, 1), (8, 2), (5, 3)]  # rows, registers of columns
@@ -32,78 +32,84 @@ _tile_1_1, _tile_3_1, _tile_8_2, _tile_5_3 = (tile_product(*shape, False) for sh
 _pairs_1_1, _pairs_3_1, _pairs_8_2, _pairs_5_3 = (tile_product(*shape, True) for shape in TILES)
 
 
-@Loop
-def _exp2(a: Any) -> None:
-    for i in range(0, a[2], LANES):
-        store(exp2(load(a[0] + i * 4, 4)), a[1] + i * 4, 4)
+@loop
+def _exp2(x: Address, y: Address, count: int) -> None:
+    for i in range(0, count, LANES):
+        store(exp2(load(x + i * 4, 4)), y + i * 4, 4)
 
 
-@Loop
-def _convert(a: Any) -> None:
-    for i in range(0, a[4], LANES):
-        store(load(a[0] + i * a[1], a[1]), a[2] + i * a[3], a[3])
+@loop
+def _convert(x: Address, x_itemsize: int, y: Address, y_itemsize: int, count: int) -> None:
+    for i in range(0, count, LANES):
+        store(load(x + i * x_itemsize, x_itemsize), y + i * y_itemsize, y_itemsize)
 
 
-@Loop
-def _operations(a: Any) -> None:
-    x, y, out, numbers = load(a[0], 4), load(a[1], 4), a[2], pointer(a[3], np.float32)
+@loop
+def _operations(left: Address, right: Address, out: Address, results: Address, count: int) -> None:
+    x, y, numbers = load(left, 4), load(right, 4), pointer(results, np.float32)
     store(x + y, out, 4)
     store(x - y, out + 64, 4)
     store(x * y, out + 128, 4)
     store(x / y, out + 192, 4)
     store(larger(x, y), out + 256, 4)
     store(smaller(x, y), out + 320, 4)
-    store(keep_first(x, a[4], numbers[0]), out + 384, 4)
+    store(keep_first(x, count, numbers[0]), out + 384, 4)
     store(splat(numbers[0]), out + 448, 4)
     numbers[1] = reduce_max(x)
     numbers[2] = reduce_sum(x)
 
 
-@Loop
-def _interleave(a: Any) -> None:
-    store(interleave(a[0], a[1]), a[2], 4)
+@loop
+def _interleave(low: Address, high: Address, out: Address) -> None:
+    store(interleave(low, high), out, 4)
 
 
-@Loop
-def _transpose(a: Any) -> None:
-    transpose(a[0], a[1], a[2], a[3], a[4])
+@loop
+def _transpose(x: Address, x_stride: int, rows: int, y: Address, y_stride: int) -> None:
+    transpose(x, x_stride, rows, y, y_stride)
 
 
-@Loop
-def _tiles(a: Any) -> None:
-    if a[0] == 0:
-        _tile_1_1(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
-    elif a[0] == 1:
-        _tile_3_1(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
-    elif a[0] == 2:
-        _tile_8_2(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
+@loop
+def _tiles(
+    shape: int, x: Address, x_stride: int, y: Address, y_stride: int, inner: int, z: Address, z_stride: int
+) -> None:
+    if shape == 0:
+        _tile_1_1(x, x_stride, y, y_stride, inner, z, z_stride)
+    elif shape == 1:
+        _tile_3_1(x, x_stride, y, y_stride, inner, z, z_stride)
+    elif shape == 2:
+        _tile_8_2(x, x_stride, y, y_stride, inner, z, z_stride)
     else:
-        _tile_5_3(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
+        _tile_5_3(x, x_stride, y, y_stride, inner, z, z_stride)
 
 
-@Loop
-def _pair_tiles(a: Any) -> None:
-    if a[0] == 0:
-        _pairs_1_1(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
-    elif a[0] == 1:
-        _pairs_3_1(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
-    elif a[0] == 2:
-        _pairs_8_2(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
+@loop
+def _pair_tiles(
+    shape: int, x: Address, x_stride: int, y: Address, y_stride: int, inner: int, z: Address, z_stride: int
+) -> None:
+    if shape == 0:
+        _pairs_1_1(x, x_stride, y, y_stride, inner, z, z_stride)
+    elif shape == 1:
+        _pairs_3_1(x, x_stride, y, y_stride, inner, z, z_stride)
+    elif shape == 2:
+        _pairs_8_2(x, x_stride, y, y_stride, inner, z, z_stride)
     else:
-        _pairs_5_3(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
+        _pairs_5_3(x, x_stride, y, y_stride, inner, z, z_stride)
 
 
-@Loop
-def _plain_pair_tiles(a: Any) -> None:
-    """Repeat the loop under another name, to compile and cache it for a CPU without bf16 products."""
-    if a[0] == 0:
-        _pairs_1_1(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
-    elif a[0] == 1:
-        _pairs_3_1(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
-    elif a[0] == 2:
-        _pairs_8_2(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
+@loop
+def _plain_pair_tiles(
+    shape: int, x: Address, x_stride: int, y: Address, y_stride: int, inner: int, z: Address, z_stride: int
+) -> None:
+    """Compile the same loop under another name, which is cached for a CPU without bf16 products."""
+    if shape == 0:
+        _pairs_1_1(x, x_stride, y, y_stride, inner, z, z_stride)
+    elif shape == 1:
+        _pairs_3_1(x, x_stride, y, y_stride, inner, z, z_stride)
+    elif shape == 2:
+        _pairs_8_2(x, x_stride, y, y_stride, inner, z, z_stride)
     else:
-        _pairs_5_3(a[1], a[2], a[3], a[4], a[5], a[6], a[7])
+        _pairs_5_3(x, x_stride, y, y_stride, inner, z, z_stride)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -118,7 +124,7 @@ def compute_exp2(x: Tensor) -> Tensor:
     padded = torch.zeros(-(-len(x) // LANES) * LANES)
     padded[: len(x)] = x
     y = torch.empty_like(padded)
-    _exp2(0, padded, y, len(padded))
+    _exp2(0, x=padded, y=y, count=len(padded))
     return y[: len(x)].double()
 
 
@@ -146,7 +152,7 @@ def test_exp2_of_integers_is_exact() -> None:
 
 @pytest.mark.parametrize("far", [128.0, 129.0, 1e4, 1e10, 3e38, INF])
 def test_exp2_far_outside_its_range(far: float) -> None:
-    """Expect infinity above the range, and the smallest normal number below it."""
+    """Return infinity above the range, and the smallest normal number below it."""
     assert compute_exp2(torch.tensor([far, -far])).tolist() == [INF, 2.0**-126]
 
 
@@ -173,7 +179,7 @@ def round_to_bf16(x: Tensor) -> Tensor:
     result = torch.empty(-(-len(x) // LANES) * LANES, dtype=torch.bfloat16)
     padded = torch.zeros(len(result))
     padded[: len(x)] = x
-    _convert(0, padded, 4, result, 2, len(result))
+    _convert(0, x=padded, x_itemsize=4, y=result, y_itemsize=2, count=len(result))
     return result[: len(x)]
 
 
@@ -197,8 +203,8 @@ def test_bf16_rounding_of_random_bits_matches_torch() -> None:
 def test_every_bf16_number_survives_a_round_trip() -> None:
     values = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
     wide, back = torch.empty(2**16), torch.empty_like(values)
-    _convert(0, values, 2, wide, 4, 2**16)
-    _convert(0, values, 2, back, 2, 2**16)
+    _convert(0, x=values, x_itemsize=2, y=wide, y_itemsize=4, count=2**16)
+    _convert(0, x=values, x_itemsize=2, y=back, y_itemsize=2, count=2**16)
     numbers = ~values.isnan()
     assert torch.equal(wide.view(torch.int32), values.view(torch.int16).int() << 16)
     assert torch.equal(back[numbers].view(torch.int16), values[numbers].view(torch.int16))
@@ -207,7 +213,7 @@ def test_every_bf16_number_survives_a_round_trip() -> None:
 
 def operate(x: Tensor, y: Tensor, count: int = 0, other: float = 0.0) -> tuple[Tensor, Tensor]:
     out, numbers = torch.empty(8, LANES), torch.tensor([other, 0.0, 0.0])
-    _operations(0, x, y, out, numbers, count)
+    _operations(0, left=x, right=y, out=out, results=numbers, count=count)
     return out, numbers[1:]
 
 
@@ -265,13 +271,13 @@ def test_reduce_max_of_negative_infinities() -> None:
 
 
 def test_interleave_is_bit_exact() -> None:
-    """Use arbitrary addresses, unaligned ones too, and check that NaN payloads are preserved."""
+    """Test arbitrary addresses, unaligned ones too, and the payloads of NaN."""
     numbers = np.random.default_rng(0).integers(0, 2**16, 50).astype(np.uint16)
     numbers[[3, 20]] = 0x7F81, 0xFFFF
     bits = torch.from_numpy(numbers)
     out = torch.empty(LANES, dtype=torch.int32)
     for low, high in ((0, 16), (16, 0), (1, 20), (34, 33), (5, 5)):
-        _interleave(0, bits[low:], bits[high:], out)
+        _interleave(0, low=bits[low:], high=bits[high:], out=out)
         expected = torch.stack([bits[low : low + LANES], bits[high : high + LANES]], dim=1)
         assert torch.equal(out.view(torch.int16).view(LANES, 2), expected.view(torch.int16))
 
@@ -281,7 +287,7 @@ def test_transpose_repeats_the_last_row_for_missing_rows(rows: int) -> None:
     generator = np.random.default_rng(rows)
     x = torch.from_numpy(generator.integers(-(2**31), 2**31, (rows, 23), np.int32))
     y = torch.full((LANES, 19), -5, dtype=torch.int32)
-    _transpose(0, x, x.stride(0) * 4, rows, y, y.stride(0) * 4)
+    _transpose(0, x=x, x_stride=x.stride(0) * 4, rows=rows, y=y, y_stride=y.stride(0) * 4)
     expected = x[:, :LANES].T
     assert torch.equal(y[:, :rows], expected)
     assert torch.equal(y[:, rows:LANES], expected[:, -1:].expand(-1, LANES - rows))
@@ -292,7 +298,7 @@ def test_transpose_from_unaligned_addresses() -> None:
     values = torch.arange(LANES * 40).to(torch.int16)
     x = values[3:]
     y = torch.empty(LANES, LANES, dtype=torch.int32)
-    _transpose(0, x, 38 * 2, LANES, y, LANES * 4)
+    _transpose(0, x=x, x_stride=38 * 2, rows=LANES, y=y, y_stride=LANES * 4)
     expected = torch.stack([x[row * 38 :][: 2 * LANES].clone().view(torch.int32) for row in range(LANES)])
     assert torch.equal(y, expected.T)
 
@@ -314,8 +320,8 @@ def test_tile_product(rows: int, columns: int, inner: int) -> None:
     width = columns * LANES
     x, y = random(rows, inner + 3), random(inner + 1, width + 5, seed=1)
     z = torch.full((rows, width + 9), GARBAGE)
-    strides = [4 * tensor.stride(0) for tensor in (x, y, z)]
-    _tiles(0, TILES.index((rows, columns)), x, strides[0], y, strides[1], inner, z, strides[2])
+    strides = {"x_stride": x.stride(0) * 4, "y_stride": y.stride(0) * 4, "z_stride": z.stride(0) * 4}
+    _tiles(0, shape=TILES.index((rows, columns)), x=x, y=y, inner=inner, z=z, **strides)
     assert_product(z, x[:, :inner], y[:inner, :width])
 
 
@@ -331,13 +337,13 @@ def pair_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize(("rows", "columns"), TILES, ids=str)
 def test_tile_product_of_bf16_pairs(rows: int, columns: int, inner: int, pair_tiles: Loop) -> None:
-    """Use addresses of x that are not multiples of a word."""
+    """Test addresses of x that are not multiples of a word."""
     width = columns * LANES
     x = random(rows, 2 * inner + 5).bfloat16()[:, 1:]
     y = random(inner + 1, width + 5, 2, seed=1).bfloat16()
     z = torch.full((rows, width + 9), GARBAGE)
-    strides = [tensor.itemsize * tensor.stride(0) for tensor in (x, y, z)]
-    pair_tiles(0, TILES.index((rows, columns)), x, strides[0], y, strides[1], inner, z, strides[2])
+    strides = {f"{name}_stride": t.itemsize * t.stride(0) for name, t in (("x", x), ("y", y), ("z", z))}
+    pair_tiles(0, shape=TILES.index((rows, columns)), x=x, y=y, inner=inner, z=z, **strides)
     assert_product(z, x[:, : 2 * inner], y[:inner, :width].transpose(1, 2).reshape(2 * inner, width))
 
 
@@ -348,7 +354,9 @@ def test_nonfinite_values_stay_in_their_row_and_column(value: float, pair_tiles:
         x[1, 4 + odd] = value
         y[2, 6, odd] = value
         z = torch.empty(3, LANES)
-        pair_tiles(0, TILES.index((3, 1)), x, 20, y, 4 * LANES, 5, z, 4 * LANES)
+        pair_tiles(
+            0, shape=TILES.index((3, 1)), x=x, x_stride=20, y=y, y_stride=4 * LANES, inner=5, z=z, z_stride=4 * LANES
+        )
         finite = torch.ones(3, LANES, dtype=torch.bool)
         finite[1], finite[:, 6] = False, False
         assert torch.equal(z.isfinite(), finite)

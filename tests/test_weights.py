@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from triton_embed.kernels.ops import Ops
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.networks import weights
 from triton_embed.python_backend.networks.layers import FusedLinear, Projection
 from triton_embed.python_backend.networks.weights import Naming
 
+OPS = Ops.on("cpu", torch.float32)
 NAMING = Naming(
     renames=(("bert.", ""), ("model.inner.", ""), ("model.", "")),
     fused={"qkv": ("query", "key", "value")},
@@ -37,8 +39,10 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(11, 6)
-        self.block = nn.ModuleDict({"self": nn.ModuleDict({"qkv": FusedLinear(6, (8, 2, 2))}), "norm": nn.LayerNorm(6)})
-        self.projection = Projection(6, 4, bias=False)
+        self.block = nn.ModuleDict(
+            {"self": nn.ModuleDict({"qkv": FusedLinear(OPS, 6, (8, 2, 2))}), "norm": nn.LayerNorm(6)}
+        )
+        self.projection = Projection(OPS, 6, 4, bias=False)
 
 
 PARTS = {"query": 8, "key": 2, "value": 2}
@@ -287,7 +291,7 @@ LOAD = """
 
     def load(directory, layers, rows, dtype):
         with torch.device("meta"):
-            fused = (FusedLinear(256, (2 * rows, rows, rows), bias=False) for _ in range(layers))
+            fused = (FusedLinear(OPS, 256, (2 * rows, rows, rows), bias=False) for _ in range(layers))
             network = nn.ModuleList(nn.ModuleDict({"qkv": linear}) for linear in fused)
         weights.load(network, weights.Naming(fused={"qkv": ("a", "b", "c")}), directory, dtype, "cpu")
         return network

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from triton_embed.kernels.cpu.linear_bf16 import PANEL, WORD_BYTES, copy_words, transpose_to_panels
-from triton_embed.kernels.cpu.loops import Loop, float_argument, pointer, scratch, thread_count, thread_index, write
+from triton_embed.kernels.cpu.loops import Address, loop, pointer, scratch, thread_count, thread_index, write
 from triton_embed.kernels.cpu.simd import (
     LANES,
     exp2,
@@ -47,9 +47,24 @@ def attention(
     scratch_floats = 2 * padded_length * padded_dim + 2 * TILE_ROWS * (padded_length + padded_dim)
     _attend(
         sequences * heads * max_length * (max_length if rows is None else 1) * head_dim // 8,
-        *(q, q.stride(0), k, k.stride(0), v, v.stride(0), out, packed.cu_seqlens, sequences),
-        *(None if rows is None else rows.long(), heads, kv_heads, head_dim, int(causal), scale * math.log2(math.e)),
-        *(scratch(scratch_floats), scratch_floats, q.itemsize),
+        q=q,
+        q_stride=q.stride(0),
+        k=k,
+        k_stride=k.stride(0),
+        v=v,
+        v_stride=v.stride(0),
+        out=out,
+        cu_seqlens=packed.cu_seqlens,
+        sequences=sequences,
+        rows=None if rows is None else rows.long(),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        causal=int(causal),
+        scale=scale * math.log2(math.e),
+        memory=scratch(scratch_floats),
+        thread_floats=scratch_floats,
+        itemsize=q.itemsize,
     )
     return out
 
@@ -120,18 +135,35 @@ def _multiply(x, stride, itemsize, y, inner, z, pitch):
         _product(x, stride, y, PANEL * WORD_BYTES, inner, z, pitch)
 
 
-@Loop
-def _attend(a):
-    starts, sequences, rows = pointer(a[7], np.int32), a[8], pointer(a[9], np.int64)
-    heads, kv_heads, head_dim, causal, scale = a[10], a[11], a[12], a[13], np.float32(float_argument(a[14]))
-    itemsize = a[17]
+@loop
+def _attend(
+    q: Address,
+    q_stride: int,
+    k: Address,
+    k_stride: int,
+    v: Address,
+    v_stride: int,
+    out: Address,
+    cu_seqlens: Address,
+    sequences: int,
+    rows: Address,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    causal: int,
+    scale: float,  # to the base 2
+    memory: Address,
+    thread_floats: int,
+    itemsize: int,
+) -> None:
+    starts = pointer(cu_seqlens, np.int32)
     per_word = WORD_BYTES // itemsize
-    base, words = a[15] + thread_index() * a[16] * 4, head_dim // per_word
+    base, words = memory + thread_index() * thread_floats * 4, head_dim // per_word
     padded_dim = (head_dim + PANEL - 1) // PANEL * PANEL
     for task in range(thread_index(), sequences * heads, thread_count()):
         sequence, head = task // heads, task % heads
-        begin = np.int64(starts[sequence])
-        tokens = np.int64(starts[sequence + 1]) - begin
+        begin = int(starts[sequence])
+        tokens = int(starts[sequence + 1]) - begin
         kv_head = head // (heads // kv_heads)
         width = (tokens + PANEL - 1) // PANEL * PANEL
         keys = base
@@ -140,10 +172,12 @@ def _attend(a):
         weights = scores + TILE_ROWS * width * 4  # [TILE_ROWS,width]
         sums = weights + TILE_ROWS * width * itemsize  # [TILE_ROWS,padded_dim]
         tail_queries = sums + TILE_ROWS * padded_dim * 4  # [TILE_ROWS,head_dim]
-        transpose_to_panels(a[2] + (begin * a[3] + kv_head * head_dim) * itemsize, a[3] * itemsize, tokens, words, keys)
+        transpose_to_panels(
+            k + (begin * k_stride + kv_head * head_dim) * itemsize, k_stride * itemsize, tokens, words, keys
+        )
         _pack_values(
-            a[4] + (begin * a[5] + kv_head * head_dim) * itemsize,
-            a[5] * itemsize,
+            v + (begin * v_stride + kv_head * head_dim) * itemsize,
+            v_stride * itemsize,
             itemsize,
             tokens,
             head_dim,
@@ -151,12 +185,12 @@ def _attend(a):
             values,
         )
         first_query, end_query = 0, tokens
-        if a[9]:
-            first_query = rows[sequence] - begin
+        if rows:
+            first_query = pointer(rows, np.int64)[sequence] - begin
             end_query = first_query + 1
         for start in range(first_query, end_query, TILE_ROWS):
             count = min(TILE_ROWS, end_query - start)
-            x, stride = a[0] + ((begin + start) * a[1] + head * head_dim) * itemsize, a[1] * itemsize
+            x, stride = q + ((begin + start) * q_stride + head * head_dim) * itemsize, q_stride * itemsize
             if count < TILE_ROWS:  # memory past the last query may be unmapped
                 for row in range(count):
                     copy_words(x + row * stride, tail_queries + row * words * WORD_BYTES, words)
@@ -167,7 +201,9 @@ def _attend(a):
             for row in range(count):
                 visible = start + row + 1 if causal else tokens
                 row_scores = scores + row * width * 4
-                weight_sum = _softmax(row_scores, visible, used_keys, scale, weights + row * width * itemsize, itemsize)
+                weight_sum = _softmax(
+                    row_scores, visible, used_keys, np.float32(scale), weights + row * width * itemsize, itemsize
+                )
                 pointer(row_scores, np.float32)[0] = np.float32(1) / weight_sum
             for i in range(0, padded_dim, PANEL):
                 panel = values + i // PANEL * (width // per_word) * PANEL * WORD_BYTES
@@ -176,9 +212,9 @@ def _attend(a):
                 )
             for row in range(count):
                 factor = splat(pointer(scores + row * width * 4, np.float32)[0])
-                out_row = sequence if a[9] else begin + start + row
+                out_row = sequence if rows else begin + start + row
                 target, row_sums = (
-                    a[6] + (out_row * heads + head) * head_dim * itemsize,
+                    out + (out_row * heads + head) * head_dim * itemsize,
                     sums + row * padded_dim * 4,
                 )
                 for i in range(0, padded_dim, LANES):

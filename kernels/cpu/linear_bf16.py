@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triton_embed.kernels.cpu.loops import Loop, pointer, scratch, thread_index, thread_range
+from triton_embed.kernels.cpu.loops import Address, loop, pointer, scratch, thread_index, thread_range
 from triton_embed.kernels.cpu.simd import LANES, exp2, inline, larger, load, splat, store, tile_product, transpose
 
 PANEL = 2 * LANES  # columns
@@ -44,7 +44,7 @@ class PanelWeight:
         if weight.dtype != torch.bfloat16 or outputs % PANEL or inputs % 2 or not is_preferred():
             return None
         panels = torch.empty(outputs // PANEL, inputs // 2, PANEL, dtype=torch.int32)
-        _pack(weight.numel(), weight, weight.stride(0), outputs, inputs, panels)
+        _pack(weight.numel(), weight=weight, stride=weight.stride(0), outputs=outputs, inputs=inputs, panels=panels)
         return cls(panels)
 
     @property
@@ -62,8 +62,18 @@ class PanelWeight:
         scratch_floats = TILE_ROWS * (PANEL + inputs // 2)
         _linear(
             16 * tokens * outputs,
-            *(x, x.stride(0), self.panels, bias, 0 if bias is None else bias.itemsize, y, tokens, outputs, inputs // 2),
-            *(ACTIVATIONS.index(act), scratch(scratch_floats), scratch_floats),
+            x=x,
+            x_stride=x.stride(0),
+            panels=self.panels,
+            bias=bias,
+            bias_size=0 if bias is None else bias.itemsize,
+            y=y,
+            tokens=tokens,
+            outputs=outputs,
+            words=inputs // 2,
+            act=ACTIVATIONS.index(act),
+            memory=scratch(scratch_floats),
+            thread_floats=scratch_floats,
         )
         return y
 
@@ -96,9 +106,8 @@ def transpose_to_panels(source, stride, tokens, words, target):
                 y[i * PANEL] = x[i]
 
 
-@Loop
-def _pack(a):
-    weight, stride, outputs, inputs, panels = a[0], a[1], a[2], a[3], a[4]
+@loop
+def _pack(weight: Address, stride: int, outputs: int, inputs: int, panels: Address) -> None:
     first, last = thread_range(outputs // PANEL)
     for panel in range(first, last):
         target = panels + panel * inputs // 2 * PANEL * WORD_BYTES
@@ -108,11 +117,23 @@ def _pack(a):
 _product, _half_product = (tile_product(rows, PANEL // LANES, pairs=True) for rows in (TILE_ROWS, TILE_ROWS // 2))
 
 
-@Loop
-def _linear(a):
-    x, stride, panels, bias, bias_size, y = a[0], a[1] * 2, a[2], a[3], a[4], a[5]
-    tokens, outputs, words, act = a[6], a[7], a[8], a[9]
-    products = a[10] + thread_index() * a[11] * 4  # [TILE_ROWS,PANEL]
+@loop
+def _linear(
+    x: Address,
+    x_stride: int,
+    panels: Address,
+    bias: Address,
+    bias_size: int,
+    y: Address,
+    tokens: int,
+    outputs: int,
+    words: int,
+    act: int,
+    memory: Address,
+    thread_floats: int,
+) -> None:
+    stride = x_stride * 2  # bytes
+    products = memory + thread_index() * thread_floats * 4  # [TILE_ROWS,PANEL]
     tail_rows = products + TILE_ROWS * PANEL * 4  # [TILE_ROWS,words]
     panel_count = outputs // PANEL
     chunks = (tokens + MAX_CHUNK_TOKENS - 1) // MAX_CHUNK_TOKENS

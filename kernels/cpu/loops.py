@@ -1,7 +1,7 @@
 """Loops over memory on a CPU, compiled by Numba and run on torch's own threads.
 
 Between matrix products torch passes over memory once per operation; a compiled loop passes once for all of them and
-rounds once. Loops receive addresses and sizes. They read and write rows of fp32 or bf16 and compute in fp32.
+rounds once. A loop receives addresses and sizes. It reads and writes rows of fp32 or bf16 and computes in fp32.
 """
 
 import ctypes
@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache, cached_property
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 import numpy as np
 import torch
@@ -42,43 +43,62 @@ _omp_thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 _thread_local = threading.local()
 
 
-class Loop:
-    """A compiled loop that runs `body` on each thread with the arguments of `__call__` as an array of int64.
+Address = NewType("Address", int)  # of a tensor's memory; 0 for None
 
-    Tensors are passed as addresses and floats as the bits of a float64 (see `float_argument`).
+
+def loop(body: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that runs `body`, compiled, on each thread.
+
+    Its first argument is the number of elements to process, which determines how many threads run. The others are the
+    parameters of the body by keyword. Their annotations say what they take: `Address` a tensor or None, `int` an
+    integer, `float` a float.
     """
+    kinds = {parameter.name: parameter.annotation for parameter in signature(body).parameters.values()}
+    layout = struct.Struct("".join("d" if kind is float else "q" for kind in kinds.values()))
+    values = [
+        f"0 if {name} is None else {name}.data_ptr()" if kind is Address else name for name, kind in kinds.items()
+    ]
+    # Generated, because packing 18 arguments in a generic function takes longer than a short query's loop.
+    source = f"def {body.__name__}(work, *, {', '.join(kinds)}): run(work, pack({', '.join(values)}))"
+    run = _Compiled(body, list(kinds.values())).run
+    return _define(source, body, run=run, pack=layout.pack)
 
-    def __init__(self, body: Callable[[Any], None]) -> None:
+
+class _Compiled:
+    """A body, compiled on its first run as a C function of one pointer to its arguments: 8 bytes each."""
+
+    def __init__(self, body: Callable[..., None], kinds: list[type]) -> None:
         self._body = body
-        self._layout: struct.Struct | None = None
+        self._kinds = kinds
 
-    def __call__(self, work: int, *arguments: Tensor | float | None) -> None:
-        """Run the loop.
-
-        Args:
-            work: The number of elements to process, which determines how many threads run.
-            arguments: Tensors and numbers for the body. None becomes the address 0. An argument that is a float in one
-                call must be a float in every call.
-        """
-        if self._layout is None:
-            self._layout = struct.Struct("".join("d" if isinstance(x, float) else "q" for x in arguments))
-        numbers = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in arguments]
+    def run(self, work: int, arguments: bytes) -> None:
         used_threads = max(1, min(torch.get_num_threads(), work // MIN_THREAD_ELEMENTS))
-        _parallel(self._address, self._layout.pack(*numbers), used_threads, 0)
+        _parallel(self._address, arguments, used_threads, 0)
 
     @cached_property
     def _address(self) -> int:
         began = time.monotonic()
-        signature = types.void(types.CPointer(types.int64))
+        values = [f"float_argument(a[{i}])" if kind is float else f"a[{i}]" for i, kind in enumerate(self._kinds)]
+        source = f"def {self._body.__name__}(a): body({', '.join(values)})"
+        entry = _define(source, self._body, body=inline(self._body), float_argument=float_argument)
+        c_signature = types.void(types.CPointer(types.int64))
         try:
             _set_cache_directory()
-            compiled = cfunc(signature, cache=True, error_model="numpy")(self._body)
+            compiled = cfunc(c_signature, cache=True, error_model="numpy")(entry)
         except (RuntimeError, OSError, EOFError, pickle.PickleError) as error:
             log.warning("Cannot cache compiled loops for the next start: %s", type(error).__name__)
-            compiled = cfunc(signature, error_model="numpy")(self._body)
+            compiled = cfunc(c_signature, error_model="numpy")(entry)
         log.info("Compiled loop %s is ready after %.1f s", self._body.__name__, time.monotonic() - began)
         address: int = compiled.address
         return address
+
+
+def _define(source: str, like: Callable[..., None], **names: object) -> Callable[..., None]:
+    """Return the function that `source` defines, under the name, module and file of `like`: Numba caches by them."""
+    namespace: dict[str, Any] = {"__name__": like.__module__, **names}
+    exec(compile(source, like.__code__.co_filename, "exec"), namespace)  # noqa: S102 - made of the body's own signature
+    function: Callable[..., None] = namespace[like.__name__]
+    return function
 
 
 @cache

@@ -5,12 +5,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops, resolve
 from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.execution import precision
@@ -45,11 +47,10 @@ class Embedder:
     def __init__(self, spec: Spec, directory: Path, serving: ServingConfig) -> None:
         self.model = ModelConfig.from_checkpoint(directory, serving, spec)
         self.device = serving.device
-        ops.use(serving.kernels)
-        self.kernels = ops.used_on(self.device)
+        self.kernels = resolve(serving.kernels, self.device)
         self.dtype = _dtype(serving, self.kernels)
-        with _explain(serving):
-            ops.require(self.device, self.dtype)
+        with self._explain(serving):
+            self._ops = Ops.on(self.device, self.dtype, serving.kernels)
         if self.device == "cpu":
             self._threads = Threads(serving.thread_count)
         else:
@@ -58,10 +59,13 @@ class Embedder:
         self._load(spec, directory)
         linears = sum(layer.weight.numel() for layer in self._layers)
         self.budget = Budget.of(self.device, linears, serving.max_batch_tokens)
-        chosen_here = self.device == "cpu" and serving.dtype == "auto" and self.dtype != torch.float32
-        expected = self._in_fp32(serving) if chosen_here else None
+        dtype_is_chosen_here = self.device == "cpu" and serving.dtype == "auto" and self.dtype != torch.float32
+        expected = None
+        if dtype_is_chosen_here or self.kernels == "triton":
+            with self._explain(serving):
+                expected = self._vectors_of_torch(spec, in_fp32=dtype_is_chosen_here)
         self._pack(serving)
-        if expected is not None and not self._agrees(serving, expected):
+        if dtype_is_chosen_here and expected is not None and not self._agrees(serving, expected):
             log.warning("%s: falling back to fp32", serving.name)
             self.dtype = torch.float32
             self._load(spec, directory)
@@ -73,8 +77,8 @@ class Embedder:
         if self.device == "cpu":
             _keep_memory()  # only now, so that memory freed by loading is returned
         self.computes_in = "int8" if serving.dtype == "int8" else _name(self.dtype)
-        with _explain(serving):
-            self._forward = self._prepare(serving)
+        with self._explain(serving):
+            self._forward = self._prepare(serving, expected)
 
     @torch.inference_mode()
     def embed(
@@ -97,26 +101,29 @@ class Embedder:
         cores = self._threads.for_pass(tokens, spare_core) if self.device == "cpu" else nullcontext()
         try:
             with cores:
-                return self._embed(self._forward, rows, dims)
+                return self._embed(self._forward, self._head, rows, dims)
         finally:
             for handle in handles:
                 handle.remove()
             self._pause_hook = outer_hook
 
-    def _embed(self, forward: Forward, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
+    def _embed(self, forward: Forward, head: Head, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
         hidden, packed = forward(rows)
-        result: npt.NDArray[np.float32] = self._head(hidden, packed, dims).cpu().numpy()
+        result: npt.NDArray[np.float32] = head(hidden, packed, dims).cpu().numpy()
         return result
 
     def _load(self, spec: Spec, directory: Path) -> None:
-        network = spec.load(spec.network)
-        with torch.device("meta"):
-            self._network = network(self.model, self.model.network_config, self.device).eval()
-            self._head = Head(self.model).eval()
+        self._network, self._head = self._build(spec, self._ops)
         self._layers = [module for module in self._network.modules() if isinstance(module, Linear)]
-        weights.load(self._network, network.naming, directory, self.dtype, self.device)
+        weights.load(self._network, self._network.naming, directory, self.dtype, self.device)
         for dense, config in zip(self._head.dense, self.model.dense, strict=True):
             weights.load(dense, weights.Naming(), config.directory, self.dtype, self.device)
+
+    def _build(self, spec: Spec, ops: Ops) -> tuple[Any, Head]:
+        """Return the network and the head, without memory for their weights."""
+        network = spec.load(spec.network)
+        with torch.device("meta"):
+            return network(ops, self.model, self.model.network_config, self.device).eval(), Head(ops, self.model).eval()
 
     def _pack(self, serving: ServingConfig) -> None:
         for layer in self._layers:
@@ -128,10 +135,11 @@ class Embedder:
             self._pause_hook()
 
     @torch.inference_mode()
-    def _prepare(self, serving: ServingConfig) -> Forward:
+    def _prepare(self, serving: ServingConfig, expected: npt.NDArray[np.float32] | None) -> Forward:
         """Return the fastest forward pass of this device and model, after running it once.
 
-        The first passes also initialize the libraries below torch, which should not happen in a request.
+        Triton's kernels are compared with the `expected` vectors of torch. The first passes also initialize the
+        libraries below torch, which should not happen in a request.
         """
         forward: Forward = self._network
         variants = [forward]
@@ -142,10 +150,7 @@ class Embedder:
             if serving.cuda_graphs and self._network.recordable:
                 variants.append(forward := CudaGraphs(self._network, forward, self.device))
         vectors = [self._vectors(variant) for variant in variants]
-        if self.kernels == "triton":
-            ops.use("reference")
-            expected = self._vectors(self._network)
-            ops.use(serving.kernels)
+        if self.kernels == "triton" and expected is not None:
             cosine = _min_cosine(np.stack(vectors), expected)
             if not cosine >= MIN_COSINE:
                 raise ValueError(f"Triton's kernels and torch's disagree on {self.device}: cosine {cosine:.4f}")
@@ -158,27 +163,37 @@ class Embedder:
         layers = [layer for layer in modules if isinstance(layer, Linear) and layer.act]
         distinct = {(layer.weight.shape, layer.act): layer for layer in layers}
         for layer in distinct.values():
-            for tokens in ops.linear_sizes(self.device):
+            for tokens in self._ops.linear_sizes(self.device):
                 layer(torch.zeros(tokens, layer.weight.shape[1], dtype=layer.weight.dtype, device=self.device))
 
     @torch.inference_mode()
-    def _vectors(self, forward: Forward) -> npt.NDArray[np.float32]:
-        return np.concatenate([self._embed(forward, *sample) for sample in self._samples()])
+    def _vectors(self, forward: Forward, head: Head | None = None) -> npt.NDArray[np.float32]:
+        """Return the vectors of the samples."""
+        return np.concatenate([self._embed(forward, head or self._head, *sample) for sample in self._samples()])
 
-    def _in_fp32(self, serving: ServingConfig) -> npt.NDArray[np.float32]:
-        """Return the vectors of plain torch in fp32, whatever backend serves."""
-        ops.use("reference")
-        try:
-            with precision.in_fp32(self._network):
-                return self._vectors(self._network)
-        finally:
-            ops.use(serving.kernels)
+    def _vectors_of_torch(self, spec: Spec, in_fp32: bool) -> npt.NDArray[np.float32]:
+        """Return the vectors of plain torch with the same weights, which must not be packed yet."""
+        network, head = self._build(spec, Ops.reference())
+        loaded: tuple[tuple[nn.Module, nn.Module], ...] = ((network, self._network), (head, self._head))
+        for module, source in loaded:
+            module.load_state_dict(source.state_dict(), assign=True)
+        with precision.in_fp32(network) if in_fp32 else nullcontext():
+            return self._vectors(network, head)
 
     def _agrees(self, serving: ServingConfig, expected: npt.NDArray[np.float32]) -> bool:
         cosine = _min_cosine(self._vectors(self._network), expected)
         figures = serving.name, _name(self.dtype), cosine
         log.info("%s: vectors in %s have cosines of at least %.5f to plain torch's in fp32", *figures)
         return cosine >= precision.MIN_COSINE
+
+    @contextmanager
+    def _explain(self, serving: ServingConfig) -> Iterator[None]:
+        """Turn an error of the kernels into a ConfigError that says what to do."""
+        try:
+            yield
+        except (ValueError, LookupError, ImportError) as error:
+            hint = f"; {WITHOUT}" if self.kernels == "triton" else ""
+            raise ConfigError(f"{serving.name}: {error}{hint}") from error
 
     def _samples(self) -> list[tuple[list[Row], list[int]]]:
         """Return warm-up batches with their dimensions: random texts, two of which share a prefix, and images."""
@@ -189,16 +204,6 @@ class Embedder:
         batches = [[*map(Row, ids), alike, alike], self._network.sample_pictures()]
         dims = self.model.dimensions
         return [(rows, [max(1, dims // 2), *[dims] * (len(rows) - 1)]) for rows in batches if rows]
-
-
-@contextmanager
-def _explain(serving: ServingConfig) -> Iterator[None]:
-    """Turn an error of the kernels into a ConfigError that says what to do."""
-    try:
-        yield
-    except (ValueError, LookupError, ImportError) as error:
-        hint = f"; {WITHOUT}" if ops.used_on(serving.device) == "triton" else ""
-        raise ConfigError(f"{serving.name}: {error}{hint}") from error
 
 
 def _min_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.hf_config import ClipConfig, TowerConfig
@@ -38,14 +38,14 @@ class Clip(nn.Module):
         ignored_endings=(".embeddings.position_ids",),
     )
 
-    def __init__(self, model: ModelConfig, shape: ClipConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, shape: ClipConfig, device: str) -> None:
         super().__init__()
         self._device, self._shape = device, shape
-        self._patches = Patchify(model, shape.patch_size, 1, 1, device)
-        self.text_model = TextTower(shape, device)
-        self.vision_model = VisionTower(shape)
-        self.text_projection = Projection(shape.text.hidden_size, shape.hidden_size, bias=False)
-        self.visual_projection = Projection(shape.vision.hidden_size, shape.hidden_size, bias=False)
+        self._patches = Patchify(ops, model, shape.patch_size, 1, 1, device)
+        self.text_model = TextTower(ops, shape, device)
+        self.vision_model = VisionTower(ops, shape)
+        self.text_projection = Projection(ops, shape.text.hidden_size, shape.hidden_size, bias=False)
+        self.visual_projection = Projection(ops, shape.vision.hidden_size, shape.hidden_size, bias=False)
 
     def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
         texts = [i for i, row in enumerate(rows) if not row.images]
@@ -76,19 +76,20 @@ class Clip(nn.Module):
 class TextTower(nn.Module):
     """A batch of texts -> the normalized state [B,E] of each last token."""
 
-    def __init__(self, shape: ClipConfig, device: str) -> None:
+    def __init__(self, ops: Ops, shape: ClipConfig, device: str) -> None:
         super().__init__()
         size = shape.text.hidden_size
+        self._ops = ops
         self._device, self._heads, self._size = device, shape.text.heads, size
         self.embeddings = nn.ModuleDict(
             {"token_embedding": Table(shape.vocab_size, size), "position_embedding": Table(shape.max_tokens, size)}
         )
-        self.encoder = Stack(shape.text, causal=True)
-        self.final_layer_norm = LayerNorm(size, shape.text.norm_eps)
+        self.encoder = Stack(ops, shape.text, causal=True)
+        self.final_layer_norm = LayerNorm(ops, size, shape.text.norm_eps)
 
     def lay_out(self, rows: Sequence[Ids]) -> Layout:
         size, weight = self._size, self.embeddings["token_embedding"].get_parameter("weight")
-        tile = ops.tile_tokens(self._heads, self._heads, size // self._heads, weight.dtype, self._device)
+        tile = self._ops.tile_tokens(self._heads, self._heads, size // self._heads, weight.dtype, self._device)
         return Layout.of(rows, "last", tile=tile)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -101,17 +102,18 @@ class TextTower(nn.Module):
 class VisionTower(nn.Module):
     """Patches of n images [n*g*g, 3*p*p] -> the normalized state [n,E] of each class token."""
 
-    def __init__(self, shape: ClipConfig) -> None:
+    def __init__(self, ops: Ops, shape: ClipConfig) -> None:
         super().__init__()
+        self._ops = ops
         self._heads = shape.vision.heads
-        self.embeddings = VisionEmbeddings(shape)
-        self.pre_layrnorm = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
-        self.encoder = Stack(shape.vision, causal=False)
-        self.post_layernorm = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
+        self.embeddings = VisionEmbeddings(ops, shape)
+        self.pre_layrnorm = LayerNorm(ops, shape.vision.hidden_size, shape.vision.norm_eps)
+        self.encoder = Stack(ops, shape.vision, causal=False)
+        self.post_layernorm = LayerNorm(ops, shape.vision.hidden_size, shape.vision.norm_eps)
 
     def forward(self, patches: Tensor, count: int) -> Tensor:
         x = self.embeddings(patches, count)
-        tile = ops.tile_tokens(self._heads, self._heads, x.shape[2] // self._heads, x.dtype, x.device)
+        tile = self._ops.tile_tokens(self._heads, self._heads, x.shape[2] // self._heads, x.dtype, x.device)
         packed = Packed.from_lengths([x.shape[1]] * count, x.device, tile)
         x = self.pre_layrnorm(x.flatten(0, 1))[0]
         y: Tensor = self.post_layernorm(*self.encoder(x, packed, packed.cu_seqlens[:-1]))[0]
@@ -121,11 +123,11 @@ class VisionTower(nn.Module):
 class VisionEmbeddings(nn.Module):
     """Class token and projected patches, plus learned positions: [n, 1+g*g, E]."""
 
-    def __init__(self, shape: ClipConfig) -> None:
+    def __init__(self, ops: Ops, shape: ClipConfig) -> None:
         super().__init__()
         size = shape.vision.hidden_size
         self.class_embedding = nn.Parameter(torch.empty(size))
-        self.patch_embedding = PatchEmbedding((shape.patch_size, shape.patch_size), size)
+        self.patch_embedding = PatchEmbedding(ops, (shape.patch_size, shape.patch_size), size)
         self.position_embedding = Table(shape.vision_tokens, size)
 
     def forward(self, patches: Tensor, count: int) -> Tensor:
@@ -137,9 +139,9 @@ class VisionEmbeddings(nn.Module):
 class Stack(nn.Module):
     """Pre-norm blocks: [T,E] -> [B,E] of the pooled tokens, and the residual stream to add."""
 
-    def __init__(self, shape: TowerConfig, causal: bool) -> None:
+    def __init__(self, ops: Ops, shape: TowerConfig, causal: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(shape, causal) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Block(ops, shape, causal) for _ in range(shape.layers))
 
     def forward(self, x: Tensor, packed: Packed, pooled: Tensor) -> tuple[Tensor, Tensor]:
         residual = None
@@ -153,15 +155,15 @@ class Stack(nn.Module):
 class Block(nn.Module):
     """Norm, attention, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, shape: TowerConfig, causal: bool) -> None:
+    def __init__(self, ops: Ops, shape: TowerConfig, causal: bool) -> None:
         super().__init__()
-        self.layer_norm1 = LayerNorm(shape.hidden_size, shape.norm_eps)
-        self.self_attn = Attention(shape, causal)
-        self.layer_norm2 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.layer_norm1 = LayerNorm(ops, shape.hidden_size, shape.norm_eps)
+        self.self_attn = Attention(ops, shape, causal)
+        self.layer_norm2 = LayerNorm(ops, shape.hidden_size, shape.norm_eps)
         self.mlp = nn.ModuleDict(
             {
-                "fc1": Linear(shape.hidden_size, shape.intermediate_size, shape.activation),
-                "fc2": Linear(shape.intermediate_size, shape.hidden_size),
+                "fc1": Linear(ops, shape.hidden_size, shape.intermediate_size, shape.activation),
+                "fc2": Linear(ops, shape.intermediate_size, shape.hidden_size),
             }
         )
 
@@ -177,18 +179,19 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v projection, attention inside each sequence, projection."""
 
-    def __init__(self, shape: TowerConfig, causal: bool) -> None:
+    def __init__(self, ops: Ops, shape: TowerConfig, causal: bool) -> None:
         super().__init__()
+        self._ops = ops
         self.heads, self.causal = shape.heads, causal
         self.scale = (shape.hidden_size // shape.heads) ** -0.5
-        self.qkv_proj = FusedLinear(shape.hidden_size, (shape.hidden_size,) * 3)
-        self.out_proj = Linear(shape.hidden_size, shape.hidden_size)
+        self.qkv_proj = FusedLinear(ops, shape.hidden_size, (shape.hidden_size,) * 3)
+        self.out_proj = Linear(ops, shape.hidden_size, shape.hidden_size)
 
     def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None) -> Tensor:
         q, k, v = self.qkv_proj(x).view(len(x), 3, self.heads, -1).unbind(1)
         if pooled is None:
-            y = ops.varlen_attention(q, k, v, packed, self.causal, window=None, scale=self.scale)
+            y = self._ops.varlen_attention(q, k, v, packed, self.causal, window=None, scale=self.scale)
         else:
-            y = ops.pooled_attention(q, k, v, packed, pooled, window=None, scale=self.scale)
+            y = self._ops.pooled_attention(q, k, v, packed, pooled, window=None, scale=self.scale)
         out: Tensor = self.out_proj(y.flatten(1))
         return out

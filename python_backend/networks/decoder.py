@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.hf_config import DecoderConfig
@@ -35,14 +35,14 @@ class Decoder(nn.Module):
         ignored_endings=(".rotary_emb.inv_freq",),
     )
 
-    def __init__(self, model: ModelConfig, shape: DecoderConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, shape: DecoderConfig, device: str) -> None:
         super().__init__()
         if shape.causal and model.pooling == "cls":
             raise ConfigError("pooling 'cls' in a causal decoder: the first token attends to itself only")
-        self._pooling, self._device, self._shape = model.pooling, device, shape
+        self._ops, self._pooling, self._device, self._shape = ops, model.pooling, device, shape
         self.embed_tokens = Table(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(shape, window) for window in shape.windows)
-        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        self.layers = nn.ModuleList(Layer(ops, shape, window) for window in shape.windows)
+        self.norm = RMSNorm(ops, shape.hidden_size, shape.norm_eps)
         self._rotary = Rotary(shape.rope, device)
         # With dynamic scaling angles depend on the length of a sequence, so nothing can be reused for another.
         self.recordable = shape.rope.kind != "dynamic"
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
             all_positions = positions or [np.arange(len(row.ids))[None] for row in rows]
             positions = [row_positions[:, start:] for row_positions in all_positions]
         shape = self._shape
-        tile = ops.tile_tokens(
+        tile = self._ops.tile_tokens(
             shape.heads, shape.kv_heads, shape.head_dim, self.embed_tokens.weight.dtype, self._device
         )
         return Layout.of(ids, self._pooling, positions, tile)
@@ -105,12 +105,12 @@ class Decoder(nn.Module):
 class Layer(nn.Module):
     """Norm, attention, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, shape: DecoderConfig, window: int | None) -> None:
+    def __init__(self, ops: Ops, shape: DecoderConfig, window: int | None) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
-        self.self_attn = Attention(shape, window)
-        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
-        self.mlp = MLP(shape)
+        self.input_layernorm = RMSNorm(ops, shape.hidden_size, shape.norm_eps)
+        self.self_attn = Attention(ops, shape, window)
+        self.post_attention_layernorm = RMSNorm(ops, shape.hidden_size, shape.norm_eps)
+        self.mlp = MLP(ops, shape)
 
     def forward(
         self,
@@ -138,18 +138,20 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v, norm of each head if the model has one, rotary positions, grouped-query attention."""
 
-    def __init__(self, shape: DecoderConfig, window: int | None) -> None:
+    def __init__(self, ops: Ops, shape: DecoderConfig, window: int | None) -> None:
         super().__init__()
+        self._ops = ops
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.causal, self.window, self.eps = shape.causal, window, shape.norm_eps
         self.qkv_proj = FusedLinear(
+            ops,
             shape.hidden_size,
             (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim),
             shape.qkv_bias,
         )
-        self.o_proj = Linear(self.heads * self.head_dim, shape.hidden_size, bias=shape.output_bias)
+        self.o_proj = Linear(ops, self.heads * self.head_dim, shape.hidden_size, bias=shape.output_bias)
         if shape.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim, self.eps), RMSNorm(self.head_dim, self.eps)
+            self.q_norm, self.k_norm = RMSNorm(ops, self.head_dim, self.eps), RMSNorm(ops, self.head_dim, self.eps)
 
     def forward(
         self,
@@ -161,15 +163,15 @@ class Attention(nn.Module):
         cache: list[KeysValues] | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x)
-        ops.qk_norm_rope_(qkv, (self.heads, self.kv_heads), *angles, self._norm("q"), self._norm("k"), self.eps)
+        self._ops.qk_norm_rope_(qkv, (self.heads, self.kv_heads), *angles, self._norm("q"), self._norm("k"), self.eps)
         q, k, v = qkv.view(len(x), -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if cache is not None:
             cache.append((k, v))
         scale = self.head_dim**-0.5
         if pooled is None:
-            y = ops.varlen_attention(q, k, v, packed, self.causal, self.window, scale, prefix)
+            y = self._ops.varlen_attention(q, k, v, packed, self.causal, self.window, scale, prefix)
         else:
-            y = ops.pooled_attention(q, k, v, packed, pooled, self.window, scale, prefix)
+            y = self._ops.pooled_attention(q, k, v, packed, pooled, self.window, scale, prefix)
         out: Tensor = self.o_proj(y.flatten(1))
         return out
 
@@ -181,13 +183,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU with gate and up in one projection."""
 
-    def __init__(self, shape: DecoderConfig) -> None:
+    def __init__(self, ops: Ops, shape: DecoderConfig) -> None:
         super().__init__()
+        self._ops = ops
         self.gate_up_proj = FusedLinear(
-            shape.hidden_size, (shape.intermediate_size, shape.intermediate_size), shape.mlp_bias
+            ops, shape.hidden_size, (shape.intermediate_size, shape.intermediate_size), shape.mlp_bias
         )
-        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.down_proj = Linear(ops, shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(ops.gated_activation(self.gate_up_proj(x)))
+        y: Tensor = self.down_proj(self._ops.gated_activation(self.gate_up_proj(x)))
         return y

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.hf_config import EncoderConfig
@@ -30,11 +30,11 @@ class Encoder(nn.Module):
         ignored=("pooler.", "cls.", "lm_head.", "embeddings.position_ids"),
     )
 
-    def __init__(self, model: ModelConfig, shape: EncoderConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, shape: EncoderConfig, device: str) -> None:
         super().__init__()
-        self._pooling, self._device, self._shape = model.pooling, device, shape
-        self.embeddings = Embeddings(shape)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(shape) for _ in range(shape.layers))})
+        self._ops, self._pooling, self._device, self._shape = ops, model.pooling, device, shape
+        self.embeddings = Embeddings(ops, shape)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(ops, shape) for _ in range(shape.layers))})
 
     def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
         batch = self.lay_out(rows).to(self._device)
@@ -47,12 +47,14 @@ class Encoder(nn.Module):
         ids = [row.ids for row in rows]
         positions = [self._positions(one) for one in ids] if self._shape.first_position else None
         heads, size = self._shape.heads, self._shape.hidden_size
-        tile = ops.tile_tokens(heads, heads, size // heads, self.embeddings.word_embeddings.weight.dtype, self._device)
+        tile = self._ops.tile_tokens(
+            heads, heads, size // heads, self.embeddings.word_embeddings.weight.dtype, self._device
+        )
         return Layout.of(ids, self._pooling, positions, tile)
 
     def compute(self, batch: Batch) -> Tensor:
         x = self.embeddings(batch)
-        residual = ops.residual(x)
+        residual = self._ops.first_residual(x)
         *layers, last = self.encoder["layer"].children()
         for layer in layers:
             x, residual = layer(x, residual, batch.packed)
@@ -70,15 +72,16 @@ class Encoder(nn.Module):
 class Embeddings(nn.Module):
     """Word + position + type 0, then LayerNorm."""
 
-    def __init__(self, shape: EncoderConfig) -> None:
+    def __init__(self, ops: Ops, shape: EncoderConfig) -> None:
         super().__init__()
+        self._ops = ops
         self.word_embeddings = Table(shape.vocab_size, shape.hidden_size)
         self.position_embeddings = Table(shape.positions, shape.hidden_size)
         self.token_type_embeddings = Table(shape.token_types, shape.hidden_size)
-        self.LayerNorm = PostLayerNorm(shape.hidden_size, shape.norm_eps)
+        self.LayerNorm = PostLayerNorm(ops, shape.hidden_size, shape.norm_eps)
 
     def forward(self, batch: Batch) -> Tensor:
-        return ops.embed_layer_norm(
+        return self._ops.embed_layer_norm(
             batch.ids,
             batch.positions[0],
             None,
@@ -94,13 +97,13 @@ class Embeddings(nn.Module):
 class Layer(nn.Module):
     """Attention, add and norm, MLP, add and norm."""
 
-    def __init__(self, shape: EncoderConfig) -> None:
+    def __init__(self, ops: Ops, shape: EncoderConfig) -> None:
         super().__init__()
-        self.attention = nn.ModuleDict({"self": Attention(shape), "output": Output(shape.hidden_size, shape)})
+        self.attention = nn.ModuleDict({"self": Attention(ops, shape), "output": Output(ops, shape.hidden_size, shape)})
         self.intermediate = nn.ModuleDict(
-            {"dense": Linear(shape.hidden_size, shape.intermediate_size, shape.activation)}
+            {"dense": Linear(ops, shape.hidden_size, shape.intermediate_size, shape.activation)}
         )
-        self.output = Output(shape.intermediate_size, shape)
+        self.output = Output(ops, shape.intermediate_size, shape)
 
     def forward(
         self, x: Tensor, residual: Tensor, packed: Packed, pooled: Tensor | None = None
@@ -114,28 +117,30 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v projection and attention inside each sequence."""
 
-    def __init__(self, shape: EncoderConfig) -> None:
+    def __init__(self, ops: Ops, shape: EncoderConfig) -> None:
         super().__init__()
+        self._ops = ops
         self.heads = shape.heads
         self.scale = (shape.hidden_size // shape.heads) ** -0.5
-        self.qkv = FusedLinear(shape.hidden_size, (shape.hidden_size,) * 3)
+        self.qkv = FusedLinear(ops, shape.hidden_size, (shape.hidden_size,) * 3)
 
     def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
         if pooled is not None:
-            return ops.pooled_attention(q, k, v, packed, pooled, window=None, scale=self.scale).flatten(1)
-        return ops.varlen_attention(q, k, v, packed, causal=False, window=None, scale=self.scale).flatten(1)
+            return self._ops.pooled_attention(q, k, v, packed, pooled, window=None, scale=self.scale).flatten(1)
+        return self._ops.varlen_attention(q, k, v, packed, causal=False, window=None, scale=self.scale).flatten(1)
 
 
 class Output(nn.Module):
     """Projection back to E, plus the residual, then LayerNorm: the output and the next residual."""
 
-    def __init__(self, inputs: int, shape: EncoderConfig) -> None:
+    def __init__(self, ops: Ops, inputs: int, shape: EncoderConfig) -> None:
         super().__init__()
-        self.dense = Linear(inputs, shape.hidden_size)
-        self.LayerNorm = PostLayerNorm(shape.hidden_size, shape.norm_eps)
+        self._ops = ops
+        self.dense = Linear(ops, inputs, shape.hidden_size)
+        self.LayerNorm = PostLayerNorm(ops, shape.hidden_size, shape.norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         linear, norm = self.dense, self.LayerNorm  # called as functions: short queries spend most time in calls
-        y = ops.linear(x, linear.weight, linear.bias)
-        return ops.post_layer_norm(y, residual, norm.weight, norm.bias, norm.eps, rows)
+        y = self._ops.linear(x, linear.weight, linear.bias)
+        return self._ops.post_layer_norm(y, residual, norm.weight, norm.bias, norm.eps, rows)

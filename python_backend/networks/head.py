@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import POOLING_MODES, Ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.networks.layers import Projection
@@ -13,21 +13,24 @@ from triton_embed.python_backend.networks.layers import Projection
 class Head(nn.Module):
     """hidden [T,E] of B rows -> fp32 [B,F]: L2 norm 1 over the first dims[b] values of row b, zeros after them."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig) -> None:
         super().__init__()
-        self._pooling = model.pooling if model.pooling in ops.POOLING_MODES else "cls"
-        self.dense = nn.Sequential(*(Dense(d.in_features, d.out_features, d.activation, d.bias) for d in model.dense))
+        self._ops = ops
+        self._pooling = model.pooling if model.pooling in POOLING_MODES else "cls"
+        self.dense = nn.Sequential(
+            *(Dense(ops, d.in_features, d.out_features, d.activation, d.bias) for d in model.dense)
+        )
 
     def forward(self, hidden: Tensor, packed: Packed, dims: Sequence[int]) -> Tensor:
-        return ops.segment_pool(hidden, packed, self._pooling, dims, self.dense if len(self.dense) else None)
+        return self._ops.segment_pool(hidden, packed, self._pooling, dims, self.dense if len(self.dense) else None)
 
 
 class Dense(nn.Module):
     """sentence-transformers' Dense module."""
 
-    def __init__(self, inputs: int, outputs: int, act: str | None, bias: bool) -> None:
+    def __init__(self, ops: Ops, inputs: int, outputs: int, act: str | None, bias: bool) -> None:
         super().__init__()
-        self.linear = Projection(inputs, outputs, act, bias)
+        self.linear = Projection(ops, inputs, outputs, act, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)

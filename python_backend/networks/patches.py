@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.inputs.row import Pixels
 
@@ -30,14 +30,15 @@ class Patchify:
     as the patch merger expects.
     """
 
-    def __init__(self, model: ModelConfig, patch: int, merge: int, frames: int, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, patch: int, merge: int, frames: int, device: str) -> None:
+        self._ops = ops
         self._patch, self._merge, self._frames, self._device = patch, merge, frames, device
         # An explicit device keeps these constants real when the network is built on the meta device.
         self._mean, self._std = (torch.tensor(channels, device=device) for channels in model.image_normalization)
 
     def __call__(self, image: Pixels) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(image)).to(self._device)
-        return ops.patchify(pixels, self._patch, self._merge, self._frames, self._mean, self._std)
+        return self._ops.patchify(pixels, self._patch, self._merge, self._frames, self._mean, self._std)
 
     def grid(self, image: Pixels) -> PatchGrid:
         return PatchGrid(image.shape[0] // self._patch, image.shape[1] // self._patch)

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from triton_embed.kernels.ops import Ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.hf_config import Qwen2VLConfig
@@ -30,12 +31,12 @@ class Qwen2VL(nn.Module):
         ),
     )
 
-    def __init__(self, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
         super().__init__()
         self._shape, self._device = shape, device
         self._rule = model.image_positions
-        self.visual = VisionTower(model, shape, device)
-        self.language_model = Decoder(model, shape.text, device)
+        self.visual = VisionTower(ops, model, shape, device)
+        self.language_model = Decoder(ops, model, shape.text, device)
         self.recordable, self.shareable = self.language_model.recordable, self.language_model.shareable
 
     def forward(self, rows: Sequence[Row], prefix: Prefix | None = None) -> tuple[Tensor, Packed]:

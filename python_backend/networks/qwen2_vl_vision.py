@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import Ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.hf_config import Qwen2VLConfig, RopeConfig, TowerConfig
@@ -24,18 +24,18 @@ Angles = tuple[Tensor, Tensor]
 class VisionTower(nn.Module):
     """Images -> [tokens, E of the decoder], one image after another."""
 
-    def __init__(self, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
         super().__init__()
-        self._device, self._heads = device, shape.vision.heads
-        self._patches = Patchify(model, shape.patch_size, shape.merge, shape.frames, device)
+        self._ops, self._device, self._heads = ops, device, shape.vision.heads
+        self._patches = Patchify(ops, model, shape.patch_size, shape.merge, shape.frames, device)
         # Rows and columns rotate by the same frequencies, each in half of the head.
         half = shape.vision.hidden_size // shape.vision.heads // 2
         with torch.device("cpu"):
             self._frequencies = frequencies(RopeConfig(theta=10_000.0, head_dim=half, positions=0)).to(device)
         kernel = (shape.frames, shape.patch_size, shape.patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": PatchEmbedding(kernel, shape.vision.hidden_size)})
-        self.blocks = nn.ModuleList(Block(shape.vision) for _ in range(shape.vision.layers))
-        self.merger = Merger(shape)
+        self.patch_embed = nn.ModuleDict({"proj": PatchEmbedding(ops, kernel, shape.vision.hidden_size)})
+        self.blocks = nn.ModuleList(Block(ops, shape.vision) for _ in range(shape.vision.layers))
+        self.merger = Merger(ops, shape)
 
     def forward(self, pictures: Sequence[Pixels]) -> Tensor:
         patches = torch.cat([self._patches(picture) for picture in pictures])
@@ -45,7 +45,7 @@ class VisionTower(nn.Module):
         proj: Any = self.patch_embed["proj"]
         x: Tensor = proj(patches.to(proj.weight.dtype))
         heads, size = self._heads, x.shape[1]
-        tile = ops.tile_tokens(heads, heads, size // heads, x.dtype, self._device)
+        tile = self._ops.tile_tokens(heads, heads, size // heads, x.dtype, self._device)
         packed = Packed.from_lengths(lengths, self._device, tile)
         turns = (positions.T[..., None].float() * self._frequencies).flatten(1)  # [P, D/2]
         angles = turns.cos(), turns.sin()
@@ -59,15 +59,15 @@ class VisionTower(nn.Module):
 class Block(nn.Module):
     """Norm, attention inside each image, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, shape: TowerConfig) -> None:
+    def __init__(self, ops: Ops, shape: TowerConfig) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(shape.hidden_size, shape.norm_eps)
-        self.attn = Attention(shape)
-        self.norm2 = LayerNorm(shape.hidden_size, shape.norm_eps)
+        self.norm1 = LayerNorm(ops, shape.hidden_size, shape.norm_eps)
+        self.attn = Attention(ops, shape)
+        self.norm2 = LayerNorm(ops, shape.hidden_size, shape.norm_eps)
         self.mlp = nn.ModuleDict(
             {
-                "fc1": Linear(shape.hidden_size, shape.intermediate_size, shape.activation),
-                "fc2": Linear(shape.intermediate_size, shape.hidden_size),
+                "fc1": Linear(ops, shape.hidden_size, shape.intermediate_size, shape.activation),
+                "fc2": Linear(ops, shape.intermediate_size, shape.hidden_size),
             }
         )
 
@@ -80,18 +80,19 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Attention with q, k and v from one projection, rotated by row and column."""
 
-    def __init__(self, shape: TowerConfig) -> None:
+    def __init__(self, ops: Ops, shape: TowerConfig) -> None:
         super().__init__()
+        self._ops = ops
         self.heads = shape.heads
         self.scale = (shape.hidden_size // shape.heads) ** -0.5
-        self.qkv = Linear(shape.hidden_size, 3 * shape.hidden_size)
-        self.proj = Linear(shape.hidden_size, shape.hidden_size)
+        self.qkv = Linear(ops, shape.hidden_size, 3 * shape.hidden_size)
+        self.proj = Linear(ops, shape.hidden_size, shape.hidden_size)
 
     def forward(self, x: Tensor, angles: Angles, packed: Packed) -> Tensor:
         qkv = self.qkv(x)
-        ops.qk_norm_rope_(qkv, (self.heads, self.heads), *angles, None, None, 0.0)
+        self._ops.qk_norm_rope_(qkv, (self.heads, self.heads), *angles, None, None, 0.0)
         q, k, v = qkv.view(len(x), 3, self.heads, -1).unbind(1)
-        y = ops.varlen_attention(q, k, v, packed, causal=False, window=None, scale=self.scale)
+        y = self._ops.varlen_attention(q, k, v, packed, causal=False, window=None, scale=self.scale)
         out: Tensor = self.proj(y.flatten(1))
         return out
 
@@ -99,12 +100,12 @@ class Attention(nn.Module):
 class Merger(nn.Module):
     """`merge` x `merge` neighboring patches -> one token of the decoder."""
 
-    def __init__(self, shape: Qwen2VLConfig) -> None:
+    def __init__(self, ops: Ops, shape: Qwen2VLConfig) -> None:
         super().__init__()
         self.patches = shape.merge**2
         wide = shape.vision.hidden_size * self.patches
-        self.ln_q = LayerNorm(shape.vision.hidden_size, shape.vision.norm_eps)
-        self.mlp = nn.ModuleDict({"0": Linear(wide, wide, "gelu_erf"), "2": Linear(wide, shape.hidden_size)})
+        self.ln_q = LayerNorm(ops, shape.vision.hidden_size, shape.vision.norm_eps)
+        self.mlp = nn.ModuleDict({"0": Linear(ops, wide, wide, "gelu_erf"), "2": Linear(ops, wide, shape.hidden_size)})
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         normed = self.ln_q(x, residual)[0]
