@@ -44,7 +44,11 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
-FAMILIES = ("bge", "clip", "e5_mistral", "gme_qwen2_vl", "gte_qwen2", "qwen3_embedding")
+from triton_embed.gateway import locations
+from triton_embed.python_backend.checkpoint import repository
+
+FAMILIES = tuple(repository.family_names(locations.FAMILIES))  # every family of the model repository
+EXTRA_TOKEN = "<cat-toy>"  # added to the vocabulary of some CLIPs
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 # Training text of the tokenizers. Words that are not in it fall back to characters or bytes.
@@ -501,7 +505,7 @@ def clip_tokenizer(extra_token: bool = False) -> tuple[Tokenizer, dict[str, Any]
     tokenizer.decoder = decoders.ByteLevel()
     _add_special(tokenizer, tokens[-2:])
     if extra_token:
-        tokenizer.add_tokens([AddedToken("<cat-toy>", normalized=False)])
+        tokenizer.add_tokens([AddedToken(EXTRA_TOKEN, normalized=False)])
     return tokenizer, {
         "add_prefix_space": False,
         "bos_token": "<|startoftext|>",
@@ -833,6 +837,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+# The registry of tiny checkpoints. A family is tested once it has a case here, and every family must have one.
 CASES: list[Case] = [
     Case("bge", "bert-cls", partial(_bert, pooling="cls"), 77),
     Case("bge", "bert-mean", partial(_bert, pooling="mean", hidden_size=36), 77, {"pooling": "mean"}),
@@ -912,6 +917,7 @@ CASES: list[Case] = [
         text={"num_hidden_layers": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-3},
         vision={"num_hidden_layers": 1, "image_size": 42, "patch_size": 14},
     ),
+    Case("minilm", "bert-mean", partial(_bert, pooling="mean", num_hidden_layers=2), 77),
     _gme("hub"),
     _gme("hub-sequential", positions="sequential", form="tied", seed=1),
     _gme("transformers-names", names="transformers", layout="transformers", seed=2),

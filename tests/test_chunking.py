@@ -80,7 +80,7 @@ def embed(family: Family, inputs: RequestRows, dims: int | None = None) -> np.nd
 def vectors_of(name: str, family: Family, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """Return the vectors that transformers computes for these ids."""
     if name in (BGE, XLM):
-        return oracles.encoder_vectors(family.directory, rows, "cls")
+        return oracles.pooled_vectors(family.directory, rows, "cls")
     if name in (CLIP_OLD, CLIP_NEW):
         return oracles.clip_text_vectors(family.directory, rows)
     if name == GME:

@@ -29,7 +29,6 @@ from triton_embed.python_backend.checkpoint import repository
 TEXT = "Once upon a time"
 GTE = "Alibaba-NLP/gte-Qwen2-1.5B-instruct"
 QWEN3 = "Qwen/Qwen3-Embedding-0.6B"
-END = "<|endoftext|>"
 # Triton model -> the names that the documents use.
 NAMES = {
     "qwen3_embedding": f"{QWEN3}, Qwen3-Embedding-0.6B, Qwen/Qwen3-Embedding-4B",
@@ -102,12 +101,12 @@ def client(stack: Stack) -> Iterator[openai.Client]:
 
 def gte(checkpoints: dict[str, Path], *texts: str) -> np.ndarray:
     directory = checkpoints["gte_qwen2"]
-    return oracles.decoder_vectors(directory, oracles.ids_of(directory, texts, END))
+    return oracles.decoder_vectors(directory, oracles.token_ids(directory, texts))
 
 
 def qwen3(checkpoints: dict[str, Path], *texts: str) -> np.ndarray:
     directory = checkpoints["qwen3_embedding"]
-    return oracles.decoder_vectors(directory, oracles.ids_of(directory, texts))
+    return oracles.decoder_vectors(directory, oracles.token_ids(directory, texts))
 
 
 def gme(directory: Path, items: list[dict[str, Any]]) -> np.ndarray:
@@ -135,7 +134,7 @@ def test_gte_with_curl_requests_and_the_openai_client(
 
 def test_gte_with_input_ids(stack: Stack, checkpoints: dict[str, Path]) -> None:
     """Send ids unchanged: the page's tokenizer appends no end token, so the vector differs from the text's."""
-    ids = oracles.ids_of(checkpoints["gte_qwen2"], [TEXT])
+    ids = oracles.token_ids(checkpoints["gte_qwen2"], [TEXT], append_end=False)
     vector = curl(stack, {"model": GTE, "input": ids[0]})
     assert_close(vector, oracles.decoder_vectors(checkpoints["gte_qwen2"], ids)[0])
     assert np.array(vector) @ gte(checkpoints, TEXT)[0] < 0.999
@@ -183,7 +182,7 @@ def test_clip_with_a_text_and_an_image_url(
     assert_close(response["data"][0]["embedding"], oracles.clip_image_vectors(directory, [image])[0])
     assert_close(
         response["data"][1]["embedding"],
-        oracles.clip_text_vectors(directory, oracles.ids_of(directory, ["a photo"]))[0],
+        oracles.clip_text_vectors(directory, oracles.token_ids(directory, ["a photo"]))[0],
     )
 
 
@@ -207,12 +206,6 @@ def test_every_family_through_tritonclient(stack: Stack, checkpoints: dict[str, 
 
 def expected_vector(family: str, directory: Path) -> np.ndarray:
     """Return transformers' vector of TEXT."""
-    end = {"gte_qwen2": END, "e5_mistral": "</s>"}.get(family, "")
     if family == "gme_qwen2_vl":
         return gme(directory, [{"text": TEXT}])[0]
-    rows = oracles.ids_of(directory, [TEXT], end)
-    if family == "clip":
-        return oracles.clip_text_vectors(directory, rows)[0]
-    if family == "bge":
-        return oracles.encoder_vectors(directory, rows, "cls")[0]
-    return oracles.decoder_vectors(directory, rows)[0]
+    return oracles.vectors_of(directory, oracles.token_ids(directory, [TEXT]))[0]

@@ -18,12 +18,13 @@ import torch
 from checkpoints import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import expected_answer, vectors_of
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
-from test_encoder import hidden_states, rows_of, stir
+from test_encoder import hidden_states, randomize_vectors, rows_of
 from test_ops import one_thread  # noqa: F401 - applies to every test here
-from test_vectors import expected, items_of, png, vectors_of
+from test_vectors import items_of, png
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
@@ -51,7 +52,7 @@ def normalised(pooled: Sequence[Tensor]) -> np.ndarray:
 
 def bare(directory: Path) -> None:
     """BertModel.save_pretrained, one file, fp32."""
-    stir(directory)
+    randomize_vectors(directory)
 
 
 def masked_lm(directory: Path) -> None:
@@ -64,17 +65,17 @@ def masked_lm(directory: Path) -> None:
 
 
 def sharded(directory: Path) -> None:
-    stir(directory).save_pretrained(directory, max_shard_size="40KB")
+    randomize_vectors(directory).save_pretrained(directory, max_shard_size="40KB")
     (directory / "model.safetensors").unlink(missing_ok=True)
     assert len(list(directory.glob("model-*.safetensors"))) > 3
 
 
 def half(directory: Path) -> None:
-    stir(directory).to(torch.float16).save_pretrained(directory)
+    randomize_vectors(directory).to(torch.float16).save_pretrained(directory)
 
 
 def brain(directory: Path) -> None:
-    stir(directory).to(torch.bfloat16).save_pretrained(directory)
+    randomize_vectors(directory).to(torch.bfloat16).save_pretrained(directory)
 
 
 FORMS = [
@@ -149,7 +150,7 @@ class Pool:
         (case,) = [case for case in CASES if case.name == name]
         items = items_of(case.family)[:16]
         sent = [Item(i.get("text", ""), tuple(map(png, i.get("images", ())))) for i in items]
-        rows, vectors = ours.rows(*sent), expected(case, ours.directory, items).vectors
+        rows, vectors = ours.rows(*sent), expected_answer(case, ours.directory, items).vectors
         # What a caller tokenised is the same row.
         typed = [i for i, row in enumerate(rows) if not row.images]
         rows += [ours.processor.row_from_ids(rows[i].ids, "end", i) for i in typed]
@@ -158,7 +159,7 @@ class Pool:
         if case.family == "clip":
             random = [np.append(ids, ours.model.vocab_size - 1) for ids in random]  # the end of a text
         rows += [ours.processor.row_from_ids(ids.astype(np.int32), "none", i) for i, ids in enumerate(random)]
-        vectors = np.concatenate([vectors, vectors_of(case, ours.directory, [ids.tolist() for ids in random])])
+        vectors = np.concatenate([vectors, vectors_of(ours.directory, [ids.tolist() for ids in random])])
         return cls(ours, rows, vectors)
 
 
@@ -217,7 +218,7 @@ CHAINS: list[tuple[str, list[tuple[int, bool, nn.Module | None]]]] = [
 @pytest.fixture(scope="module")
 def plain_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = write_bert(tmp_path_factory.mktemp("modules") / "tiny")
-    stir(directory)
+    randomize_vectors(directory)
     return directory
 
 

@@ -387,7 +387,7 @@ def test_nul_does_not_truncate_an_instruction(stack: Stack, qwen3: Path) -> None
     for name, value in (("instruction", "Find\0 nothing"), ("prompt_name", "query\0 nonsense")):
         (response,) = exchange(stack, post(json.dumps({"model": "qwen3", "input": TEXT, name: value}).encode()))
         if response.status == 200:
-            rows = oracles.ids_of(qwen3, [f"Instruct: {value}\nQuery:{TEXT}"])
+            rows = oracles.token_ids(qwen3, [f"Instruct: {value}\nQuery:{TEXT}"])
             assert name == "instruction"
             assert response.is_correct(oracles.decoder_vectors(qwen3, rows)[0])
         else:

@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from checkpoints import CASES
+from oracles import INSTRUCTION_PROMPTS, expected_answer, parameters_of
 from test_ops import one_thread  # noqa: F401 - applies to every test here
-from test_vectors import PROMPTS, expected, items_of, png
+from test_vectors import items_of, png
 from torch import Tensor
 
 from conftest import Family
@@ -27,7 +28,7 @@ NOT_SHAREABLE = ("bidirectional", "dynamic")
 SHAREABLE = [
     case.name
     for case in CASES
-    if case.family not in ("bge", "clip") and not any(word in case.name for word in NOT_SHAREABLE)
+    if parameters_of(case.family).get("pooling") == "last" and not any(word in case.name for word in NOT_SHAREABLE)
 ]
 
 
@@ -68,9 +69,11 @@ def test_vectors_with_a_cached_prefix_match_transformers(name: str, tiny: Tiny) 
     count = 8
     items = items_of(case.family)[:count]
     if case.family == "gme_qwen2_vl":
-        reference = expected(case, family.directory, [{**item, "instruction": INSTRUCTION} for item in items])
+        instructed = [{**item, "instruction": INSTRUCTION} for item in items]
+        reference = expected_answer(case, family.directory, instructed)
     else:
-        reference = expected(case, family.directory, items, PROMPTS[case.family].replace("{instruction}", INSTRUCTION))
+        prompt = INSTRUCTION_PROMPTS[case.family].replace("{instruction}", INSTRUCTION)
+        reference = expected_answer(case, family.directory, items, prompt)
     rows = rows_of(family, count, instruction=INSTRUCTION)
     network = RecordingNetwork(family)
     cache = PrefixCache(network)

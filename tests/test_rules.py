@@ -12,10 +12,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from checkpoints import CASES, write_clip, write_decoder, write_qwen2_vl
+from checkpoints import write_clip, write_decoder, write_qwen2_vl
 from PIL import Image, ImageOps
 from test_ops import one_thread  # noqa: F401 - applies to every test here
-from test_vectors import vectors_of
 from torch import nn
 
 from conftest import Family
@@ -149,18 +148,15 @@ def test_decoder_pooling_comes_from_the_checkpoint(pooling: str, tmp_path: Path)
     directory = write_decoder(tmp_path / "gte", "qwen2", is_causal=False, pooling=pooling)
     family = Family("gte_qwen2", directory, pooling=pooling)
     rows = family.rows(*map(Item, TEXTS))
-    states = oracles.decoder_states(directory, [row.ids.tolist() for row in rows])
-    pools = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "max": lambda x: x.amax(0), "last": lambda x: x[-1]}
-    expected = torch.stack([nn.functional.normalize(pools[pooling](state), dim=0) for state in states])
-    assert_same(vectors(family, rows), expected.numpy())
+    ids = [row.ids.tolist() for row in rows]
+    assert_same(vectors(family, rows), oracles.pooled_vectors(directory, ids, pooling))
 
 
 @pytest.mark.parametrize("name", ["bge-bert-cls", "qwen3_embedding-bare", "clip-openai", "gme_qwen2_vl-hub"])
 def test_truncated_vector_is_normalized_again(name: str, tiny: Tiny) -> None:
     family = tiny(name)
     rows, full = family.rows(*map(Item, TEXTS)), family.model.dimensions
-    (case,) = [case for case in CASES if case.name == name]
-    references = vectors_of(case, family.directory, [row.ids.tolist() for row in rows])
+    references = oracles.vectors_of(family.directory, [row.ids.tolist() for row in rows])
     sizes = [1, 5, full // 2, full - 1]
     for vector, size, reference in zip(
         family.embedder.embed(rows, sizes), sizes, torch.from_numpy(references), strict=True
@@ -183,7 +179,7 @@ def test_clip_activation_comes_from_config(act: str, tmp_path: Path) -> None:
     directory = write_clip(tmp_path / "clip", hidden_act=act)
     family, image = Family("clip", directory), photo(60, 40, 0)
     actual = item_vectors(family, Item("a photo"), Item("", (encoded(image),)))
-    text = oracles.clip_text_vectors(directory, oracles.ids_of(directory, ["a photo"]))
+    text = oracles.clip_text_vectors(directory, oracles.token_ids(directory, ["a photo"]))
     assert_same(actual, np.concatenate([text, oracles.clip_image_vectors(directory, [image])]))
 
 
@@ -205,7 +201,7 @@ def test_clip_returns_mixed_texts_and_images_in_input_order(tiny: Tiny) -> None:
     family, images = tiny("clip-openai"), [photo(60, 40, 0), photo(40, 130, 1)]
     items = [Item("", (encoded(images[0]),)), Item("a cat"), Item("", (encoded(images[1]),)), Item("x")]
     actual = item_vectors(family, *items)
-    texts = oracles.clip_text_vectors(family.directory, oracles.ids_of(family.directory, ["a cat", "x"]))
+    texts = oracles.clip_text_vectors(family.directory, oracles.token_ids(family.directory, ["a cat", "x"]))
     photos = oracles.clip_image_vectors(family.directory, images)
     assert_same(actual, np.stack([photos[0], texts[0], photos[1], texts[1]]))
 

