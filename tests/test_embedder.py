@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from conftest import MINILM, Family, serving, write_bert
-from triton_embed.kernels import ops
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.execution.embedder import Embedder
 from triton_embed.python_backend.inputs.parameters import Item
@@ -471,13 +470,10 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded(bge_tiny: 
 
 
 def test_the_operator_decides_on_kernels(bge_tiny: Path) -> None:
-    try:
-        assert embedder(bge_tiny, kernels="reference").kernels == "reference"
-        assert ops.used_on("cuda:0") == "reference"
-        assert embedder(bge_tiny).kernels == "cpu"
-        assert ops.used_on("cuda:0") == "triton"
-    finally:
-        ops.use("auto")
+    plain, compiled = embedder(bge_tiny, kernels="reference"), embedder(bge_tiny)
+    assert (plain.kernels, compiled.kernels) == ("reference", "cpu")
+    for model in (plain, compiled):  # two models of one process keep their own backends
+        assert {module._ops.name for module in model._network.modules() if hasattr(module, "_ops")} == {model.kernels}
 
 
 def test_the_operator_decides_on_threads(bge_tiny: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModel, BertModel
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from conftest import serving, write_bert
-from triton_embed.kernels import ops
+from triton_embed.kernels.ops import POOLING_MODES, Ops
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import Dense, ModelConfig
 from triton_embed.python_backend.inputs.row import Row
@@ -37,6 +37,7 @@ from triton_embed.python_backend.networks.layers import (
 )
 from triton_embed.python_backend.spec import EncoderSpec
 
+OPS = Ops.on("cpu", torch.float32)
 LENGTHS = [(1,), (5,), (7, 7, 7), (1, 77, 2, 3, 3, 13, 1)]
 # Odd sizes: heads of 3 values, one head, one layer, one token type.
 SHAPES: dict[str, dict[str, object]] = {
@@ -74,7 +75,7 @@ def load(directory: Path, pooling: str) -> tuple[Encoder, ModelConfig]:
     config = ModelConfig.from_checkpoint(directory, serving(model_types=("bert", "xlm-roberta")), EncoderSpec())
     model = dataclasses.replace(config, pooling=pooling)
     with torch.device("meta"):
-        network = Encoder(model, model.network_config, "cpu").eval()
+        network = Encoder(OPS, model, model.network_config, "cpu").eval()
     weights.load(network, Encoder.naming, directory, torch.float32, "cpu")
     return network, model
 
@@ -156,7 +157,7 @@ def set_equal_parameters(ours: nn.Module, theirs: nn.Module) -> None:
 
 def test_layer_norm_equals_torch_on_the_sum() -> None:
     theirs, x, y = nn.LayerNorm(12, eps=1e-3), torch.randn(5, 12), torch.randn(5, 12)
-    pre, post = LayerNorm(12, 1e-3), PostLayerNorm(12, 1e-3)
+    pre, post = LayerNorm(OPS, 12, 1e-3), PostLayerNorm(OPS, 12, 1e-3)
     for ours in (pre, post):
         set_equal_parameters(ours, theirs)
     for residual, expected in ((y, x + y), (None, x)):
@@ -168,7 +169,7 @@ def test_layer_norm_equals_torch_on_the_sum() -> None:
 
 
 def test_rms_norm_equals_transformers_and_returns_the_sum() -> None:
-    ours, theirs, x, y = RMSNorm(12, 1e-3), MistralRMSNorm(12, 1e-3), torch.randn(5, 12), torch.randn(5, 12)
+    ours, theirs, x, y = RMSNorm(OPS, 12, 1e-3), MistralRMSNorm(12, 1e-3), torch.randn(5, 12), torch.randn(5, 12)
     set_equal_parameters(ours, theirs)
     for normed, total, expected in ((*ours(x, y), x + y), (*ours(x), x)):
         assert torch.equal(total, expected)
@@ -178,7 +179,7 @@ def test_rms_norm_equals_transformers_and_returns_the_sum() -> None:
 @pytest.mark.parametrize("kernel", [(4, 4), (2, 3, 3)], ids=str)
 def test_patch_embedding_equals_torch_convolution(kernel: tuple[int, ...]) -> None:
     convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
-    ours, theirs = PatchEmbedding(kernel, 7), convolution(3, 7, kernel, kernel, bias=False)
+    ours, theirs = PatchEmbedding(OPS, kernel, 7), convolution(3, 7, kernel, kernel, bias=False)
     set_equal_parameters(ours, theirs)
     patches = torch.randn(5, 3, *kernel)
     ours.pack()
@@ -187,7 +188,7 @@ def test_patch_embedding_equals_torch_convolution(kernel: tuple[int, ...]) -> No
 
 def test_fused_linear_concatenates_its_parts() -> None:
     parts = [nn.Linear(6, 4), nn.Linear(6, 2), nn.Linear(6, 2)]
-    ours, x = FusedLinear(6, (4, 2, 2)), torch.randn(5, 6)
+    ours, x = FusedLinear(OPS, 6, (4, 2, 2)), torch.randn(5, 6)
     for name in ("weight", "bias"):
         fused = torch.cat([getattr(part, name).detach() for part in parts])
         setattr(ours, name, nn.Parameter(fused, requires_grad=False))
@@ -195,7 +196,7 @@ def test_fused_linear_concatenates_its_parts() -> None:
 
 
 def test_packing_a_projection_keeps_it_in_fp32() -> None:
-    projection = Projection(6, 4)
+    projection = Projection(OPS, 6, 4)
     before = projection.weight
     projection.pack()
     assert projection.weight is before
@@ -209,12 +210,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 @pytest.mark.parametrize("chain", [(), (7,), (20, 9)], ids=str)
-@pytest.mark.parametrize("pooling", ops.POOLING_MODES)
+@pytest.mark.parametrize("pooling", POOLING_MODES)
 def test_head_pools_projects_truncates_and_normalizes(pooling: str, chain: tuple[int, ...], model: ModelConfig) -> None:
     lengths, sizes = (3, 1, 6), (12, *chain)
     dims = (sizes[-1], 5, 1)
     theirs = [modules.Dense(*pair, bias=bool(i)) for i, pair in enumerate(zip(sizes, chain, strict=False))]
     ours = Head(
+        OPS,
         dataclasses.replace(
             model,
             pooling=pooling,

@@ -60,7 +60,7 @@ def rows_of(family: Family, count: int, **parameters: str) -> list[Row]:
 
 
 def embed(family: Family, forward: object, rows: Sequence[Row]) -> np.ndarray:
-    return family.embedder._embed(forward, rows, [family.model.dimensions] * len(rows))  # type: ignore[arg-type]
+    return family.embedder._embed(forward, family.embedder._head, rows, [family.model.dimensions] * len(rows))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SHAREABLE)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import AutoConfig
 from triton.runtime.interpreter import GridExecutor
 
-from triton_embed.kernels import ops
+from triton_embed.kernels.backend import choose
 from triton_embed.kernels.gpu import backend as accelerated
 from triton_embed.kernels.packed import Packed
 from triton_embed.python_backend.checkpoint.config import ServingConfig
@@ -72,11 +72,10 @@ class Family:
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     directory = CHECKPOINTS[request.param](tmp_path_factory.mktemp("checkpoint") / request.param)
     rows, vectors = rows_and_vectors(request.param, directory)
-    yield Family(request.param, embedder(request.param, directory), rows, vectors)
-    ops.use("auto")
+    return Family(request.param, embedder(request.param, directory), rows, vectors)
 
 
 def embedder(name: str, directory: Path) -> Embedder:
@@ -229,9 +228,6 @@ def test_prefix_that_gives_nan_is_rejected(tmp_path: Path, monkeypatch: pytest.M
 
 def test_interpreter_is_rejected_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ops.use("auto")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        ops.require("cuda:0", torch.float32)
-    ops.use("reference")
-    ops.require("cuda:0", torch.float32)
-    ops.use("auto")
+        choose("auto", "cuda:0", torch.float32)
+    assert choose("reference", "cuda:0", torch.float32).name == "reference"
