@@ -41,7 +41,8 @@ class Table:
 
     def pytest_sessionfinish(self) -> None:
         lines, previous = [], None
-        for (client, version, feature), passed in self._passed.items():
+        by_client = sorted(self._passed.items(), key=lambda item: item[0][0].lower())
+        for (client, version, feature), passed in by_client:
             head = (client, version) if (client, version) != previous else ("", "")
             previous = (client, version)
             lines.append(f"| {' | '.join((*head, feature, 'pass' if passed else 'FAIL'))} |\n")
