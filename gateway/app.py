@@ -13,9 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from triton_embed.gateway.api import openapi, responses
+from triton_embed.gateway.api import openapi
 from triton_embed.gateway.api import requests as schemas
 from triton_embed.gateway.api import rerank as similarity
+from triton_embed.gateway.api.embeddings import embeddings_json, encode_json
 from triton_embed.gateway.api.requests import Embeddings
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.handler import Exchange, Gateway
@@ -85,7 +86,7 @@ async def embeddings(request: Request) -> Response:
         embedding = await exchange.read(schemas.parse_embeddings)
         name, embedding, reply = await exchange.embed(embedding)
         with exchange.stage("encode"):
-            body = responses.embeddings_json(reply, embedding, name)
+            body = embeddings_json(reply, embedding, name)
         return _json_bytes(body, exchange)
 
 
@@ -95,7 +96,7 @@ async def encode(request: Request) -> Response:
         embedding = await exchange.read(schemas.parse_encode)
         _, embedding, reply = await exchange.embed(embedding)
         with exchange.stage("encode"):
-            body = responses.encode_json(reply, embedding)
+            body = encode_json(reply, embedding)
         return _json_bytes(body, exchange)
 
 

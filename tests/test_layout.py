@@ -69,7 +69,7 @@ ORDER = {
         "triton/admission triton/client triton/dispatch triton/registry",
         "http/middleware http/web_page http/protocol",
         "handler",
-        "api/responses api/rerank api/openapi",
+        "api/responses api/embeddings api/rerank api/openapi",
         "app",
         "process/server process/triton_process process/supervisor",
         "verify/model_cards verify/samples verify/oracle verify/probe verify/report verify/command",
@@ -102,7 +102,8 @@ TESTED_ELSEWHERE = {
     "gateway/handler.py": "test_app.py",
     "gateway/api/validation.py": "test_requests.py",
     "gateway/api/bodies.py": "test_requests.py",
-    "gateway/api/responses.py": "test_requests.py",
+    "gateway/api/embeddings.py": "test_requests.py",
+    "gateway/api/responses.py": "test_schema.py",
     "gateway/api/rerank.py": "test_app.py",
     "gateway/api/openapi.py": "test_schema.py",
 }

@@ -13,7 +13,7 @@ from test_model_info import INFO
 from conftest import ROOT
 from triton_embed.gateway.api.inputs import InputErrors, Prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest, parse_embeddings
-from triton_embed.gateway.api.responses import REUSED
+from triton_embed.gateway.api.embeddings import REUSED
 from triton_embed.gateway.api.vector_formats import VectorFormat
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.settings import Settings

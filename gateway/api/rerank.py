@@ -12,9 +12,10 @@ import numpy.typing as npt
 import orjson
 
 from triton_embed.gateway.api.bodies import RequestFields, RerankBody, ScoreBody
+from triton_embed.gateway.api.embeddings import usage_of
 from triton_embed.gateway.api.inputs import NO_PROMPT, PROMPT_KEYS, Prompt, read_prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings, read_request
-from triton_embed.gateway.api.responses import PairScore, RankedDocument, RerankResponse, ScoreResponse, usage_of
+from triton_embed.gateway.api.responses import PairScore, RankedDocument, RerankResponse, ScoreResponse
 from triton_embed.gateway.api.validation import parse_object, validate
 from triton_embed.gateway.errors import invalid
 from triton_embed.gateway.settings import Settings

@@ -1,15 +1,12 @@
-"""Response bodies: each field once, and the writers of embeddings. The OpenAPI document is made of these types."""
+"""Response bodies: each field once, with its type and description. The OpenAPI document is made of these types."""
 
 from typing import Annotated, Any, Literal, NotRequired
 
-import orjson
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from triton_embed.gateway.api.bodies import accepts
-from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
 from triton_embed.gateway.errors import ErrorBody
-from triton_embed.python_backend.wire import Reused
 
 Count = Annotated[int, Field(ge=0)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
@@ -38,7 +35,6 @@ class UsedPrompt(TypedDict, total=False):
 
 
 Reuse = Literal["in_flight", "cache"] | None
-REUSED: dict[Reused, Reuse] = {Reused.COMPUTED: None, Reused.IN_FLIGHT: "in_flight", Reused.CACHED: "cache"}
 
 
 class Receipt(TypedDict):
@@ -168,45 +164,3 @@ class Unavailable(TypedDict):
     status: Literal["unavailable"]
     reason: NotRequired[str]
     models: NotRequired[dict[str, Any]]
-
-
-def embeddings_json(reply: Embeddings, request: EmbeddingRequest, model: str) -> bytes:
-    """Return OpenAI's response body. Reported errors take the place of their vectors."""
-    values, scales = request.vector_format.encode(reply.vectors)
-    rows: list[Embedding] = [{"object": "embedding", "embedding": row, "index": i} for i, row in enumerate(values)]
-    if scales is not None:
-        for item, scale in zip(rows, scales, strict=True):
-            item["scale"] = scale
-    if request.vector_format.receipt:
-        for i, item in enumerate(rows):
-            item["receipt"] = _receipt(reply, request, i)
-    data: list[Embedding | InputError] = [*rows]
-    for i, error in request.errors.by_index.items():
-        data[i] = {"object": "error", "index": i, "error": error.body()}
-    body: EmbeddingsResponse = {"object": "list", "data": data, "model": model, "usage": usage_of(reply)}
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def encode_json(reply: Embeddings, request: EmbeddingRequest) -> bytes:
-    """Return SGLang's response body: one object for a single input, a list for a list."""
-    rows, _ = request.vector_format.encode(reply.vectors)
-    items: list[Encoded | ErrorResponse] = [
-        {"embedding": row, "meta_info": {"prompt_tokens": tokens, "dropped_tokens": dropped}}
-        for row, tokens, dropped in zip(rows, reply.tokens.tolist(), reply.dropped.tolist(), strict=True)
-    ]
-    for i, error in request.errors.by_index.items():
-        items[i] = {"error": error.body()}
-    return orjson.dumps(items[0] if request.single else items, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def usage_of(reply: Embeddings) -> Usage:
-    return {"prompt_tokens": reply.token_count, "total_tokens": reply.token_count}
-
-
-def _receipt(reply: Embeddings, request: EmbeddingRequest, index: int) -> Receipt:
-    return {
-        "tokens": int(reply.tokens[index]),
-        "dropped_tokens": int(reply.dropped[index]),
-        "prompt": request.prompt_of(index).parameters() or None,
-        "reused": None if reply.reused is None else REUSED[Reused(reply.reused[index])],
-    }

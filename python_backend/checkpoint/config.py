@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,11 +175,11 @@ class ModelConfig:
     image_positions: str = "mrope"
     image_normalization: tuple[Channels, ...] = ()  # per-channel mean and standard deviation of the pixels
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         return self.network_config.vocab_size
 
-    @property
+    @cached_property
     def dimensions(self) -> int:
         """Dimensions of a full vector."""
         return self.dense[-1].out_features if self.dense else self.network_config.hidden_size
