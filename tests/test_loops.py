@@ -133,8 +133,8 @@ def test_none_becomes_address_0_and_numbers_are_exact() -> None:
     integers, fractions = torch.full((6,), -7), torch.zeros(5).double()
     x = torch.zeros(3)
     floats = (0.1, -2.5, float("inf"), 5e-324, -1e300)
-    whole = {"absent": None, "i": -1, "j": 2**62, "k": -(2**63), "x": x, "y": x[1:]}
-    _store_arguments(0, integers=integers, fractions=fractions, **whole, **dict(zip("pqrst", floats, strict=True)))
+    fixed = {"absent": None, "i": -1, "j": 2**62, "k": -(2**63), "x": x, "y": x[1:]}
+    _store_arguments(0, integers=integers, fractions=fractions, **fixed, **dict(zip("pqrst", floats, strict=True)))
     assert integers.tolist() == [0, -1, 2**62, -(2**63), x.data_ptr(), x.data_ptr() + 4]
     assert fractions.numpy().tobytes() == np.array(floats).tobytes()
 
@@ -142,8 +142,8 @@ def test_none_becomes_address_0_and_numbers_are_exact() -> None:
 def test_float_argument_may_be_integral_in_the_next_call() -> None:
     integers, fractions = torch.zeros(6).long(), torch.zeros(5).double()
     for floats in ((1.5, 2.5, 3.5, 4.5, 5.5), (1.0, 2.0, 3.0, -4.0, 0.0)):
-        whole = {"absent": None, "i": 1, "j": 2, "k": 3, "x": None, "y": None}
-        _store_arguments(0, integers=integers, fractions=fractions, **whole, **dict(zip("pqrst", floats, strict=True)))
+        fixed = {"absent": None, "i": 1, "j": 2, "k": 3, "x": None, "y": None}
+        _store_arguments(0, integers=integers, fractions=fractions, **fixed, **dict(zip("pqrst", floats, strict=True)))
         assert fractions.tolist() == list(floats)
 
 

@@ -45,8 +45,8 @@ def _convert(x: Address, x_itemsize: int, y: Address, y_itemsize: int, count: in
 
 
 @loop
-def _operations(left: Address, right: Address, out: Address, results: Address, count: int) -> None:
-    x, y, numbers = load(left, 4), load(right, 4), pointer(results, np.float32)
+def _operations(a: Address, b: Address, out: Address, results: Address, count: int) -> None:
+    x, y, numbers = load(a, 4), load(b, 4), pointer(results, np.float32)
     store(x + y, out, 4)
     store(x - y, out + 64, 4)
     store(x * y, out + 128, 4)
@@ -213,7 +213,7 @@ def test_every_bf16_number_survives_a_round_trip() -> None:
 
 def operate(x: Tensor, y: Tensor, count: int = 0, other: float = 0.0) -> tuple[Tensor, Tensor]:
     out, numbers = torch.empty(8, LANES), torch.tensor([other, 0.0, 0.0])
-    _operations(0, left=x, right=y, out=out, results=numbers, count=count)
+    _operations(0, a=x, b=y, out=out, results=numbers, count=count)
     return out, numbers[1:]
 
 
