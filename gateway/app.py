@@ -1,4 +1,4 @@
-"""The routes. Each is a straight line: read, validate, call Triton, write."""
+"""The FastAPI app and its routes. An embedding route parses the body, calls Triton, and writes the response."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,13 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from triton_embed.gateway.api import openapi
-from triton_embed.gateway.api import requests as schemas
-from triton_embed.gateway.api import rerank as similarity
 from triton_embed.gateway.api.embeddings import embeddings_json, encode_json
-from triton_embed.gateway.api.requests import Embeddings
+from triton_embed.gateway.api.requests import Embeddings, parse_embeddings, parse_encode, parse_tokenize
+from triton_embed.gateway.api.rerank import parse_rerank, parse_score, rerank_json, score_json
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.handler import Exchange, Gateway
-from triton_embed.gateway.http import web_page as pages
+from triton_embed.gateway.http import web_page
 from triton_embed.gateway.http.metrics import CONTENT_TYPE, Metrics
 from triton_embed.gateway.http.middleware import Drain, GatewayMiddleware, api_error, http_error
 from triton_embed.gateway.http.tracing import Tracing
@@ -30,7 +29,7 @@ from triton_embed.gateway.triton.registry import ModelEntry, Registry
 router = APIRouter()
 
 # Settings that /get_server_info shows: no secrets, addresses or paths.
-PUBLIC = {
+PUBLIC_SETTINGS = {
     "max_inputs",
     "max_request_tokens",
     "max_waiting_tokens",
@@ -44,7 +43,11 @@ PUBLIC = {
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Return the gateway as an ASGI app. Triton may start before or after it."""
+    """Return the gateway as an ASGI app. Triton may start before or after it.
+
+    Raises:
+        SettingsError: if `otlp_endpoint` is set but OpenTelemetry is not installed.
+    """
     metrics = Metrics(shared=settings.workers > 1, triton=settings.triton_metrics)
     tracing = Tracing(settings) if settings.otlp_endpoint else None
     drain = Drain()
@@ -69,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.include_router(router)
-    app.include_router(pages.router)
+    app.include_router(web_page.router)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
     if tracing is not None:
@@ -82,43 +85,43 @@ def create_app(settings: Settings) -> FastAPI:
 @router.post("/v1/embeddings", **openapi.EMBEDDINGS)
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings(request: Request) -> Response:
-    async with _gateway(request).deadline(request) as exchange:
-        embedding = await exchange.read(schemas.parse_embeddings)
-        name, embedding, reply = await exchange.embed(embedding)
+    async with _gateway(request).exchange(request) as exchange:
+        embedding_request = await exchange.read(parse_embeddings)
+        name, embedding_request, reply = await exchange.embed(embedding_request)
         with exchange.stage("encode"):
-            body = embeddings_json(reply, embedding, name)
+            body = embeddings_json(reply, embedding_request, name)
         return _json_bytes(body, exchange)
 
 
 @router.post("/encode", **openapi.ENCODE)
 async def encode(request: Request) -> Response:
-    async with _gateway(request).deadline(request) as exchange:
-        embedding = await exchange.read(schemas.parse_encode)
-        _, embedding, reply = await exchange.embed(embedding)
+    async with _gateway(request).exchange(request) as exchange:
+        embedding_request = await exchange.read(parse_encode)
+        _, embedding_request, reply = await exchange.embed(embedding_request)
         with exchange.stage("encode"):
-            body = encode_json(reply, embedding)
+            body = encode_json(reply, embedding_request)
         return _json_bytes(body, exchange)
 
 
 @router.post("/v1/rerank", **openapi.RERANK)
 @router.post("/rerank", include_in_schema=False)
 async def rerank(request: Request) -> Response:
-    async with _gateway(request).deadline(request) as exchange:
-        ranking = await exchange.read(similarity.parse_rerank)
+    async with _gateway(request).exchange(request) as exchange:
+        ranking = await exchange.read(parse_rerank)
         name, _, reply = await exchange.embed(ranking.request)
         with exchange.stage("encode"):
-            body = similarity.rerank_json(reply, ranking, name)
+            body = rerank_json(reply, ranking, name)
         return _json_bytes(body, exchange)
 
 
 @router.post("/v1/score", **openapi.SCORE)
 @router.post("/score", include_in_schema=False)
 async def score(request: Request) -> Response:
-    async with _gateway(request).deadline(request) as exchange:
-        scoring = await exchange.read(similarity.parse_score)
+    async with _gateway(request).exchange(request) as exchange:
+        scoring = await exchange.read(parse_score)
         name, _, reply = await exchange.embed(scoring.request)
         with exchange.stage("encode"):
-            body = similarity.score_json(reply, scoring, name)
+            body = score_json(reply, scoring, name)
         return _json_bytes(body, exchange)
 
 
@@ -126,12 +129,12 @@ async def score(request: Request) -> Response:
 @router.post("/v1/tokenize", include_in_schema=False)
 async def tokenize(request: Request) -> Response:
     gateway = _gateway(request)
-    async with gateway.deadline(request) as exchange:
-        model, embedding = await exchange.model(await exchange.read(schemas.parse_tokenize))
-        ids = await gateway.client.tokenize(model.name, embedding, "image" in model.modalities)
+    async with gateway.exchange(request) as exchange:
+        model, embedding_request = await exchange.resolve(await exchange.read(parse_tokenize))
+        ids = await gateway.client.tokenize(model.name, embedding_request, "image" in model.modalities)
         counts = [len(row) for row in ids]
-        tokens, count = (ids[0], counts[0]) if embedding.single else (ids, counts)
-        name = embedding.model or gateway.settings.served_model_name or model.name
+        tokens, count = (ids[0], counts[0]) if embedding_request.single else (ids, counts)
+        name = embedding_request.model or gateway.settings.served_model_name or model.name
         return _json({"tokens": tokens, "count": count, "max_model_len": model.max_model_len, "model": name})
 
 
@@ -160,7 +163,7 @@ async def model_info(request: Request) -> Response:
 @router.get("/server_info", include_in_schema=False)
 async def server_info(request: Request) -> Response:
     gateway = _gateway(request)
-    settings = gateway.settings.model_dump(include=PUBLIC)
+    settings = gateway.settings.model_dump(include=PUBLIC_SETTINGS)
     ready = [asdict(info) for info in gateway.registry.ready]
     return _json({"version": request.app.version, **settings, "models": ready})
 
@@ -224,6 +227,7 @@ def _describe(entry: ModelEntry, registry: Registry) -> dict[str, Any]:
 
 
 def _state(reply: Embeddings | BaseException) -> str:
+    """Return what /health_generate reports for a model: ok, busy (its queue is full), or the message of the error."""
     if isinstance(reply, Embeddings):
         return "ok"
     if not isinstance(reply, ApiError):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CHAT_TEMPLATES = ("gme-qwen2-vl",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-# Spellings of --dtype -> value in config.pbtxt.
+# Aliases that --dtype accepts -> value in config.pbtxt.
 DTYPES = {"half": "float16", "float": "float32", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Run tritonserver and the gateway until stopped."""
+    """Run tritonserver and the gateway until stopped.
+
+    Raises:
+        RepositoryError, ConfigError: if a model cannot be served.
+    """
     from triton_embed.gateway.settings import SettingsError, read_settings
 
     names = ("host", "port", "api_key", "served_model_name", "workers", "log_format", "cors_origins")
@@ -79,16 +83,24 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def download(options: argparse.Namespace) -> int:
-    """Download a checkpoint into checkpoints/<org>/<name>."""
-    from triton_embed.python_backend.checkpoint import files as checkpoint
+    """Download a checkpoint into checkpoints/<org>/<name>.
 
-    directory = checkpoint.download(options.id, options.checkpoints)
+    Raises:
+        ConfigError: if the hub refuses or cannot be reached.
+    """
+    from triton_embed.python_backend.checkpoint import files
+
+    directory = files.download(options.id, options.checkpoints)
     logging.info("%s is in %s", options.id, directory)
     return 0
 
 
 def add_model(options: argparse.Namespace) -> int:
-    """Add a model directory for a checkpoint to a repository."""
+    """Add a model directory for a checkpoint to a repository.
+
+    Raises:
+        RepositoryError, ConfigError: if the name is taken, or the checkpoint cannot be downloaded or served.
+    """
     target = options.model_repository.absolute()
     repository.check_path(target)
     checkpoint = _checkpoint(options.checkpoint, options.checkpoints)
@@ -110,7 +122,8 @@ def add_model(options: argparse.Namespace) -> int:
     logging.info("%d dimensions%s", model.dimensions, f", {sizes}" if model.matryoshka else "")
     logging.info("names for clients: %s", ", ".join(dict.fromkeys((name, *checkpoint.names))))
     logging.info("written to %s", directory)
-    root = options.checkpoints.absolute() if checkpoint.parameter == checkpoint.id else None
+    given_by_id = checkpoint.parameter == checkpoint.id
+    root = options.checkpoints.absolute() if given_by_id else None
     alone, with_others = _serving_commands(name, target, root)
     logging.info("serve it alone: %s", alone)
     logging.info("or with all models of that repository: %s", with_others)
@@ -121,7 +134,7 @@ def _serving_commands(name: str, models: Path, checkpoints: Path | None) -> tupl
     """Return (the command that serves this model alone, Triton's command for all models).
 
     Args:
-        checkpoints: Where the model's id is looked up.
+        checkpoints: Directory in which config.pbtxt's checkpoint id is looked up; None if it has a path instead.
     """
     gateway = ["triton-embed", "serve", f"--model={name}"]
     gateway += [f"--model-repository={models}"] if models != FAMILIES else []
@@ -133,7 +146,11 @@ def _serving_commands(name: str, models: Path, checkpoints: Path | None) -> tupl
 
 
 def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return (repository, models to load): the given repository, or a generated one if parameters are overridden."""
+    """Return (repository, models to load).
+
+    The repository is --model-repository itself, or `scratch` with generated models if there is a --model-path or a
+    parameter is overridden.
+    """
     overrides = _overrides(options)
     if options.model_path is None and not overrides:
         return options.model_repository, tuple(options.model) or ("*",)
@@ -152,7 +169,7 @@ def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, tuple[str
 
 
 def _checkpoint(name: str, root: Path) -> Checkpoint:
-    """Return a checkpoint by its directory, or by its id, whose files are under `root`. Nothing is downloaded yet."""
+    """Return the checkpoint in directory `name`, or with id `name` and its files under `root`. Download nothing yet."""
     directory = Path(name).expanduser()
     if directory.is_dir():
         directory = directory.resolve()
@@ -163,7 +180,7 @@ def _checkpoint(name: str, root: Path) -> Checkpoint:
 
 
 def _id_of(directory: Path, root: Path) -> str:
-    """Return the Hugging Face id of a directory: <root>/<org>/<name>, or one of the hub's cache; else empty."""
+    """Return the Hugging Face id of <root>/<org>/<name> or of a directory in the hub's cache, else an empty string."""
     if directory.parent.parent == root:
         return f"{directory.parent.name}/{directory.name}"
     cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+$", str(directory))
@@ -181,7 +198,7 @@ def _write(
     Raises:
         RepositoryError, ConfigError: if the engine would refuse to load it.
     """
-    from triton_embed.python_backend.checkpoint import files as files
+    from triton_embed.python_backend.checkpoint import files
 
     if checkpoint.parameter == checkpoint.id:
         files.download(checkpoint.id, checkpoint.directory.parent.parent)
@@ -194,14 +211,14 @@ def _write(
 
 
 def _model_config(checkpoint: Path, model: Path) -> "ModelConfig":
-    """Return the engine's configuration of a checkpoint in a model directory.
+    """Return the configuration that the engine would read from a checkpoint and its model directory.
 
     Raises:
-        ConfigError: if the two disagree.
+        ConfigError: if the checkpoint and the model directory disagree.
     """
     from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
 
-    # model.py imports this module indirectly. It exists only inside Triton, and nothing of it is used here.
+    # model.py imports triton_python_backend_utils, which exists only inside Triton. An empty module is enough here.
     sys.modules.setdefault("triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
     family = runpy.run_path(str(model / "1" / "model.py"))["TritonPythonModel"]
     declared = repository.read_config(model.parent, model.name).parameters

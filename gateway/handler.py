@@ -1,4 +1,4 @@
-"""The path every route shares, from a request's bytes to a model's reply."""
+"""The steps that the embedding routes share, from the bytes of a request to the reply of a model."""
 
 import asyncio
 import math
@@ -54,13 +54,13 @@ class Gateway:
         await self.client.close()
 
     @asynccontextmanager
-    async def deadline(self, request: Request) -> AsyncIterator["Exchange"]:
-        """Bound a request by its own x-request-timeout header or the operator's setting.
+    async def exchange(self, request: Request) -> AsyncIterator["Exchange"]:
+        """Open the exchange of a request, and end it at the deadline: x-request-timeout, or `request_timeout`.
 
         Raises:
-            ApiError: 504 when the time is up.
+            ApiError: 504 at the deadline; 400 if the header is invalid.
         """
-        seconds = _seconds(request.headers.get(TIMEOUT_HEADER), self.settings)
+        seconds = _timeout_seconds(request.headers.get(TIMEOUT_HEADER), self.settings)
         deadline = asyncio.get_running_loop().time() + seconds
         try:
             async with asyncio.timeout_at(deadline):
@@ -68,59 +68,67 @@ class Gateway:
         except TimeoutError:
             raise ApiError(504, f"No answer within {seconds:g} s") from None
 
-    async def images(self, embedding: EmbeddingRequest, model: ModelInfo) -> Sequence[Sequence[bytes]] | None:
-        """Return the image files of each input, or None for a model that takes no images."""
+    async def images(self, embedding_request: EmbeddingRequest, model: ModelInfo) -> Sequence[Sequence[bytes]] | None:
+        """Return the image files of each input, or None for a model that takes no images.
+
+        Raises:
+            ApiError: 400 if an image is invalid or too large; 504 if fetching takes too long.
+        """
         if "image" not in model.modalities:
             return None
-        if not embedding.images:
-            return [()] * embedding.count
-        return await self.media.load(embedding.images, embedding.param, embedding.refuse)
+        if not embedding_request.images:
+            return [()] * embedding_request.count
+        return await self.media.load(embedding_request.images, embedding_request.param, embedding_request.refuse)
 
     async def embed(
         self,
         model: ModelInfo,
-        embedding: EmbeddingRequest,
+        embedding_request: EmbeddingRequest,
         images: Sequence[Sequence[bytes]] | None,
         context: CallContext,
     ) -> Embeddings:
-        """Return the model's reply. A failure that is not the caller's makes the registry refresh."""
+        """Return the model's reply. After a 5xx, the registry refreshes soon: the model may be gone.
+
+        Raises:
+            ApiError: as `Dispatcher.embed`.
+        """
         try:
-            return await self.dispatcher.embed(model, embedding, images, context)
+            return await self.dispatcher.embed(model, embedding_request, images, context)
         except ApiError as error:
             if error.status >= 500:
-                self.registry.suspect()
+                self.registry.refresh_soon()
             raise
 
     async def probe(self, entry: ModelEntry) -> Embeddings:
-        """Embed a one-letter text, past the queue.
+        """Embed a one-letter text, bypassing admission.
 
         Raises:
-            ApiError: 504 if it takes longer than a request may.
+            ApiError: 504 after `request_timeout`, or as `TritonClient.embed`.
         """
-        embedding = EmbeddingRequest(model=None, texts=["a"], ids=[], single=True, param="input")
-        images = await self.images(embedding, entry.info) if entry.info else None
+        embedding_request = EmbeddingRequest(model=None, texts=["a"], ids=[], single=True, param="input")
+        images = await self.images(embedding_request, entry.info) if entry.info else None
         seconds = self.settings.request_timeout
         try:
             async with asyncio.timeout(seconds):
-                return await self.client.embed(entry.name, embedding, range(1), images, seconds=seconds)
+                return await self.client.embed(entry.name, embedding_request, range(1), images, seconds=seconds)
         except TimeoutError:
             raise ApiError(504, f"No answer within {seconds:g} s") from None
 
     async def why_unavailable(self) -> str:
-        """Return why nothing can be embedded now; empty if something can."""
+        """Return why no model can embed now, or an empty string if one can."""
         try:
             await self.client.live()
             await self.registry.resolve(None)
         except ApiError as error:
             if error.status == 400:  # several models are ready
                 return ""
-            self.registry.suspect()
+            self.registry.refresh_soon()
             return error.message
         return ""
 
 
 class Exchange:
-    """One HTTP request and its response."""
+    """One HTTP request on its way through a route: its body, deadline, stages and reply."""
 
     def __init__(self, gateway: Gateway, request: Request, deadline: float) -> None:
         self._gateway = gateway
@@ -140,32 +148,40 @@ class Exchange:
         with self.stage("parse"):
             return parse(body, settings)
 
-    async def model(self, embedding: EmbeddingRequest) -> tuple[ModelInfo, EmbeddingRequest]:
-        """Return (the model, the request as the model understands it)."""
-        model = await self._gateway.registry.resolve(embedding.model)
-        self._request.state.model = model.name
-        return model, fit(embedding, model)
+    async def resolve(self, embedding_request: EmbeddingRequest) -> tuple[ModelInfo, EmbeddingRequest]:
+        """Return (the model that the request names, the request fitted to that model).
 
-    async def embed(self, embedding: EmbeddingRequest) -> tuple[str, EmbeddingRequest, Embeddings]:
-        """Return (the name of the model, the request as the model understood it, the reply)."""
+        Raises:
+            ApiError: as `Registry.resolve` and `fit`.
+        """
+        model = await self._gateway.registry.resolve(embedding_request.model)
+        self._request.state.model = model.name
+        return model, fit(embedding_request, model)
+
+    async def embed(self, embedding_request: EmbeddingRequest) -> tuple[str, EmbeddingRequest, Embeddings]:
+        """Return (name of the model for the response, the request fitted to the model, the model's reply).
+
+        Raises:
+            ApiError: 400 for invalid images or refused inputs, or as `resolve` and `Dispatcher.embed`.
+        """
         gateway = self._gateway
-        model, embedding = await self.model(embedding)
-        if embedding.images and "image" in model.modalities:
-            with self.stage("media"):
-                images = await gateway.images(embedding, model)
+        model, embedding_request = await self.resolve(embedding_request)
+        if embedding_request.images and "image" in model.modalities:
+            with self.stage("media"):  # only requests with images count in the metric of this stage
+                images = await gateway.images(embedding_request, model)
         else:
-            images = await gateway.images(embedding, model)
+            images = await gateway.images(embedding_request, model)
         context = CallContext(self._deadline, triton_metadata(self._request), self._disconnected)
         with self.stage("triton"):
-            reply = await gateway.embed(model, embedding, images, context)
+            reply = await gateway.embed(model, embedding_request, images, context)
         for i, message in enumerate(reply.errors):
             if message:
-                embedding.refuse(i, message)
+                embedding_request.refuse(i, message)
         state = self._request.state
-        state.inputs, state.tokens = embedding.count, reply.token_count
-        gateway.metrics.count_embeddings(model.name, embedding.count, reply.token_count, reply.truncated)
+        state.inputs, state.tokens = embedding_request.count, reply.token_count
+        gateway.metrics.count_embeddings(model.name, embedding_request.count, reply.token_count, reply.truncated)
         self._reply = reply
-        return embedding.model or gateway.settings.served_model_name or model.name, embedding, reply
+        return embedding_request.model or gateway.settings.served_model_name or model.name, embedding_request, reply
 
     def headers(self) -> dict[str, str]:
         """Return the response headers: truncated inputs, and the time of each stage (Server-Timing, milliseconds)."""
@@ -176,14 +192,14 @@ class Exchange:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure one of the metrics' STAGES."""
+        """Measure a stage, one of metrics.STAGES, for the metric and the Server-Timing header."""
         start = time.perf_counter()
         with self._gateway.metrics.stage(name):
             yield
         self._stages.append(f"{name};dur={1_000 * (time.perf_counter() - start):.2f}")
 
     async def _disconnected(self) -> None:
-        """Wait until the caller hangs up: after the body, nothing else can be received.
+        """Wait until the caller disconnects. Once the body is read, `receive` returns nothing else of interest.
 
         Raises:
             ClientDisconnect: always.
@@ -193,7 +209,7 @@ class Exchange:
         raise ClientDisconnect
 
 
-def _seconds(header: str | None, settings: Settings) -> float:
+def _timeout_seconds(header: str | None, settings: Settings) -> float:
     if header is None:
         return settings.request_timeout
     try:

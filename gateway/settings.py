@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     log_format: Literal["text", "json"] = "text"  # json: also a line per request
     workers: int = Field(1, ge=1, le=64)  # processes that share the port
-    # How long requests in flight may take when stopping. Together with tritonserver's stop this is under ten seconds.
+    # Time for requests in flight to finish when stopping. With tritonserver's own stop, the total is under ten seconds.
     drain_seconds: float = Field(4.0, gt=0, allow_inf_nan=False)
 
     triton_grpc: str = Field("127.0.0.1:8001", pattern=r"^[^\s/]+:\d+$")
@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     # an OTLP/HTTP collector that gets spans, such as http://localhost:4318; empty: no tracing
     otlp_endpoint: str = Field("", pattern=r"^(https?://[^\s/]+(/\S*)?)?$")
 
-    max_inputs: int = Field(2048, ge=1, le=2048)  # at most max_batch_size of every config.pbtxt
+    max_inputs: int = Field(2048, ge=1, le=2048)  # not above the max_batch_size of any config.pbtxt
     max_request_tokens: int = Field(300_000, ge=1)
     max_body_bytes: int = Field(32 * 2**20, ge=1)
     max_waiting_tokens: int = Field(1_000_000, ge=1)  # beyond this, new requests are refused
@@ -85,7 +85,7 @@ def read_settings(**overrides: Any) -> Settings:
     """Read settings from the environment. `overrides`, such as command-line flags, take precedence.
 
     Raises:
-        SettingsError: if a value has the wrong type or range, or an override names no setting.
+        SettingsError: if a value has the wrong type or range, or an override is not a setting.
     """
     try:
         return Settings(**overrides)

@@ -242,13 +242,13 @@ def test_unknown_names_refresh_at_most_once_per_gap(monkeypatch: pytest.MonkeyPa
     assert with_registry(client, use) == 1
 
 
-def test_suspect_refreshes_before_the_interval_ends() -> None:
+def test_refresh_soon_does_not_wait_for_the_interval() -> None:
     client = ScriptedTriton(a=None)
 
     async def use(registry: Registry) -> float:
         client.models["a"] = ApiError(500, "Model 'a' failed to answer")
         start = time.monotonic()
-        registry.suspect()
+        registry.refresh_soon()
         while registry.ready:
             assert time.monotonic() - start < 5  # the interval is 60
             await asyncio.sleep(0.01)

@@ -70,7 +70,7 @@ async def shares(grpc_port: int, count: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     async with app.router.lifespan_context(app):
         while not app.state.gateway.registry.ready:  # the echo model is starting
-            app.state.gateway.registry.suspect()
+            app.state.gateway.registry.refresh_soon()
             await asyncio.sleep(0.05)
         gateway = InProcess(app)
         for model, rows in SHAPES.items():

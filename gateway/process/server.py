@@ -94,7 +94,7 @@ async def announcement(app: FastAPI, settings: Settings, port: int) -> str:
     """Wait for the first ready model, polling often, and return a line with a request to try."""
     while not (hasattr(app.state, "gateway") and app.state.gateway.registry.ready):
         if hasattr(app.state, "gateway"):
-            app.state.gateway.registry.suspect()
+            app.state.gateway.registry.refresh_soon()
         await asyncio.sleep(ANNOUNCE_SECONDS)
     registry = app.state.gateway.registry
     ready = [registry.public_name(entry) for entry in registry.entries if entry.info]

@@ -80,7 +80,7 @@ class Registry:
         only = self._served_name and [info.name for info in self.ready] == [entry.name]
         return self._served_name if only else entry.name
 
-    def suspect(self) -> None:
+    def refresh_soon(self) -> None:
         """Refresh soon, because a call failed."""
         self._wake.set()
 
