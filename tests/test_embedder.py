@@ -1,6 +1,6 @@
 """Vectors end to end, without a server: transformers for tiny checkpoints in every form a file may have and for any
-mix of rows of every family, sentence-transformers for the real MiniLM and for its own Pooling and Dense modules.
-Checkpoints that do not fit are refused by name.
+mix of rows of every family, sentence-transformers for the real MiniLM and for Pooling and Dense modules.
+Checkpoints that do not fit are caught by name.
 """
 
 import ast
@@ -44,18 +44,18 @@ def embedder(directory: Path, **operator: object) -> Embedder:
     return Embedder(EncoderSpec(), directory, serving(**{"threads": 1, **operator}))
 
 
-def normalised(pooled: Sequence[Tensor]) -> np.ndarray:
+def normalized(pooled: Sequence[Tensor]) -> np.ndarray:
     vectors = torch.stack(list(pooled)).double()
     return (vectors / vectors.norm(dim=1, keepdim=True)).numpy()
 
 
 def bare(directory: Path) -> None:
-    """BertModel.save_pretrained, one file, fp32."""
+    """Save a BertModel in one file in fp32."""
     randomize_vectors(directory)
 
 
 def masked_lm(directory: Path) -> None:
-    """Every name begins with `bert.`, a head lies beside it, and there is no pooler."""
+    """Save a BertForMaskedLM: names begin with `bert.`, with a head and without a pooler."""
     torch.manual_seed(3)
     BertForMaskedLM(BertConfig.from_pretrained(directory)).save_pretrained(directory)
     stored = (directory / "model.safetensors").read_bytes()
@@ -95,7 +95,7 @@ FORMS = [
 def form(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Embedder, list[Row], np.ndarray]:
-    """(ours, rows of ids, transformers' vectors for them, computed one at a time in float32)."""
+    """Return our embedder, rows of ids, and transformers' vectors of them, computed one by one in float32."""
     store, pooling, sizes = FORMS[request.param]
     directory = write_bert(tmp_path_factory.mktemp("embedder") / "tiny", request.param, pooling, **sizes)
     store(directory)
@@ -104,34 +104,34 @@ def form(
     with torch.no_grad():
         states = hidden_states(theirs, rows)
     pooled = [state[0] if pooling == "cls" else state.mean(0) for state in states]
-    return embedder(directory), rows, normalised(pooled)
+    return embedder(directory), rows, normalized(pooled)
 
 
-def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
-    assert found.dtype == np.float32
-    assert np.abs(found - wanted).max() <= 2e-5
-    assert ((found * wanted).sum(1)).min() >= 0.999999
+def assert_same(actual: np.ndarray, expected_vectors: np.ndarray) -> None:
+    assert actual.dtype == np.float32
+    assert np.abs(actual - expected_vectors).max() <= 2e-5
+    assert ((actual * expected_vectors).sum(1)).min() >= 0.999999
 
 
-def test_a_mixed_batch_of_32(form: tuple[Embedder, list[Row], np.ndarray]) -> None:
-    ours, rows, wanted = form
+def test_mixed_batch_matches_transformers(form: tuple[Embedder, list[Row], np.ndarray]) -> None:
+    ours, rows, expected_vectors = form
     assert len(rows) == 32
-    assert_same(ours.embed(rows, [wanted.shape[1]] * 32), wanted)
+    assert_same(ours.embed(rows, [expected_vectors.shape[1]] * 32), expected_vectors)
 
 
 @pytest.mark.parametrize("row", [0, 1, 3, 11])
-def test_a_text_alone(row: int, form: tuple[Embedder, list[Row], np.ndarray]) -> None:
-    ours, rows, wanted = form
-    assert_same(ours.embed([rows[row]], [wanted.shape[1]]), wanted[row : row + 1])
+def test_single_text_matches_transformers(row: int, form: tuple[Embedder, list[Row], np.ndarray]) -> None:
+    ours, rows, expected_vectors = form
+    assert_same(ours.embed([rows[row]], [expected_vectors.shape[1]]), expected_vectors[row : row + 1])
 
 
-def test_rows_of_one_batch_may_ask_for_different_sizes(
+def test_rows_of_a_batch_may_have_different_dimensions(
     form: tuple[Embedder, list[Row], np.ndarray],
 ) -> None:
-    ours, rows, wanted = form
+    ours, rows, expected_vectors = form
     dims = [1 + i for i in range(32)]
-    for vector, size, whole in zip(ours.embed(rows, dims), dims, wanted, strict=True):
-        assert np.abs(vector[:size] - whole[:size] / np.linalg.norm(whole[:size])).max() <= 1e-4
+    for vector, size, full_vector in zip(ours.embed(rows, dims), dims, expected_vectors, strict=True):
+        assert np.abs(vector[:size] - full_vector[:size] / np.linalg.norm(full_vector[:size])).max() <= 1e-4
         assert abs(np.linalg.norm(vector[:size].astype(np.float64)) - 1) <= 1e-6
         assert not vector[size:].any()
 
@@ -181,8 +181,8 @@ def pool(request: pytest.FixtureRequest, tiny: Tiny) -> Pool:
 
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
-def test_any_mix_of_rows_and_sizes_is_each_row_alone(pool: Pool, data: st.DataObject) -> None:
-    """In order, cut before it is normalised."""
+def test_any_batch_equals_its_rows_alone(pool: Pool, data: st.DataObject) -> None:
+    """Check the order of the vectors, and that truncation precedes normalization."""
     full = pool.vectors.shape[1]
     row, size = st.integers(0, len(pool.rows) - 1), st.integers(1, full) | st.just(full)
     picked = data.draw(st.lists(st.tuples(row, size), min_size=1, max_size=12))
@@ -191,13 +191,13 @@ def test_any_mix_of_rows_and_sizes_is_each_row_alone(pool: Pool, data: st.DataOb
     assert together.shape == (len(rows), full)
     for vector, (i, size) in zip(together, picked, strict=True):
         cut = torch.from_numpy(pool.vectors[i][:size])
-        wanted = nn.functional.normalize(cut, dim=0).numpy()
+        expected_vectors = nn.functional.normalize(cut, dim=0).numpy()
         (alone,) = pool.ours.embedder.embed([pool.rows[i]], [size])
-        for found in (vector, alone):
+        for actual in (vector, alone):
             # What the cut leaves is short, and dividing by it makes an error larger.
-            assert np.abs(found[:size] - wanted).max() <= 2e-5 / float(cut.norm())
-            assert abs(np.linalg.norm(found[:size].astype(np.float64)) - 1) <= 1e-6
-            assert not found[size:].any()
+            assert np.abs(actual[:size] - expected_vectors).max() <= 2e-5 / float(cut.norm())
+            assert abs(np.linalg.norm(actual[:size].astype(np.float64)) - 1) <= 1e-6
+            assert not actual[size:].any()
 
 
 TEXTS = ["the cat sat", "hello world, the dog!", "x", "a long text about a dog and a cat " * 3, "3.14"]
@@ -222,20 +222,20 @@ def plain_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_modules(directory: Path, bert: Path, mode: str, chain: Sequence[tuple[int, bool, nn.Module | None]]) -> Path:
-    """A model of sentence-transformers' modules around `bert`, saved by itself."""
+    """Save a model of sentence-transformers' modules around `bert`."""
     torch.manual_seed(0)
     sizes = [60, *(size for size, _, _ in chain)]
     dense = [
         modules.Dense(inputs, size, bias=bias, activation_function=activation)
         for inputs, (size, bias, activation) in zip(sizes, chain, strict=False)
     ]
-    whole = [modules.Transformer(str(bert)), modules.Pooling(60, mode), *dense, modules.Normalize()]
-    SentenceTransformer(modules=whole, device="cpu").save(str(directory))
+    chained = [modules.Transformer(str(bert)), modules.Pooling(60, mode), *dense, modules.Normalize()]
+    SentenceTransformer(modules=chained, device="cpu").save(str(directory))
     return directory
 
 
 @pytest.mark.parametrize(("mode", "chain"), CHAINS, ids=[f"{m} {[c[0] for c in chain]}" for m, chain in CHAINS])
-def test_sentence_transformers_own_modules(
+def test_modules_match_sentence_transformers(
     mode: str, chain: list[tuple[int, bool, nn.Module | None]], plain_bert: Path, tmp_path: Path
 ) -> None:
     directory = write_modules(tmp_path / "made", plain_bert, mode, chain)
@@ -244,23 +244,23 @@ def test_sentence_transformers_own_modules(
     full = chain[-1][0] if chain else 60
     assert ours.model.dimensions == full
     rows, dims = ours.rows(*map(Item, TEXTS)), [full, 1, full // 2, 3, full - 1]
-    found = ours.embedder.embed(rows, [full] * len(rows))
-    assert np.abs(found - theirs.encode(TEXTS)).max() <= 2e-5
+    actual = ours.embedder.embed(rows, [full] * len(rows))
+    assert np.abs(actual - theirs.encode(TEXTS)).max() <= 2e-5
     cut = ours.embedder.embed(rows, dims)
     for text, vector, size in zip(TEXTS, cut, dims, strict=True):
-        wanted = theirs.encode(text, truncate_dim=size, normalize_embeddings=True)
-        assert np.abs(vector[:size] - wanted).max() <= 1e-4
+        expected_vectors = theirs.encode(text, truncate_dim=size, normalize_embeddings=True)
+        assert np.abs(vector[:size] - expected_vectors).max() <= 1e-4
         assert not vector[size:].any()
 
 
 def change(directory: Path, file: str, **values: object) -> None:
     """Set keys of a JSON file; None removes one."""
-    stated = {**json.loads((directory / file).read_text()), **values}
-    (directory / file).write_text(json.dumps({key: value for key, value in stated.items() if value is not None}))
+    declared = {**json.loads((directory / file).read_text()), **values}
+    (directory / file).write_text(json.dumps({key: value for key, value in declared.items() if value is not None}))
 
 
 def retensor(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the tensors of a single file."""
+    """Edit the tensors of a single file."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
     edit(tensors)
@@ -308,7 +308,7 @@ def growing_tokenizer(directory: Path) -> None:
 
 WEIGHTS = "model.safetensors"
 IMAGES = "preprocessor_config.json"
-# checkpoint, what is done to it, what the refusal says
+# checkpoint, change, part of the message
 BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("bge-bert-cls", dropping("embeddings.LayerNorm.bias"), "tensor 'embeddings.LayerNorm.bias' is missing"),
     ("bge-bert-cls", dropping("encoder.layer.2.attention.self.key.bias"), "2.attention.self.key.bias' is missing"),
@@ -367,18 +367,18 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "spoil", "words"), BAD, ids=[f"{name} {words}" for name, _, words in BAD])
-def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
-    name: str, spoil: Callable[[Path], None], words: str, tiny: Tiny, tmp_path: Path
+@pytest.mark.parametrize(("name", "damage", "words"), BAD, ids=[f"{name} {words}" for name, _, words in BAD])
+def test_mismatched_checkpoint_is_rejected_by_name(
+    name: str, damage: Callable[[Path], None], words: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(tiny(name).directory, tmp_path / name)
     family, parameters = next((case.family, case.parameters) for case in CASES if case.name == name)
     Family(family, directory, **parameters).embedder  # noqa: B018 - good until it is spoilt
-    spoil(directory)
-    with pytest.raises(ConfigError) as refused:
+    damage(directory)
+    with pytest.raises(ConfigError) as caught:
         Family(family, directory, **parameters).embedder  # noqa: B018
-    assert str(directory) in str(refused.value)
-    assert words in str(refused.value)
+    assert str(directory) in str(caught.value)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -394,15 +394,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
     ],
     ids=["activation", "inputs", "outputs", "bias", "residual", "input", "output"],
 )
-def test_a_dense_module_that_does_not_fit_is_refused_by_name(
+def test_mismatched_dense_module_is_rejected_by_name(
     values: dict[str, object], words: str, plain_bert: Path, tmp_path: Path
 ) -> None:
     directory = write_modules(tmp_path / "made", plain_bert, "cls", [(60, True, None)])
     change(directory, "2_Dense/config.json", **values)
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as caught:
         Family("bge", directory).embedder  # noqa: B018
-    assert str(directory / "2_Dense") in str(refused.value)
-    assert words in str(refused.value)
+    assert str(directory / "2_Dense") in str(caught.value)
+    assert words in str(caught.value)
 
 
 def docstrings(source: str) -> list[str]:
@@ -411,20 +411,20 @@ def docstrings(source: str) -> list[str]:
 
 
 def english() -> list[str]:
-    """200 sentences from the standard library's own documentation, 4 to 60 words long."""
+    """Return 200 sentences of 4 to 60 words from the documentation of the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, None] = {}
+    actual: dict[str, None] = {}
     for name in ("argparse", "threading", "random", "pathlib", "statistics", "logging/__init__", "subprocess"):
         for text in docstrings((library / f"{name}.py").read_text()):
             for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split())):
                 if 4 <= len(sentence.split()) <= 60:
-                    found.setdefault(sentence)
-    return list(found)[:200]
+                    actual.setdefault(sentence)
+    return list(actual)[:200]
 
 
 @pytest.fixture(scope="module")
 def minilm() -> tuple[list[str], np.ndarray]:
-    """(sentences, sentence-transformers' vectors)."""
+    """Return sentences and sentence-transformers' vectors of them."""
     sentences = english()
     assert len(sentences) == 200
     theirs = SentenceTransformer(str(MINILM), device="cpu")
@@ -438,52 +438,52 @@ def embed_texts(sentences: Sequence[str], **parameters: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def test_the_real_minilm_is_sentence_transformers_own(minilm: tuple[list[str], np.ndarray]) -> None:
-    sentences, wanted = minilm
-    found = embed_texts(sentences, pooling="mean")
-    assert ((found.astype(np.float64) * wanted).sum(1)).min() >= 0.99999
-    assert np.abs(np.linalg.norm(found.astype(np.float64), axis=1) - 1).max() <= 1e-6
-    assert np.abs(found - wanted).max() <= 2e-5
+def test_minilm_matches_sentence_transformers(minilm: tuple[list[str], np.ndarray]) -> None:
+    sentences, expected_vectors = minilm
+    actual = embed_texts(sentences, pooling="mean")
+    assert ((actual.astype(np.float64) * expected_vectors).sum(1)).min() >= 0.99999
+    assert np.abs(np.linalg.norm(actual.astype(np.float64), axis=1) - 1).max() <= 1e-6
+    assert np.abs(actual - expected_vectors).max() <= 2e-5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_real_minilm_in_half_the_memory(dtype: str, minilm: tuple[list[str], np.ndarray]) -> None:
-    sentences, wanted = minilm
+def test_minilm_in_16_bits_stays_close(dtype: str, minilm: tuple[list[str], np.ndarray]) -> None:
+    sentences, expected_vectors = minilm
     assert embedder(MINILM, dtype=dtype).dtype == getattr(torch, dtype)
-    found = embed_texts(sentences[:32], dtype=dtype)
-    assert found.dtype == np.float32
-    assert ((found * wanted[:32]).sum(1)).min() >= 0.9995
-    assert np.abs(np.linalg.norm(found.astype(np.float64), axis=1) - 1).max() <= 1e-6
+    actual = embed_texts(sentences[:32], dtype=dtype)
+    assert actual.dtype == np.float32
+    assert ((actual * expected_vectors[:32]).sum(1)).min() >= 0.9995
+    assert np.abs(np.linalg.norm(actual.astype(np.float64), axis=1) - 1).max() <= 1e-6
 
 
-def test_a_long_text_is_cut_where_sentence_transformers_cuts_it(minilm: tuple[list[str], np.ndarray]) -> None:
+def test_long_text_is_truncated_as_in_sentence_transformers(minilm: tuple[list[str], np.ndarray]) -> None:
     long = " ".join(minilm[0][:40])
     theirs = SentenceTransformer(str(MINILM), device="cpu")
     assert len(theirs.tokenizer.tokenize(long)) > theirs.max_seq_length
-    found = embed_texts([long])
-    assert (found * theirs.encode([long], show_progress_bar=False)).sum() >= 0.99999
+    actual = embed_texts([long])
+    assert (actual * theirs.encode([long], show_progress_bar=False)).sum() >= 0.99999
 
 
-def test_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded(bge_tiny: Path) -> None:
+def test_missing_gpu_is_reported_before_loading(bge_tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"tiny: torch .* finds no GPU; set the parameter kernels to reference"):
         embedder(bge_tiny, device="cuda:0")
 
 
-def test_the_operator_decides_on_kernels(bge_tiny: Path) -> None:
+def test_kernels_setting_selects_the_backend_per_model(bge_tiny: Path) -> None:
     plain, compiled = embedder(bge_tiny, kernels="reference"), embedder(bge_tiny)
     assert (plain.kernels, compiled.kernels) == ("reference", "cpu")
     for model in (plain, compiled):  # two models of one process keep their own backends
         assert {module._ops.name for module in model._network.modules() if hasattr(module, "_ops")} == {model.kernels}
 
 
-def test_the_operator_decides_on_threads(bge_tiny: Path) -> None:
+def test_threads_setting_is_applied(bge_tiny: Path) -> None:
     for threads in (2, 1):
         embedder(bge_tiny, threads=threads)
         assert torch.get_num_threads() == threads
 
 
-def test_a_pass_can_leave_cores_to_others(bge_tiny: Path) -> None:
-    """One, and of few tokens all but one; what it interrupted goes on with as many as before."""
+def test_spare_core_lowers_the_thread_count(bge_tiny: Path) -> None:
+    """Leave one core of a large pass, all but one of a small pass; an interrupted pass keeps its threads."""
     ours = embedder(bge_tiny, threads=4)
     few, many = rows_of((5, 9), 80), rows_of((60,) * 5, 80)
     seen: list[int] = []
