@@ -12,14 +12,14 @@ from torch import Tensor
 from triton_embed.kernels import reference
 from triton_embed.kernels.packed import Packed
 
-KERNELS = ("auto", "reference", "triton")
+KERNELS = ("auto", "reference", "triton")  # values of `kernels`; config.pbtxt accepts all but `triton`
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 KeysValues = tuple[Tensor, Tensor]
 
 
 class PackedWeight(Protocol):
-    """A weight [N,K] laid out for products on a CPU, used in place of the tensor."""
+    """A weight [N,K] in a layout for products on a CPU, used in place of the tensor."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -122,7 +122,7 @@ class Backend(Protocol):
         packed: Packed,
         mode: str,
         dims: Sequence[int],
-        norm: Callable[[Tensor], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
         l2: bool = True,
     ) -> Tensor: ...
 
@@ -150,7 +150,7 @@ def choose(kernels: str, device: torch.device | str, dtype: torch.dtype) -> Back
     """Return the backend that a setting means, after checking that it runs on a device in a dtype.
 
     Raises:
-        ValueError, LookupError, ImportError: with one sentence that says why it does not.
+        ValueError, LookupError, ImportError: with one sentence that says why it does not run.
     """
     name = resolve(kernels, device)
     if dtype not in DTYPES:
@@ -180,5 +180,5 @@ def _triton(device: torch.device, in_interpreter: bool) -> Backend:
 
     if not in_interpreter and backend.interpreted():
         raise ValueError("TRITON_INTERPRET=1 runs kernels in a slow interpreter; unset it to serve")
-    backend.blocks.table_for(device)
+    backend.blocks.table_for(device)  # raises for a GPU without a table
     return backend

@@ -1,8 +1,8 @@
 """The entry point of the kernels: one method per op. Arguments are checked here and nowhere else.
 
 Shapes: T packed tokens, B sequences, H query heads, G key/value heads, D head dim, E hidden, I intermediate.
-The last dimension of every tensor is contiguous. Tensors are fp32, bf16 or fp16; statistics are fp32. Nothing falls
-back: what the backend does not support is a ValueError.
+The last dimension of every tensor is contiguous. Tensors are fp32, bf16 or fp16; statistics are fp32. There is no
+silent fallback: an argument that the backend does not support is a ValueError.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class Ops:
 
     @classmethod
     def reference(cls) -> Self:
-        """Return the ops of plain torch, with which other backends are compared."""
+        """Return the ops of plain torch, which other backends are compared with."""
         return cls(reference)
 
     @property
@@ -90,11 +90,11 @@ class Ops:
     ) -> Tensor:
         """Compute attention of one query per sequence over all of its keys: q [T,H,D], k and v [T,G,D] -> [B,H,D].
 
-        This is all the last layer has to compute for a pooled row: the last row of a causal sequence, any row of a
-        bidirectional one. Query b is q[rows[b]], rows int [B].
+        The last layer needs no other queries than those of the pooled tokens. Query b is q[rows[b]], rows int [B]: the
+        last token of a causal sequence, or any token of a bidirectional one.
 
         Args:
-            window: The query is the last row and sees this many keys, its own included.
+            window: The query is the last token and sees this many keys, its own included.
             prefix: As in `varlen_attention`.
         """
         _check_attention(q, k, v, packed, prefix)
@@ -116,13 +116,13 @@ class Ops:
     ) -> Tensor:
         """Apply per-head RMSNorm (if there are weights), then rotary positions, to q and k of `qkv` in place.
 
-        qkv [T,(H+2G)*D] with `heads` = (H, G); cos, sin fp32 [T, D/2]: the angles of each token. They are the same in
-        every layer and computed once per forward pass, for any axes of positions.
+        qkv [T,(H+2G)*D] with `heads` = (H, G); cos, sin fp32 [T, D/2] of the angles of each token, which are the same
+        in every layer and computed once per forward pass.
         """
         head_dim, rest = divmod(qkv.shape[1], heads[0] + 2 * heads[1])
         if rest or not cos.shape == sin.shape == (len(qkv), head_dim / 2):
             raise ValueError(f"rotary over qkv {tuple(qkv.shape)} with heads {heads}, cos and sin {tuple(cos.shape)}")
-        _same_size(qkv[:, :head_dim], *(weight for weight in (q_weight, k_weight) if weight is not None))
+        _check_weight_size(qkv[:, :head_dim], *(weight for weight in (q_weight, k_weight) if weight is not None))
         return self._backend.qk_norm_rope_(qkv, heads, cos, sin, q_weight, k_weight, eps)
 
     def add_rms_norm(
@@ -134,7 +134,7 @@ class Ops:
             rows: int [N]: row n of x is added to row rows[n] of the residual.
         """
         self._check_sum(x, residual, rows)
-        _same_size(x, weight)
+        _check_weight_size(x, weight)
         return self._backend.add_rms_norm(x, residual, weight, eps, rows)
 
     def add_layer_norm(
@@ -142,7 +142,7 @@ class Ops:
     ) -> tuple[Tensor, Tensor]:
         """Return LayerNorm of x + residual, and the sum itself, as `add_rms_norm` does: for pre-norm blocks."""
         self._check_sum(x, residual, rows)
-        _same_size(x, weight, bias)
+        _check_weight_size(x, weight, bias)
         return self._backend.add_layer_norm(x, residual, weight, bias, eps, rows)
 
     def first_residual(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Ops:
         """Return LayerNorm of x + residual in the dtype of x, and in the dtype of the residual (the next residual): for
         post-norm blocks."""
         self._check_sum(x, residual, rows)
-        _same_size(x, weight, bias)
+        _check_weight_size(x, weight, bias)
         return self._backend.post_layer_norm(x, residual, weight, bias, eps, rows)
 
     def embed_layer_norm(
@@ -183,7 +183,7 @@ class Ops:
 
     def activation(self, x: Tensor, kind: str) -> Tensor:
         """Apply one of `ACTIVATIONS` elementwise."""
-        _known(kind, ACTIVATIONS)
+        _check_choice(kind, ACTIVATIONS)
         return self._backend.activation(x, kind)
 
     def linear(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, act: str | None = None) -> Tensor:
@@ -194,7 +194,7 @@ class Ops:
         kernel.
         """
         if act is not None:
-            _known(act, ACTIVATIONS)
+            _check_choice(act, ACTIVATIONS)
         if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
             raise ValueError(f"linear over x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {bias is not None}")
         if x.dtype == torch.float32 and (not isinstance(weight, Tensor) or weight.is_mkldnn):
@@ -206,7 +206,7 @@ class Ops:
         return self._backend.linear(x, weight, bias, act)
 
     def linear_sizes(self, device: torch.device | str) -> list[int]:
-        """Return numbers of tokens for each of which `linear` runs a different kernel; empty if it is torch's."""
+        """Return one token count for each kernel that `linear` may choose; empty where torch chooses the kernel."""
         return self._backend.linear_sizes(torch.device(device))
 
     def pack_linear(self, weight: Tensor, in_int8: bool = False) -> Tensor | PackedWeight:
@@ -219,24 +219,24 @@ class Ops:
         packed: Packed,
         mode: str,
         dims: Sequence[int],
-        norm: Callable[[Tensor], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
         l2: bool = True,
     ) -> Tensor:
-        """Return one fp32 vector per sequence, [T,E] -> [B,F]: pool, apply `norm`, keep dims[b] values, normalize.
+        """Return one fp32 vector per sequence, [T,E] -> [B,F]: pool, project, keep dims[b] values, normalize.
 
         Values past dims[b] are 0.
 
         Args:
             mode: One of `POOLING_MODES`.
-            norm: Any map [B,E] -> [B,F] of fp32.
+            project: A map [B,E] -> [B,F] of fp32, such as Dense layers; None: F is E.
             l2: Whether to L2-normalize.
         """
-        _known(mode, POOLING_MODES)
+        _check_choice(mode, POOLING_MODES)
         if packed.tokens != x.shape[0] or len(dims) != len(packed.lengths):
             raise ValueError(f"pooling {tuple(x.shape)} over {packed.tokens} tokens with {len(dims)} dims")
-        if min(dims) < 1 or (norm is None and max(dims) > x.shape[1]):
+        if min(dims) < 1 or (project is None and max(dims) > x.shape[1]):
             raise ValueError(f"dims {tuple(dims)} of vectors of {x.shape[1]}")
-        return self._backend.segment_pool(x, packed, mode, dims, norm, l2)
+        return self._backend.segment_pool(x, packed, mode, dims, project, l2)
 
     def patchify(self, image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
         """Return the normalized patches of one image: uint8 [height, width, C] -> fp32 [patches, C*frames*patch*patch].
@@ -256,7 +256,7 @@ class Ops:
         if x.shape[1:] != residual.shape[1:] or len(x) != len(residual if rows is None else rows):
             raise ValueError(f"shapes {tuple(x.shape)} and {tuple(residual.shape)} differ")
         if x.is_cuda or self.name == "triton" or residual.dtype != torch.float32:
-            _same_place(x, residual)
+            _check_dtype_and_device(x, residual)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: tuple[Tensor, Tensor] | None) -> None:
@@ -266,21 +266,21 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: tu
         raise ValueError(f"the packed batch has {packed.tokens} tokens, q has {q.shape[0]}")
     if prefix is not None and not prefix[0].shape == prefix[1].shape == (len(prefix[0]), *k.shape[1:]):
         raise ValueError(f"a prefix of {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)} for k {tuple(k.shape)}")
-    _same_place(q, k, v, *(prefix or ()))
+    _check_dtype_and_device(q, k, v, *(prefix or ()))
 
 
-def _same_place(x: Tensor, *others: Tensor) -> None:
+def _check_dtype_and_device(x: Tensor, *others: Tensor) -> None:
     for y in others:
         if y.dtype != x.dtype or y.device != x.device:
             raise ValueError(f"tensors of {x.dtype} on {x.device} and of {y.dtype} on {y.device} in one op")
 
 
-def _same_size(x: Tensor, *weights: Tensor) -> None:
+def _check_weight_size(x: Tensor, *weights: Tensor) -> None:
     for weight in weights:
         if weight.shape != x.shape[-1:]:
             raise ValueError(f"a weight of {tuple(weight.shape)} for x {tuple(x.shape)}")
 
 
-def _known(name: str, names: Sequence[str]) -> None:
+def _check_choice(name: str, names: Sequence[str]) -> None:
     if name not in names:
         raise ValueError(f"'{name}' is none of {', '.join(names)}")

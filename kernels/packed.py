@@ -16,8 +16,8 @@ Int32s = npt.NDArray[np.int32]
 class Packed:
     """The layout of a packed batch: B sequences, T tokens in total, no padding.
 
-    `cu_seqlens` [B+1] int32 lives on the device; `lengths` is the same fact on the host, so that no op has to
-    wait for the device to learn a shape. Every length is at least 1.
+    `cu_seqlens` int32 [B+1], on the device, holds the offset of each sequence and T. `lengths` holds the same on the
+    host, so that no op waits for the device to learn a shape. Every length is at least 1.
     """
 
     cu_seqlens: torch.Tensor
@@ -31,15 +31,16 @@ class Packed:
     ) -> "Packed":
         """Lay out sequences of these lengths, and their tiles of `tile` tokens if that is given.
 
-        ValueError: none at all, or one shorter than 1 token.
+        Raises:
+            ValueError: There is no sequence, or one without tokens.
         """
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every sequence needs at least one token, got lengths {list(lengths)}")
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         if tile is None:
             return cls(offsets, tuple(lengths))
-        spans, found = (torch.from_numpy(x).to(device) for x in (bounds(lengths), tiles(lengths, tile)))
-        return cls.laid_out(offsets, tuple(lengths), spans, found, tile)
+        token_bounds, tile_ranges = (torch.from_numpy(x).to(device) for x in (bounds(lengths), tiles(lengths, tile)))
+        return cls.laid_out(offsets, tuple(lengths), token_bounds, tile_ranges, tile)
 
     @classmethod
     def laid_out(
@@ -55,16 +56,16 @@ class Packed:
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
-        """(first token, sequences, length) for each run of neighbours of equal length.
+        """(first token, sequences, length) for each run of neighboring sequences of equal length.
 
-        Such a run is a dense [sequences, length] block already: one call serves it without padding.
+        A run is a dense [sequences, length] block already, so an op computes it in one call without padding.
         """
-        found, start = [], 0
+        runs, start = [], 0
         for length, group in groupby(self.lengths):
             count = sum(1 for _ in group)
-            found.append((start, count, length))
+            runs.append((start, count, length))
             start += count * length
-        return found
+        return runs
 
     @property
     def bounds(self) -> torch.Tensor:
@@ -81,7 +82,7 @@ class Packed:
 
 
 def bounds(lengths: Sequence[int]) -> Int32s:
-    """Return [2,T]: the start and end of each token's sequence."""
+    """Return [2,T]: the first token of each token's sequence, and the one after its last."""
     ends = np.cumsum(lengths, dtype=np.int32)
     return np.repeat(np.stack([ends - np.asarray(lengths, dtype=np.int32), ends]), lengths, axis=1)
 
@@ -89,22 +90,24 @@ def bounds(lengths: Sequence[int]) -> Int32s:
 def tiles(lengths: Sequence[int], size: int) -> Int32s:
     """Return the token ranges of attention's tiles, (q0, q1, k0, k1) [n,4], most expensive first.
 
-    Queries q0..q1 are at most `size` tokens and see keys among k0..k1 alone. A sequence of more than `size` tokens is
-    split evenly; neighbours that fit share a tile, because a tile of few queries costs as much as a full one.
+    The queries q0..q1 are at most `size` tokens and see no keys outside k0..k1; ends are exclusive. A sequence of more
+    than `size` tokens is split evenly. Neighboring sequences that fit share a tile, because a tile of few queries costs
+    as much as a full one.
     """
-    found: list[tuple[int, int, int, int]] = []
-    start = shared = 0  # of this sequence, of the tile being filled
+    ranges: list[tuple[int, int, int, int]] = []
+    start = tile_start = 0  # of this sequence, and of the last tile; no sequence may join it if they are equal
     for length in lengths:
         end = start + length
-        if found and shared < start and end - shared <= size:
-            found[-1] = (shared, end, shared, end)
+        if ranges and tile_start < start and end - tile_start <= size:
+            ranges[-1] = (tile_start, end, tile_start, end)
         elif length <= size:
-            shared = start
-            found.append((start, end, start, end))
+            tile_start = start
+            ranges.append((start, end, start, end))
         else:
             count = -(-length // size)
             cuts = [start + length * i // count for i in range(count + 1)]
-            found += [(first, last, start, end) for first, last in pairwise(cuts)]
-            shared = end
+            ranges += [(first, last, start, end) for first, last in pairwise(cuts)]
+            tile_start = end
         start = end
-    return np.array(sorted(found, key=lambda tile: (tile[2] - tile[3], tile[2] - tile[1])), dtype=np.int32)
+    # The cost is the number of keys k1 - k0, or q1 - k0 in causal attention.
+    return np.array(sorted(ranges, key=lambda tile: (tile[2] - tile[3], tile[2] - tile[1])), dtype=np.int32)

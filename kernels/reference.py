@@ -1,6 +1,6 @@
-"""Every op in plain torch: the definition of correct, and the backend `reference`.
+"""Every op in plain torch: the backend `reference`, and the definition of a correct result.
 
-Statistics (norms, softmax, pooling) are computed in fp32 at least, whatever the dtype of the tensors.
+Statistics (norms, softmax, pooling) are computed in fp32 or wider, whatever the dtype of the tensors.
 Shapes: T tokens, B sequences, H query heads, G key/value heads, D head dim, E hidden, I intermediate.
 """
 
@@ -38,7 +38,7 @@ def varlen_attention(
     scale: float,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """See `ops.varlen_attention`."""
+    """Attend within each sequence; see `Ops.varlen_attention`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for start, count, length in packed.runs:
         rows = slice(start, start + count * length)
@@ -64,7 +64,7 @@ def pooled_attention(
     scale: float,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """See `ops.pooled_attention`."""
+    """Attend with one query per sequence; see `Ops.pooled_attention`."""
     q = q[rows]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     first = 0
@@ -87,7 +87,7 @@ def pooled_attention(
 
 
 def _after_prefix(shared: Tensor, x: Tensor) -> Tensor:
-    """Return x [N,G,n,D] with the same rows [P,G,D] before each sequence: [N,G,P+n,D]."""
+    """Return x [N,G,n,D] with the rows `shared` [P,G,D] before each sequence: [N,G,P+n,D]."""
     return torch.cat([shared.transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
 
 
@@ -101,7 +101,7 @@ def _attend(
 
 
 def _attend_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-    """Compute causal attention in blocks of `window` queries, each over its own keys and the window before them.
+    """Compute causal attention in blocks of `window` queries, each block over the keys that any of its queries sees.
 
     Memory and work grow with n * window instead of n * n.
     """
@@ -124,7 +124,7 @@ def _attend_prefix(
 
 
 def _visible(length: int, shared: int, window: int | None, device: torch.device) -> Tensor:
-    """Return bool [length, shared + length]: the keys each query sees causally."""
+    """Return bool [length, shared + length]: which keys each query sees in causal attention after `shared` keys."""
     query = torch.arange(shared, shared + length, device=device)[:, None]
     key = torch.arange(shared + length, device=device)[None, :]
     visible = key <= query
@@ -132,7 +132,7 @@ def _visible(length: int, shared: int, window: int | None, device: torch.device)
 
 
 def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> int | None:
-    """See `ops.tile_tokens`."""
+    """Return None: attention has no tiles."""
     return None
 
 
@@ -145,7 +145,7 @@ def qk_norm_rope_(
     k_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """See `ops.qk_norm_rope_`."""
+    """Normalize and rotate q and k in place; see `Ops.qk_norm_rope_`."""
     query_heads, kv_heads = heads
     head_dim = qkv.shape[1] // (query_heads + 2 * kv_heads)
     view = qkv.view(len(qkv), -1, head_dim)
@@ -166,7 +166,7 @@ def qk_norm_rope_(
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.add_rms_norm`."""
+    """Add and normalize rows; see `Ops.add_rms_norm`."""
     total = _add(x, residual, rows)
     return _rms_norm(total, weight, eps).to(x.dtype), total
 
@@ -188,7 +188,7 @@ def _add(x: Tensor, residual: Tensor | None, rows: Tensor | None) -> Tensor:
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.add_layer_norm`."""
+    """Add and normalize rows; see `Ops.add_layer_norm`."""
     total = _add(x, residual, rows)
     return F.layer_norm(total, weight.shape, weight, bias, eps), total
 
@@ -196,7 +196,7 @@ def add_layer_norm(
 def post_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.post_layer_norm`."""
+    """Add and normalize rows; see `Ops.post_layer_norm`."""
     y, _ = add_layer_norm(x, residual, weight, bias, eps, rows)
     return y.to(x.dtype), y
 
@@ -212,29 +212,29 @@ def embed_layer_norm(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """See `ops.embed_layer_norm`."""
+    """Sum embeddings and normalize them; see `Ops.embed_layer_norm`."""
     kind = token_type[0] if types is None else F.embedding(types, token_type)
     return F.layer_norm(F.embedding(ids, word) + kind + F.embedding(pos, position), weight.shape, weight, bias, eps)
 
 
 def first_residual(x: Tensor) -> Tensor:
-    """See `ops.first_residual`."""
+    """Return x: in fp32 on a CPU that has instructions for its dtype, else unchanged."""
     return x.float() if x.device.type == "cpu" and onednn.supports(x.dtype) else x
 
 
 def gated_activation(gate_up: Tensor) -> Tensor:
-    """See `ops.gated_activation`."""
+    """Compute silu(gate) * up; see `Ops.gated_activation`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """See `ops.activation`."""
+    """Apply an activation; see `Ops.activation`."""
     return _ACTIVATIONS[kind](x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """See `ops.linear`. A plain weight or bias of another dtype is cast to the dtype of x."""
+    """Compute act(x W^T + b); see `Ops.linear`. A plain weight or bias of another dtype is cast to the dtype of x."""
     if weight.is_mkldnn:
         fused = act if onednn.fuses(act) else None
         y = onednn.linear(x, weight, bias, fused)
@@ -245,12 +245,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = Non
 
 
 def linear_sizes(device: torch.device) -> list[int]:
-    """See `ops.linear_sizes`."""
+    """Return an empty list: torch chooses the kernels."""
     return []
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """See `ops.pack_linear`."""
+    """Return a weight [N,K]: in oneDNN's layout on a CPU, else unchanged."""
     return onednn.pack(weight) if weight.device.type == "cpu" else weight
 
 
@@ -259,18 +259,18 @@ def segment_pool(
     packed: Packed,
     mode: str,
     dims: Sequence[int],
-    norm: Callable[[Tensor], Tensor] | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
     l2: bool = True,
 ) -> Tensor:
-    """See `ops.segment_pool`."""
+    """Pool each sequence to one vector; see `Ops.segment_pool`."""
     if mode == "cls":
         pooled = x[packed.cu_seqlens[:-1]].float()
     elif mode == "last":
         pooled = x[packed.cu_seqlens[1:] - 1].float()
     else:
         pooled = torch.segment_reduce(x.float(), mode, offsets=packed.cu_seqlens.long(), axis=0)
-    if norm is not None:
-        pooled = norm(pooled).float()
+    if project is not None:
+        pooled = project(pooled).float()
     if min(dims) < pooled.shape[1]:
         kept = torch.arange(pooled.shape[1], device=x.device) < torch.tensor(dims, device=x.device)[:, None]
         pooled = torch.where(kept, pooled, 0.0)
@@ -278,7 +278,7 @@ def segment_pool(
 
 
 def patchify(image: Tensor, patch: int, merge: int, frames: int, mean: Tensor, std: Tensor) -> Tensor:
-    """See `ops.patchify`."""
+    """Cut an image into normalized patches; see `Ops.patchify`."""
     height, width, channels = image.shape
     pixels = ((image.float() / 255 - mean) / std).permute(2, 0, 1)
     grid = pixels.view(

@@ -585,9 +585,9 @@ def _pool(
     mode: str = "mean",
     lengths: Sequence[int] = (2, 3),
     dims: Sequence[int] = (8, 8),
-    norm: Callable[[Tensor], Tensor] | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    return ops.segment_pool(torch.zeros(5, 8), Packed.from_lengths(lengths), mode, dims, norm)
+    return ops.segment_pool(torch.zeros(5, 8), Packed.from_lengths(lengths), mode, dims, project)
 
 
 def _patches(shape: tuple[int, ...]) -> Tensor:
@@ -645,8 +645,8 @@ WRONG: dict[str, Callable[[], object]] = {
     "dims of other rows": lambda: _pool(dims=(8,)),
     "dims beyond the vector": lambda: _pool(dims=(8, 9)),
     "dims of nothing": lambda: _pool(dims=(8, 0)),
-    "dims of nothing after a map": lambda: _pool(dims=(8, 0), norm=nn.Identity()),
-    "dims of other rows after a map": lambda: _pool(dims=(8,), norm=nn.Identity()),
+    "dims of nothing after a map": lambda: _pool(dims=(8, 0), project=nn.Identity()),
+    "dims of other rows after a map": lambda: _pool(dims=(8,), project=nn.Identity()),
     "an image of 2 dimensions": lambda: _patches((8, 8)),
     "a height without whole blocks": lambda: _patches((12, 8, 3)),
     "a width without whole blocks": lambda: _patches((8, 7, 3)),

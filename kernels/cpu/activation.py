@@ -37,7 +37,7 @@ def _gate(
 
 
 def gated_activation(gate_up: Tensor) -> Tensor:
-    """Compute silu(gate) * up; see `ops.gated_activation`."""
+    """Compute silu(gate) * up; see `Ops.gated_activation`."""
     count, width = len(gate_up), gate_up.shape[1] // 2
     y = gate_up.new_empty(count, width)
     padded_width = padded_count(width)

@@ -1,6 +1,6 @@
 """Attention on a CPU as one compiled loop over sequences and heads, with scores that stay in a core's own cache.
 
-Keys and values are laid out in panels; see `panels.py`.
+Keys and values are copied to panels of words; see `linear_bf16.py`.
 """
 
 import math
@@ -27,7 +27,7 @@ from triton_embed.kernels.cpu.simd import (
 )
 from triton_embed.kernels.packed import Packed
 
-# Queries per tile. Their sums should stay in registers, and AVX2 has half as many as AVX-512, each half as wide.
+# Queries per tile. Their sums should stay in registers; AVX2 has half as many as AVX-512, each half as wide.
 TILE_ROWS = 8 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 2
 
 
@@ -36,8 +36,8 @@ def attention(
 ) -> Tensor:
     """Attend within each sequence, without window and prefix: q [T,H,D], k and v [T,G,D] -> [T,H,D].
 
-    With `rows`, compute only these queries, one per sequence: [B,H,D]. The rules are those of `ops.varlen_attention`
-    and `ops.pooled_attention`. In bf16, D must be even.
+    With `rows`, compute only these queries, one per sequence: [B,H,D]. The rules are those of `Ops.varlen_attention`
+    and `Ops.pooled_attention`. In bf16, D must be even.
     """
     q, k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
@@ -92,7 +92,10 @@ def _softmax(scores, visible, width, scale, weights, itemsize):
 
 @inline
 def _pack_values(source, stride, itemsize, tokens, size, width, target):
-    """Pack values [tokens,size] into panels of rows of words, which are 0 past the last token."""
+    """Pack values [tokens,size] into panels: a word has a value of one token (fp32) or of two neighbors (bf16).
+
+    Panels cover `width` tokens; those past the last are 0.
+    """
     per_word, full = WORD_BYTES // itemsize, size // LANES * LANES
     panel_bytes = width // per_word * PANEL * WORD_BYTES
     for row in range(width // per_word):
@@ -128,7 +131,10 @@ _product, _product_pairs = (tile_product(TILE_ROWS, PANEL // LANES, pairs) for p
 
 @inline
 def _multiply(x, stride, itemsize, y, inner, z, pitch):
-    """Multiply TILE_ROWS rows of words, `stride` bytes apart, by one panel; write fp32 rows `pitch` bytes apart."""
+    """Multiply TILE_ROWS rows x, `stride` bytes apart, by the panel y; write fp32 rows z, `pitch` bytes apart.
+
+    `inner` is the number of words in a row of x.
+    """
     if itemsize == 2:
         _product_pairs(x, stride, y, PANEL * WORD_BYTES, inner, z, pitch)
     else:
@@ -151,7 +157,7 @@ def _attend(
     kv_heads: int,
     head_dim: int,
     causal: int,
-    scale: float,  # to the base 2
+    scale: float,  # times log2(e), so that exp2 replaces exp
     memory: Address,
     thread_floats: int,
     itemsize: int,
@@ -204,6 +210,7 @@ def _attend(
                 weight_sum = _softmax(
                     row_scores, visible, used_keys, np.float32(scale), weights + row * width * itemsize, itemsize
                 )
+                # The scores are not needed any more: the first of a row is replaced by the factor of its sums.
                 pointer(row_scores, np.float32)[0] = np.float32(1) / weight_sum
             for i in range(0, padded_dim, PANEL):
                 panel = values + i // PANEL * (width // per_word) * PANEL * WORD_BYTES

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 name = "cpu"
-LOOP_DTYPES = (torch.float32, torch.bfloat16)
+LOOP_DTYPES = (torch.float32, torch.bfloat16)  # that loops read; torch computes fp16
 
 
 def _by_dtype(loop: Callable[P, R], plain: Callable[P, R], position: int = 0) -> Callable[P, R]:
@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = Non
 
 
 def pack_linear(weight: Tensor) -> Tensor | PanelWeight:
-    """Return a bf16 weight in panels where their loop is faster than oneDNN, else in oneDNN's layout."""
+    """Return a bf16 weight in panels where the loop over panels is faster than oneDNN, else in oneDNN's layout."""
     return PanelWeight.pack(weight) or reference.pack_linear(weight)
 
 
@@ -95,7 +95,7 @@ def varlen_attention(
     scale: float,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attend within each sequence; see `ops.varlen_attention`."""
+    """Attend within each sequence; see `Ops.varlen_attention`."""
     if not _can_loop(q, packed, window, prefix):
         return reference.varlen_attention(q, k, v, packed, causal, window, scale, prefix)
     return dense_attention.attention(q, k, v, packed, causal, scale)
@@ -111,7 +111,7 @@ def pooled_attention(
     scale: float,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attend with one query per sequence; see `ops.pooled_attention`."""
+    """Attend with one query per sequence; see `Ops.pooled_attention`."""
     if not _can_loop(q, packed, window, prefix):
         return reference.pooled_attention(q, k, v, packed, rows, window, scale, prefix)
     return dense_attention.attention(q, k, v, packed, False, scale, rows)
@@ -122,12 +122,12 @@ def segment_pool(
     packed: Packed,
     mode: str,
     dims: Sequence[int],
-    norm: Callable[[Tensor], Tensor] | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
     l2: bool = True,
 ) -> Tensor:
-    """Pool each sequence to one vector; see `ops.segment_pool`."""
-    if norm is not None or x.dtype not in LOOP_DTYPES:
-        return reference.segment_pool(x, packed, mode, dims, norm, l2)
+    """Pool each sequence to one vector; see `Ops.segment_pool`."""
+    if project is not None or x.dtype not in LOOP_DTYPES:
+        return reference.segment_pool(x, packed, mode, dims, project, l2)
     return pooling.segment_pool(x, packed, mode, dims, l2)
 
 

@@ -1,8 +1,8 @@
 """bf16 linear layers on CPUs that multiply pairs of bf16 (avx512_bf16): one compiled loop with bias and activation.
 
-A word is the unit that a product multiplies: an fp32 number, or a pair of bf16. A panel holds 32 neighboring columns of
-a matrix [rows of words, columns]: [columns/32, rows, 32]. Compared with oneDNN on two cores, the loop is as fast for
-many tokens, 1.2 to 1.7 times as fast for up to 64, and needs no new code for a new token count.
+A word is what one multiplication reads: an fp32 number, or a pair of bf16. A matrix of words [rows, columns] is stored
+as panels of 32 neighboring columns: [columns/32, rows, 32]. Compared with oneDNN on two cores, the loop is as fast for
+many tokens and 1.2 to 1.7 times as fast for up to 64. Unlike oneDNN, it needs no new code for a new token count.
 """
 
 import math
@@ -19,8 +19,8 @@ from triton_embed.kernels.cpu.simd import LANES, exp2, inline, larger, load, spl
 PANEL = 2 * LANES  # columns
 WORD_BYTES = 4
 TILE_ROWS = 8  # tokens per tile
-MAX_CHUNK_TOKENS = 256  # this many stay in a core's cache while the panels stream past
-ACTIVATIONS = (None, "gelu_erf", "gelu_tanh", "quick_gelu", "relu")  # those that the loop applies itself
+MAX_CHUNK_TOKENS = 256  # so few that their rows stay in a core's cache while every panel is read
+ACTIVATIONS = (None, "gelu_erf", "gelu_tanh", "quick_gelu", "relu")  # that the loop applies; `act` is an index
 _GELU_ERF, _GELU_TANH, _QUICK_GELU, _RELU = range(1, 5)
 
 
@@ -66,7 +66,7 @@ class PanelWeight:
             x_stride=x.stride(0),
             panels=self.panels,
             bias=bias,
-            bias_size=0 if bias is None else bias.itemsize,
+            bias_itemsize=0 if bias is None else bias.itemsize,
             y=y,
             tokens=tokens,
             outputs=outputs,
@@ -123,7 +123,7 @@ def _linear(
     x_stride: int,
     panels: Address,
     bias: Address,
-    bias_size: int,
+    bias_itemsize: int,
     y: Address,
     tokens: int,
     outputs: int,
@@ -145,8 +145,8 @@ def _linear(
         end = min(start + chunk_tokens, tokens)
         bias_low = bias_high = splat(np.float32(0))
         if bias:
-            bias_low = load(bias + panel * PANEL * bias_size, bias_size)
-            bias_high = load(bias + (panel * PANEL + LANES) * bias_size, bias_size)
+            bias_low = load(bias + panel * PANEL * bias_itemsize, bias_itemsize)
+            bias_high = load(bias + (panel * PANEL + LANES) * bias_itemsize, bias_itemsize)
         for token in range(start, end, TILE_ROWS):
             count = min(TILE_ROWS, end - token)
             rows, pitch = x + token * stride, stride

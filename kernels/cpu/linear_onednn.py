@@ -42,7 +42,7 @@ def fuses(act: str | None) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> Tensor:
-    """Compute act(x W^T + b); see `ops.linear`. `weight` comes from `pack`, and `fuses(act)` holds."""
+    """Compute act(x W^T + b); see `Ops.linear`. `weight` comes from `pack`, and `fuses(act)` holds."""
     name, algorithm = _EPILOGUES.get(act, ("none", "")) if act else ("none", "")
     tokens = len(x)
     if weight.is_mkldnn and (padding := padding_tokens(tokens)):

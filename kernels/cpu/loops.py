@@ -29,7 +29,7 @@ from triton_embed.kernels.cpu.simd import LANES, inline, load, store
 
 log = logging.getLogger(__name__)
 
-MIN_THREAD_ELEMENTS = 16_384  # per thread; with fewer, another thread costs more time than it saves
+MIN_THREAD_ELEMENTS = 16_384  # of `work` per thread; with fewer, another thread costs more time than it saves
 
 # The OpenMP runtime that torch loaded. A second runtime would start more threads, which spin while they wait.
 _OPENMP = ctypes.CDLL(torch._C.__file__)
@@ -49,23 +49,26 @@ Address = NewType("Address", int)  # of a tensor's memory; 0 for None
 def loop(body: Callable[..., None]) -> Callable[..., None]:
     """Return a function that runs `body`, compiled, on each thread.
 
-    Its first argument is the number of elements to process, which determines how many threads run. The others are the
-    parameters of the body by keyword. Their annotations say what they take: `Address` a tensor or None, `int` an
-    integer, `float` a float.
+    Its first argument, `work`, determines how many threads run: the number of elements to process, scaled where an
+    element takes more or less time than usual. The others are the parameters of the body by keyword. A parameter
+    annotated `Address` takes a tensor or None, `int` an integer, `float` a float.
     """
     kinds = {parameter.name: parameter.annotation for parameter in signature(body).parameters.values()}
     layout = struct.Struct("".join("d" if kind is float else "q" for kind in kinds.values()))
-    values = [
+    expressions = [
         f"0 if {name} is None else {name}.data_ptr()" if kind is Address else name for name, kind in kinds.items()
     ]
     # Generated, because packing 18 arguments in a generic function takes longer than a short query's loop.
-    source = f"def {body.__name__}(work, *, {', '.join(kinds)}): run(work, pack({', '.join(values)}))"
+    source = f"def {body.__name__}(work, *, {', '.join(kinds)}): run(work, pack({', '.join(expressions)}))"
     run = _Compiled(body, list(kinds.values())).run
     return _define(source, body, run=run, pack=layout.pack)
 
 
 class _Compiled:
-    """A body, compiled on its first run as a C function of one pointer to its arguments: 8 bytes each."""
+    """The body of a loop, compiled on its first run as a C function.
+
+    The function's one parameter points to the arguments of the body, 8 bytes each.
+    """
 
     def __init__(self, body: Callable[..., None], kinds: list[type]) -> None:
         self._body = body
@@ -78,8 +81,8 @@ class _Compiled:
     @cached_property
     def _address(self) -> int:
         began = time.monotonic()
-        values = [f"float_argument(a[{i}])" if kind is float else f"a[{i}]" for i, kind in enumerate(self._kinds)]
-        source = f"def {self._body.__name__}(a): body({', '.join(values)})"
+        expressions = [f"float_argument(a[{i}])" if kind is float else f"a[{i}]" for i, kind in enumerate(self._kinds)]
+        source = f"def {self._body.__name__}(a): body({', '.join(expressions)})"
         entry = _define(source, self._body, body=inline(self._body), float_argument=float_argument)
         c_signature = types.void(types.CPointer(types.int64))
         try:
@@ -94,7 +97,10 @@ class _Compiled:
 
 
 def _define(source: str, like: Callable[..., None], **names: object) -> Callable[..., None]:
-    """Return the function that `source` defines, under the name, module and file of `like`: Numba caches by them."""
+    """Return the function that `source` defines, with `names` as its globals.
+
+    Its name, module and file are those of `like`, because Numba caches by them.
+    """
     namespace: dict[str, Any] = {"__name__": like.__module__, **names}
     exec(compile(source, like.__code__.co_filename, "exec"), namespace)  # noqa: S102 - made of the body's own signature
     function: Callable[..., None] = namespace[like.__name__]
@@ -105,8 +111,8 @@ def _define(source: str, like: Callable[..., None], **names: object) -> Callable
 def _set_cache_directory() -> None:
     """Set Numba's cache directory to one named after a hash of all kernel sources.
 
-    Numba checks only a loop's own file to decide whether a cached loop is current, but code from several of these files
-    is inlined into a loop. The directory is in NUMBA_CACHE_DIR if that is set, else in `__pycache__`, or in
+    Numba considers a cached loop current if the loop's own file has not changed, but a loop also contains code of the
+    other files. The directory is in NUMBA_CACHE_DIR if that is set, else in `__pycache__`, or in
     `~/.cache/triton-embed` if `__pycache__` is not writable.
     """
     kernels = Path(__file__).parent

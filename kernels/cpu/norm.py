@@ -20,7 +20,10 @@ from triton_embed.kernels.cpu.simd import LANES, inline, keep_first, load, reduc
 
 @inline
 def _normalize(x, weight, bias, width, eps, centered):
-    """Normalize one fp32 row in place: LayerNorm if `centered`, else RMSNorm. All rows fill whole registers."""
+    """Normalize one fp32 row in place: LayerNorm if `centered`, else RMSNorm.
+
+    x, `weight` and `bias` are padded with zeros to whole registers.
+    """
     if centered:
         sums = splat(np.float32(0))
         for i in range(0, width, LANES):
@@ -49,10 +52,9 @@ def _add_norm(
     residual_itemsize: int,
     residual_stride: int,
     rows: Address,
-    y: Address,
-    sums: Address,
-    normed: Address,
-    sum_itemsize: int,  # of `sums` and `normed`
+    y: Address,  # the norm in the dtype of x
+    total: Address,  # x + residual in the dtype of the residual
+    normed: Address,  # the norm in the dtype of the residual
     weight: Address,
     bias: Address,
     count: int,
@@ -73,14 +75,14 @@ def _add_norm(
         if residual:
             source = pointer(rows, np.int64)[row] if rows else row
             add(residual + source * residual_stride * residual_itemsize, residual_itemsize, values, width)
-        if sums:
-            write(values, sums + row * width * sum_itemsize, sum_itemsize, width)
-            if sum_itemsize == 2:  # the norm sees the rounded sum, which the next layer adds to
-                read(sums + row * width * sum_itemsize, sum_itemsize, values, width)
+        if total:
+            write(values, total + row * width * residual_itemsize, residual_itemsize, width)
+            if residual_itemsize == 2:  # the norm sees the rounded sum, which the next layer adds to
+                read(total + row * width * residual_itemsize, residual_itemsize, values, width)
         _normalize(values, padded_weight, padded_bias, width, np.float32(eps), centered)
         write(values, y + row * width * x_itemsize, x_itemsize, width)
         if normed:
-            write(values, normed + row * width * sum_itemsize, sum_itemsize, width)
+            write(values, normed + row * width * residual_itemsize, residual_itemsize, width)
 
 
 def _call_add_norm(
@@ -105,9 +107,8 @@ def _call_add_norm(
         residual_stride=0 if residual is None else residual.stride(0),
         rows=None if rows is None else rows.long(),
         y=y,
-        sums=total,
+        total=total,
         normed=normed,
-        sum_itemsize=0 if residual is None else residual.itemsize,
         weight=weight.float(),
         bias=None if bias is None else bias.float(),
         count=count,
@@ -122,7 +123,7 @@ def _call_add_norm(
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add and normalize rows; see `ops.add_rms_norm`."""
+    """Add and normalize rows; see `Ops.add_rms_norm`."""
     total = x if residual is None else residual.new_empty(x.shape)
     return _call_add_norm(x, residual, rows, weight, None, None if residual is None else total, None, eps), total
 
@@ -130,7 +131,7 @@ def add_rms_norm(
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add and normalize rows; see `ops.add_layer_norm`."""
+    """Add and normalize rows; see `Ops.add_layer_norm`."""
     total = x if residual is None else residual.new_empty(x.shape)
     return _call_add_norm(x, residual, rows, weight, bias, None if residual is None else total, None, eps), total
 
@@ -138,7 +139,7 @@ def add_layer_norm(
 def post_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add and normalize rows; see `ops.post_layer_norm`."""
+    """Add and normalize rows; see `Ops.post_layer_norm`."""
     if residual is None or residual.dtype == x.dtype:
         y = _call_add_norm(x, residual, rows, weight, bias, None, None, eps)
         return y, y
@@ -197,7 +198,7 @@ def embed_layer_norm(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """Sum embeddings and normalize them; see `ops.embed_layer_norm`. Ids and positions outside their table give NaN."""
+    """Sum embeddings and normalize them; see `Ops.embed_layer_norm`. Ids and positions outside their table give NaN."""
     count, width = len(ids), word.shape[1]
     y, padded_width = word.new_empty(count, width), padded_count(width)
     _embed(

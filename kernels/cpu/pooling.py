@@ -21,7 +21,8 @@ from triton_embed.kernels.cpu.loops import (
 from triton_embed.kernels.cpu.simd import LANES, keep_first, load, maximum, reduce_sum, splat, store
 from triton_embed.kernels.packed import Packed
 
-_POOLING = {"cls": 0, "last": 1, "mean": 2, "max": 3}
+_CLS, _LAST, _MEAN, _MAX = range(4)
+_MODES = {"cls": _CLS, "last": _LAST, "mean": _MEAN, "max": _MAX}
 
 
 @loop
@@ -45,19 +46,19 @@ def _pool(
     begin, end = thread_range(count)
     for row in range(begin, end):
         first_token, next_token = np.int64(starts[row]), np.int64(starts[row + 1])
-        if mode == 1:
+        if mode == _LAST:
             first_token = next_token - 1
         read(x + first_token * stride * itemsize, itemsize, pooled, width)
-        if mode >= 2:
+        if mode >= _MEAN:  # or _MAX: the row read is the first of several
             for token in range(first_token + 1, next_token):
-                if mode == 2:
+                if mode == _MEAN:
                     add(x + token * stride * itemsize, itemsize, pooled, width)
                 else:
                     read(x + token * stride * itemsize, itemsize, state, width)
                     for i in range(0, width, LANES):
                         store(maximum(load(pooled + i * 4, 4), load(state + i * 4, 4)), pooled + i * 4, 4)
         scale, dim_count = np.float32(1), pointer(dims, np.int64)[row]
-        if mode == 2:
+        if mode == _MEAN:
             scale /= np.float32(next_token - first_token)
         squares = splat(np.float32(0))
         for i in range(0, width, LANES):
@@ -79,7 +80,7 @@ def segment_pool(
     dims: Sequence[int],
     l2: bool,
 ) -> Tensor:
-    """Pool each sequence to one vector; see `ops.segment_pool`. `norm` is unsupported."""
+    """Pool each sequence to one vector; see `Ops.segment_pool`. There is no `project`."""
     count, width = len(packed.lengths), x.shape[1]
     y, padded_width = x.new_empty(count, width, dtype=torch.float32), padded_count(width)
     _pool(
@@ -92,7 +93,7 @@ def segment_pool(
         y=y,
         count=count,
         width=width,
-        mode=_POOLING[mode],
+        mode=_MODES[mode],
         l2=int(l2),
         memory=scratch(2 * padded_width),
         padded_width=padded_width,

@@ -86,7 +86,7 @@ def qk_norm_rope_(
     k_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Normalize and rotate q and k in place; see `ops.qk_norm_rope_`."""
+    """Normalize and rotate q and k in place; see `Ops.qk_norm_rope_`."""
     count, (query, key) = len(qkv), heads
     width = qkv.shape[1] // (query + 2 * key)
     padded_width = padded_count(width)

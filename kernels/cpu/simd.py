@@ -1,7 +1,8 @@
 """SIMD for loops that Numba compiles: a type of 16 fp32 numbers in one register, and its operations.
 
 Numba has no such type, and LLVM's automatic vectorization of a plain loop is fast for long rows only. Addresses are
-int64. A word is 4 bytes: an fp32 number, or a pair of bf16.
+int64. A word is 4 bytes: an fp32 number, or a pair of bf16. In the functions that generate code, `b` is llvmlite's
+IRBuilder.
 """
 
 import math
@@ -65,8 +66,8 @@ def _pointer(b, address, kind):
     return b.inttoptr(address, ir.PointerType(kind))
 
 
-def _advance(b, address, count):
-    return b.add(address, ir.Constant(address.type, count))
+def _advance(b, address, size):
+    return b.add(address, ir.Constant(address.type, size))
 
 
 def _call_intrinsic(b, name, args):
@@ -94,19 +95,19 @@ def splat(_, x):
 
 
 @intrinsic
-def _load_wide(_, address):
+def _load_fp32(_, address):
     return FLOAT32X16(types.int64), lambda _, b, __, args: b.load(_pointer(b, args[0], _FLOATS), align=4)
 
 
 @intrinsic
-def _load_narrow(_, address):
+def _load_bf16(_, address):
     return FLOAT32X16(types.int64), lambda _, b, __, args: _widen_bf16(
         b, b.load(_pointer(b, args[0], _HALVES), align=2)
     )
 
 
 @intrinsic
-def _store_wide(_, x, address):
+def _store_fp32(_, x, address):
     def generate(context, b, _, args):
         b.store(args[0], _pointer(b, args[1], _FLOATS), align=4)
         return context.get_dummy_value()
@@ -115,7 +116,7 @@ def _store_wide(_, x, address):
 
 
 @intrinsic
-def _store_narrow(_, x, address):
+def _store_bf16(_, x, address):
     def generate(context, b, _, args):
         b.store(_round_to_bf16(b, args[0]), _pointer(b, args[1], _HALVES), align=2)
         return context.get_dummy_value()
@@ -127,17 +128,17 @@ def _store_narrow(_, x, address):
 def load(address, itemsize):
     """Load the numbers at an address, of `itemsize` bytes each: 2 for bf16, 4 for fp32."""
     if itemsize == 2:
-        return _load_narrow(address)
-    return _load_wide(address)
+        return _load_bf16(address)
+    return _load_fp32(address)
 
 
 @inline
 def store(x, address, itemsize):
     """Store the numbers at an address, rounded to bf16 if `itemsize` is 2."""
     if itemsize == 2:
-        _store_narrow(x, address)
+        _store_bf16(x, address)
     else:
-        _store_wide(x, address)
+        _store_fp32(x, address)
 
 
 def _binary(generate):
@@ -164,18 +165,12 @@ def _larger(b, x, y):
     return b.select(b.fcmp_ordered(">", y, x), y, x)
 
 
-def _maximum(b, x, y):
-    """Return the maximum as torch.maximum: NaN if either number is NaN."""
-    return b.select(b.fcmp_unordered("uno", x, x), x, b.select(b.fcmp_unordered(">", y, x), y, x))
-
-
-maximum = _binary(_maximum)
-larger = _binary(_larger)  # elementwise; the first number if either is NaN
-# As torch.maximum: NaN if either number is NaN.
+# If a number is NaN, `larger` and `smaller` return the first one, and `maximum` returns NaN as torch.maximum does.
+larger = _binary(_larger)
+smaller = _binary(lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x))
 maximum = _binary(
     lambda b, x, y: b.select(b.fcmp_unordered("uno", x, x), x, b.select(b.fcmp_unordered(">", y, x), y, x))
 )
-smaller = _binary(lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x))
 
 
 def _reduction(combine):

@@ -37,7 +37,7 @@ def _activation_kernel(
 
 
 def activation(x: Tensor, kind: str, config: Config | None = None) -> Tensor:
-    """Apply an activation; see `ops.activation`.
+    """Apply an activation; see `Ops.activation`.
 
     Raises:
         ValueError: x is not a matrix with contiguous rows.
@@ -46,7 +46,7 @@ def activation(x: Tensor, kind: str, config: Config | None = None) -> Tensor:
 
 
 def gated_activation(gate_up: Tensor, config: Config | None = None) -> Tensor:
-    """Compute silu(gate) * up; see `ops.gated_activation`.
+    """Compute silu(gate) * up; see `Ops.gated_activation`.
 
     Raises:
         ValueError: gate_up is not a matrix with contiguous rows.

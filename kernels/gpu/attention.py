@@ -1,7 +1,8 @@
 """Attention over packed sequences: one tile of neighboring tokens per program, or one query per sequence.
 
 The query heads that share a key head are rows of one block (row = token * group + head), because they read the same
-keys. Softmax statistics are fp32. Scores are also scaled by log2(e), so that exp2 replaces exp.
+keys. Softmax statistics are fp32. Scores are also scaled by log2(e), so that exp2 replaces exp. X_ROW and X_HEAD are
+the strides of a tensor x in elements. A head is computed in two parts of WIDTH0 and WIDTH1 columns; see `_split_head`.
 """
 
 import math
@@ -154,7 +155,8 @@ def _attend_range(
 ):
     """Add the keys `start`..`end` to the running softmax.
 
-    Every row sees the keys `all_low`..`all_high`, so blocks within that range are computed without a mask.
+    Row m sees the keys `low[m]`..`high[m]`. Every row sees the keys `all_low`..`all_high`, so blocks within that range
+    are computed without a mask.
     """
     block_count = tl.cdiv(end - start, BLOCK_N)
     unmasked_from = tl.minimum(tl.cdiv(all_low - start, BLOCK_N), block_count)
@@ -347,7 +349,7 @@ def varlen_attention(
     prefix: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Attend within each sequence; see `ops.varlen_attention`. Rows that no tile covers stay uninitialized."""
+    """Attend within each sequence; see `Ops.varlen_attention`. Rows that no tile covers stay uninitialized."""
     group = q.shape[1] // k.shape[1]
     config = config or _look_up_config("attention", q.shape[2], q.dtype, q.device)
     tiles, bounds = packed.tiles(_tile_tokens(config, group)), packed.bounds
@@ -391,7 +393,7 @@ def pooled_attention(
     prefix: tuple[Tensor, Tensor] | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Attend with one query per sequence; see `ops.pooled_attention`. Empty sequences, used as padding, give zeros."""
+    """Attend with one query per sequence; see `Ops.pooled_attention`. Empty sequences, used as padding, give zeros."""
     config = config or _look_up_config("pooled_attention", q.shape[2], q.dtype, q.device)
     out = torch.empty((len(rows), *q.shape[1:]), dtype=q.dtype, device=q.device)
     launch(

@@ -44,8 +44,8 @@ class Table:
             ]
             for name, entries in kernels.items()
         }
-        # Token counts differ from batch to batch, so the cache of lookups is bounded.
-        self._remembered = lru_cache(maxsize=4096)(self._find)
+        # Bounded, because token counts differ from batch to batch.
+        self._cached_find = lru_cache(maxsize=4096)(self._find)
 
     def config(self, kernel: str, **sizes: int) -> Config:
         """Return the config for a kernel at these sizes.
@@ -60,7 +60,7 @@ class Table:
 
     def find_config(self, kernel: str, **sizes: int) -> Config | None:
         """Return the config for a kernel at these sizes, or None if the table leaves them to torch."""
-        return self._remembered(kernel, **sizes)
+        return self._cached_find(kernel, **sizes)
 
     def limits(self, kernel: str, size: str) -> list[int]:
         """Return the limits that the entries of a kernel set on one size, in ascending order."""

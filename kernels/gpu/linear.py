@@ -59,7 +59,7 @@ def _linear_kernel(
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None, config: Config | None = None
 ) -> Tensor:
-    """Compute act(x W^T + b); see `ops.linear`.
+    """Compute act(x W^T + b); see `Ops.linear`.
 
     Raises:
         LookupError: No config is passed, and the table leaves this size to torch.

@@ -105,7 +105,7 @@ def add_rms_norm(
     rows: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add and normalize rows; see `ops.add_rms_norm`."""
+    """Add and normalize rows; see `Ops.add_rms_norm`."""
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return _add_norm(x, residual, rows, weight, None, None if residual is None else total, eps, config), total
 
@@ -119,7 +119,7 @@ def add_layer_norm(
     rows: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add and normalize rows; see `ops.add_layer_norm`."""
+    """Add and normalize rows; see `Ops.add_layer_norm`."""
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return _add_norm(x, residual, rows, weight, bias, None if residual is None else total, eps, config), total
 
@@ -133,7 +133,7 @@ def post_layer_norm(
     rows: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add and normalize rows; see `ops.post_layer_norm`."""
+    """Add and normalize rows; see `Ops.post_layer_norm`."""
     y = _add_norm(x, residual, rows, weight, bias, None, eps, config)
     return y, y
 
@@ -183,7 +183,7 @@ def embed_layer_norm(
     eps: float,
     config: Config | None = None,
 ) -> Tensor:
-    """Sum embeddings and normalize them; see `ops.embed_layer_norm`."""
+    """Sum embeddings and normalize them; see `Ops.embed_layer_norm`."""
     for vector in (ids, pos, types, weight, bias):
         if vector is not None:
             row_stride(vector)

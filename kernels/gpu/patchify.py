@@ -52,7 +52,7 @@ def patchify(
     std: Tensor,
     config: Config | None = None,
 ) -> Tensor:
-    """Cut an image into normalized patches; see `ops.patchify`.
+    """Cut an image into normalized patches; see `Ops.patchify`.
 
     Raises:
         ValueError: The pixels of a row are not contiguous.

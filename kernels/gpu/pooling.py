@@ -84,14 +84,14 @@ def segment_pool(
     packed: Packed,
     mode: str,
     dims: Sequence[int],
-    norm: Callable[[Tensor], Tensor] | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
     l2: bool = True,
     config: Config | None = None,
 ) -> Tensor:
-    """Pool each sequence to one vector; see `ops.segment_pool`. Empty sequences, used as padding, give zeros."""
-    if norm is None:
+    """Pool each sequence to one vector; see `Ops.segment_pool`. Empty sequences, used as padding, give zeros."""
+    if project is None:
         return _pool(x, packed.cu_seqlens, mode, dims, l2, config)
-    pooled = norm(_pool(x, packed.cu_seqlens, mode, [x.shape[1]] * len(dims), False, config))
+    pooled = project(_pool(x, packed.cu_seqlens, mode, [x.shape[1]] * len(dims), False, config))
     return _pool(pooled, None, "cls", dims, l2, config)
 
 

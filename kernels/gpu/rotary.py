@@ -70,7 +70,7 @@ def qk_norm_rope_(
     eps: float,
     config: Config | None = None,
 ) -> Tensor:
-    """Normalize and rotate q and k in place; see `ops.qk_norm_rope_`."""
+    """Normalize and rotate q and k in place; see `Ops.qk_norm_rope_`."""
     for weight in (q_weight, k_weight):
         if weight is not None:
             row_stride(weight)
