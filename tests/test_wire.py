@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_model_info import INFO
 
 from conftest import ROOT
+from triton_embed.gateway.api.embeddings import REUSE_VALUES
 from triton_embed.gateway.api.inputs import InputErrors, Prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest, parse_embeddings
-from triton_embed.gateway.api.embeddings import REUSED
 from triton_embed.gateway.api.vector_formats import VectorFormat
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.settings import Settings
@@ -47,7 +47,7 @@ def test_families_declare_the_tensors_of_the_contract(family: str) -> None:
 def test_reused_codes_are_ordered_from_the_most_expensive_source() -> None:
     """Keep the numbers, which callers read, and the order, which a text of several chunks relies on."""
     assert [(code.name, code.value) for code in Reused] == [("COMPUTED", 0), ("IN_FLIGHT", 1), ("CACHED", 2)]
-    assert list(REUSED) == list(Reused)
+    assert list(REUSE_VALUES) == list(Reused)
 
 
 @given(st.integers(0, 2**31), st.sampled_from(get_args(InputErrorCode)), st.text())

@@ -15,20 +15,20 @@ from triton_embed.gateway.api.responses import (
 )
 from triton_embed.python_backend.wire import Reused
 
-REUSED: dict[Reused, Reuse] = {Reused.COMPUTED: None, Reused.IN_FLIGHT: "in_flight", Reused.CACHED: "cache"}
+REUSE_VALUES: dict[Reused, Reuse] = {Reused.COMPUTED: None, Reused.IN_FLIGHT: "in_flight", Reused.CACHED: "cache"}
 
 
 def embeddings_json(reply: Embeddings, request: EmbeddingRequest, model: str) -> bytes:
     """Return OpenAI's response body. Reported errors take the place of their vectors."""
     values, scales = request.vector_format.encode(reply.vectors)
-    rows: list[Embedding] = [{"object": "embedding", "embedding": row, "index": i} for i, row in enumerate(values)]
+    items: list[Embedding] = [{"object": "embedding", "embedding": value, "index": i} for i, value in enumerate(values)]
     if scales is not None:
-        for item, scale in zip(rows, scales, strict=True):
+        for item, scale in zip(items, scales, strict=True):
             item["scale"] = scale
     if request.vector_format.receipt:
-        for i, item in enumerate(rows):
+        for i, item in enumerate(items):
             item["receipt"] = _receipt(reply, request, i)
-    data: list[Embedding | InputError] = [*rows]
+    data: list[Embedding | InputError] = [*items]
     for i, error in request.errors.by_index.items():
         data[i] = {"object": "error", "index": i, "error": error.body()}
     body: EmbeddingsResponse = {"object": "list", "data": data, "model": model, "usage": usage_of(reply)}
@@ -37,10 +37,10 @@ def embeddings_json(reply: Embeddings, request: EmbeddingRequest, model: str) ->
 
 def encode_json(reply: Embeddings, request: EmbeddingRequest) -> bytes:
     """Return SGLang's response body: one object for a single input, a list for a list."""
-    rows, _ = request.vector_format.encode(reply.vectors)
+    values, _ = request.vector_format.encode(reply.vectors)
     items: list[Encoded | ErrorResponse] = [
-        {"embedding": row, "meta_info": {"prompt_tokens": tokens, "dropped_tokens": dropped}}
-        for row, tokens, dropped in zip(rows, reply.tokens.tolist(), reply.dropped.tolist(), strict=True)
+        {"embedding": value, "meta_info": {"prompt_tokens": tokens, "dropped_tokens": dropped}}
+        for value, tokens, dropped in zip(values, reply.tokens.tolist(), reply.dropped.tolist(), strict=True)
     ]
     for i, error in request.errors.by_index.items():
         items[i] = {"error": error.body()}
@@ -56,5 +56,5 @@ def _receipt(reply: Embeddings, request: EmbeddingRequest, index: int) -> Receip
         "tokens": int(reply.tokens[index]),
         "dropped_tokens": int(reply.dropped[index]),
         "prompt": request.prompt_of(index).parameters() or None,
-        "reused": None if reply.reused is None else REUSED[Reused(reply.reused[index])],
+        "reused": None if reply.reused is None else REUSE_VALUES[Reused(reply.reused[index])],
     }

@@ -12,8 +12,8 @@ from triton_embed.gateway.api.bodies import INPUT_TYPES, PART_TYPES, ImageLink, 
 from triton_embed.gateway.api.validation import json_type, validate
 from triton_embed.gateway.errors import ApiError, invalid
 
-PROMPT_KEYS = tuple(PromptFields.model_fields)
-ITEM_KEYS = ("text", "image", "image_url", *PROMPT_KEYS)
+PROMPT_FIELDS = tuple(PromptFields.model_fields)
+ITEM_KEYS = ("text", "image", "image_url", *PROMPT_FIELDS)
 IMAGE_LINK_KEYS = tuple(ImageLink.__annotations__)
 
 T = TypeVar("T")
@@ -107,7 +107,7 @@ def read_inputs(
     if type(value) is not list:
         raise _wrong_type(0, value, "a string, an object or a list", param)
     first = value[0]
-    # Checked again by the caller; here, before an error is recorded for each input.
+    # The caller checks the count too, but by then an error per input may have been recorded.
     if len(value) > max_inputs and type(first) is not int and not is_part(first):
         raise invalid(f"At most {max_inputs} inputs fit in one request, got {len(value)}", param)
     if type(first) is int:
@@ -122,10 +122,10 @@ def read_inputs(
 
 
 def read_items(values: Sequence[Any], param: str, errors: InputErrors) -> list[Item]:
-    """Parse a list of strings, objects and lists of content parts.
+    """Parse inputs, each a string, an object or a list of content parts.
 
     Raises:
-        ApiError: 400 naming index and key.
+        ApiError: 400 naming index and key, unless errors are reported.
     """
     return [errors.attempt(i, partial(_item, i, value, param), NO_ITEM) for i, value in enumerate(values)]
 
@@ -137,7 +137,7 @@ def read_prompt(fields: PromptFields, param: str | None = None, where: str = "")
 
     Args:
         param: Name of the field to report, if it is not the key itself.
-        where: Prefix of messages that names an input.
+        where: Prefix of messages that names an input, such as "Input at index 3: ".
 
     Raises:
         ApiError: 400 if a value is invalid or contradicts another.
@@ -145,7 +145,7 @@ def read_prompt(fields: PromptFields, param: str | None = None, where: str = "")
     instruction, name, side = fields.instruction or None, fields.prompt_name, fields.input_type or None
     if instruction and name:
         raise invalid(f"{where}Send either instruction or prompt_name", param or "prompt_name")
-    if instruction and "\0" in instruction:  # Triton's parameters end there
+    if instruction and "\0" in instruction:  # Triton would cut the parameter off there
         raise invalid(f"{where}instruction must not hold a NUL character", param or "instruction")
     if side and side.lower() not in INPUT_TYPES:
         message = f"{where}input_type must be 'query' or 'document', got '{side[:100]}'"
@@ -163,6 +163,9 @@ def _wrong_type(index: int, item: Any, expected: str, param: str) -> ApiError:
 
 def check_keys(where: str, fields: dict[str, Any], allowed: Sequence[str], param: str) -> None:
     """Check that an object has allowed keys only.
+
+    Args:
+        where: The subject of the message, such as "Input at index 3".
 
     Raises:
         ApiError: 400 for the first other key.

@@ -127,7 +127,7 @@ ENCODE: Final = _post(
     bodies.EncodeBody,
     {"a text": {"text": "Once upon a time"}},
     responses.EncodeResponse,
-    "One object, or a list if the input is one",
+    "One object, or a list if the input is a list",
 )
 RERANK: Final = _post(
     "Order documents by their similarity to a query",

@@ -1,4 +1,4 @@
-"""Requests of the embedding endpoints: JSON bytes to a validated request, and what a model replies to it.
+"""Requests of the embedding endpoints, parsed from JSON and validated, and the embeddings that a model returns.
 
 Every error is a 400 that names the field and, in a list, the index of the input.
 """
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from triton_embed.gateway.api.bodies import EmbeddingsBody, EncodeBody, RequestFields, TokenizeBody
 from triton_embed.gateway.api.inputs import (
     NO_PROMPT,
-    PROMPT_KEYS,
+    PROMPT_FIELDS,
     InputErrors,
     Prompt,
     check_keys,
@@ -28,7 +28,7 @@ from triton_embed.gateway.api.vector_formats import Floats, VectorFormat
 from triton_embed.gateway.errors import invalid
 from triton_embed.gateway.settings import Settings
 
-WRAPPER_KEYS = ("input", *PROMPT_KEYS)
+WRAPPER_KEYS = ("input", *PROMPT_FIELDS)
 DEFAULT_FORMAT = VectorFormat()
 
 
@@ -36,8 +36,8 @@ DEFAULT_FORMAT = VectorFormat()
 class EmbeddingRequest:
     """A validated request. Either `texts` or `ids` holds the n inputs; the other is empty.
 
-    `images` is empty, or holds the image references of each input; the text of such an input may be empty. An input in
-    `errors` is empty too.
+    `images` is empty, or holds the image references of each input. The text of an input with images may be empty. An
+    input in `errors` has neither.
     """
 
     model: str | None
@@ -101,7 +101,7 @@ class Embeddings:
     vectors: Floats  # [n, d], unit length, little-endian
     tokens: npt.NDArray[np.int32]  # [n], computed, special tokens included
     dropped: npt.NDArray[np.int32]  # [n], removed by truncation
-    errors: Sequence[str] = ()  # of each input, empty if it has none; empty sequence unless errors are reported
+    errors: Sequence[str] = ()  # message per input, "" if it has no error; () unless on_error is "report"
     reused: npt.NDArray[np.int32] | None = None  # [n], codes of Reused; None unless receipts are requested
 
     @property
@@ -124,8 +124,8 @@ def parse_embeddings(body: bytes, settings: Settings) -> EmbeddingRequest:
     wrapped = raw["input"]
     if type(wrapped) is dict and "input" in wrapped:  # {"input": …, "instruction": …} as the input itself
         check_keys("input", wrapped, WRAPPER_KEYS, "input")
-        if any(wrapped.get(key) for key in PROMPT_KEYS):
-            raw |= dict.fromkeys(PROMPT_KEYS) | wrapped
+        if any(wrapped.get(key) for key in PROMPT_FIELDS):
+            raw |= dict.fromkeys(PROMPT_FIELDS) | wrapped  # replaces the whole prompt of the request
         raw["input"] = wrapped["input"]
     fields = validate(EmbeddingsBody, raw)
     vector_format = VectorFormat(
@@ -178,7 +178,11 @@ def parse_tokenize(body: bytes, settings: Settings) -> EmbeddingRequest:
 def read_request(
     fields: RequestFields, inputs: Any, param: str, settings: Settings, vector_format: VectorFormat = DEFAULT_FORMAT
 ) -> EmbeddingRequest:
-    """Return the request with the inputs from field `param`, and `vector_format` with the dimensions it asks for.
+    """Build a request from validated fields.
+
+    Args:
+        inputs: The value of the field `param`.
+        vector_format: Completed with the dimensions in `fields`.
 
     Raises:
         ApiError: 400 if an input or the prompt is invalid, or the request is too large.
@@ -240,7 +244,7 @@ def _encode_items(text: Any, images: Any) -> Any:
 
 
 def _decode_all(ids: list[list[int]], encoding: str, tables: str, param: str, errors: InputErrors) -> list[str]:
-    """Return the texts of ids of another tokenizer."""
+    """Return the texts that ids of another tokenizer stand for, "" for an input with an error."""
     return [
         "" if i in errors.by_index else errors.attempt(i, partial(decode, row, encoding, tables, i, param), "")
         for i, row in enumerate(ids)

@@ -13,7 +13,7 @@ import orjson
 
 from triton_embed.gateway.api.bodies import RequestFields, RerankBody, ScoreBody
 from triton_embed.gateway.api.embeddings import usage_of
-from triton_embed.gateway.api.inputs import NO_PROMPT, PROMPT_KEYS, Prompt, read_prompt
+from triton_embed.gateway.api.inputs import NO_PROMPT, PROMPT_FIELDS, Prompt, read_prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings, read_request
 from triton_embed.gateway.api.responses import PairScore, RankedDocument, RerankResponse, ScoreResponse
 from triton_embed.gateway.api.validation import parse_object, validate
@@ -25,7 +25,7 @@ QUERY, DOCUMENT = Prompt(input_type="query"), Prompt(input_type="document")
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """A rerank request: the documents, then the query last, so that an index names the same document everywhere."""
+    """A rerank request. Its inputs are the documents, then the query: input i is document i."""
 
     request: EmbeddingRequest
     documents: Sequence[Any]  # as received
@@ -50,10 +50,10 @@ def parse_rerank(body: bytes, settings: Settings) -> Ranking:
     fields = validate(RerankBody, parse_object(body))
     documents = fields.documents
     query_prompt = read_prompt(fields)
-    fields = fields.model_copy(update=dict.fromkeys(PROMPT_KEYS))  # not a prompt of the documents
+    fields = fields.model_copy(update=dict.fromkeys(PROMPT_FIELDS))  # the prompt of the request is for the query only
     request = _read(fields, [*map(_item, documents), _item(fields.query)], "documents", settings)
-    own = request.prompts or [NO_PROMPT] * request.count
-    prompts = [*(prompt or DOCUMENT for prompt in own[:-1]), own[-1] or query_prompt or QUERY]
+    item_prompts = request.prompts or [NO_PROMPT] * request.count
+    prompts = [*(prompt or DOCUMENT for prompt in item_prompts[:-1]), item_prompts[-1] or query_prompt or QUERY]
     request = replace(request, prompts=prompts)
     top_n = min(fields.top_n or len(documents), len(documents))
     return Ranking(request, documents, top_n, bool(fields.return_documents))

@@ -52,7 +52,7 @@ class Receipt(TypedDict):
 
 class Embedding(TypedDict):
     object: Literal["embedding"]
-    embedding: Annotated[Any, accepts(Vector)]  # arrays, which orjson writes
+    embedding: Annotated[Any, accepts(Vector)]  # numpy arrays, which orjson serializes
     index: Count
     scale: NotRequired[
         Annotated[

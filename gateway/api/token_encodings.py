@@ -1,7 +1,7 @@
 """Token ids of OpenAI's encodings, decoded to text with tiktoken.
 
-tiktoken downloads its tables on first use. A server must not: the operator stores them in TIKTOKEN_CACHE_DIR under
-tiktoken's own file names.
+tiktoken would download its tables on first use. A server must not, so the operator stores them in TIKTOKEN_CACHE_DIR
+under tiktoken's own file names.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def decode(ids: Sequence[int], encoding: str, tables: str, index: int, param: st
         tables: TIKTOKEN_CACHE_DIR.
 
     Raises:
-        ApiError: 400 if the tables are missing or an id is not in them.
+        ApiError: 400 if the tables are missing, an id is not in them, or the text is blank.
     """
     codec = _codec(encoding, tables)
     try:
@@ -43,7 +43,7 @@ def _codec(encoding: str, tables: str) -> Any:
     """Return tiktoken's encoding.
 
     Raises:
-        ApiError: 400 if its table is missing, which tiktoken would download.
+        ApiError: 400 if its table is missing (tiktoken would download it) or tiktoken is not installed.
     """
     name = hashlib.sha1(URL.format(encoding).encode(), usedforsecurity=False).hexdigest()
     if not tables or not (Path(tables) / name).is_file() or importlib.util.find_spec("tiktoken") is None:

@@ -43,8 +43,8 @@ class Expected:
         return f"{name} must be {self.words}" + (f", got {self.got(value)}" if self.got else "")
 
 
-# Of fields without an `Expected`, by pydantic's type of error.
-EXPECTED: Final = {"string_type": Expected("a string"), "bool_type": Expected("a boolean")}
+# For fields without an `Expected`, by pydantic's type of error.
+DEFAULT_EXPECTED: Final = {"string_type": Expected("a string"), "bool_type": Expected("a boolean")}
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -63,14 +63,14 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def validate(model: type[M], fields: dict[str, Any], param: str | None = None, where: str = "") -> M:
-    """Validate fields.
+    """Return the fields of an object as a `model`.
 
     Args:
         param: Name of the field to report, if it is not the invalid field itself.
-        where: Prefix of messages that names an input.
+        where: Prefix of messages that names an input, such as "Input at index 3: ".
 
     Raises:
-        ApiError: 400 for the first invalid field, in the order of the model.
+        ApiError: 400 for the first invalid field, in the order in which the model declares them.
     """
     try:
         return model.model_validate(fields)
@@ -81,5 +81,5 @@ def validate(model: type[M], fields: dict[str, Any], param: str | None = None, w
     if expected is None and kind == "literal_error":
         choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         expected = Expected(f"one of {choices}", quoted)
-    message = (expected or EXPECTED[kind]).message(name, fields.get(name))
+    message = (expected or DEFAULT_EXPECTED[kind]).message(name, fields.get(name))
     raise invalid(where + message, param or name)
