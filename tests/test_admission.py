@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton import admission as lanes_module
 from triton_embed.gateway.triton.admission import (
+    CALL_SMALL_JOBS,
     INTERACTIVE_TURNS,
-    PIECE_JOBS,
     SMALL_CALLS,
-    SMALL_FRACTION,
+    SMALL_DIVISOR,
     WINDOW_BUDGETS,
     Admission,
     split,
@@ -36,7 +36,7 @@ def run(use: Callable[[], Awaitable[T]]) -> T:
 
 def new_admission(
     budget: int = 100,
-    small_tokens: int = SMALL_FRACTION * MAX_SMALL_TOKENS,
+    small_tokens: int = SMALL_DIVISOR * MAX_SMALL_TOKENS,
     max_pending_tokens: int = 10**9,
     gateway_count: int = 1,
 ) -> Admission:
@@ -172,7 +172,7 @@ def test_number_of_calls_in_flight_is_bounded(monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(lanes_module, "MAX_CALLS", 8)
 
     async def use() -> None:
-        admission = new_admission(budget=10**6, small_tokens=SMALL_FRACTION * 10**5)
+        admission = new_admission(budget=10**6, small_tokens=SMALL_DIVISOR * 10**5)
         for _ in range(8):
             assert admission.can_send_now(size)
             await admission.acquire(size, batch=False)
@@ -356,12 +356,12 @@ def test_speed_counts_busy_time_only() -> None:
     assert speed.tokens_per_second == 0
     speed.start()
     time.sleep(0.1)
-    speed.computed(1000)
+    speed.add_computed(1000)
     speed.stop()
     time.sleep(0.3)
     speed.start()
     time.sleep(0.1)
-    speed.computed(1000)
+    speed.add_computed(1000)
     assert 7_000 < speed.tokens_per_second < 10_100
 
 
@@ -377,7 +377,7 @@ def test_split_covers_every_input_once_within_limits(costs: list[int], batch_tok
         assert calls == [range(len(costs))]
         return
     for call in calls:
-        assert len(call) == 1 or sum(costs[i] for i in call) <= min(batch_tokens, PIECE_JOBS * small_tokens)
+        assert len(call) == 1 or sum(costs[i] for i in call) <= min(batch_tokens, CALL_SMALL_JOBS * small_tokens)
 
 
 def test_split_bounds_padded_ids(monkeypatch: pytest.MonkeyPatch) -> None:

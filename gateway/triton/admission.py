@@ -4,8 +4,8 @@ Triton gets enough work to stay busy and no more. The rest waits here, where a c
 caller disconnects or its deadline passes, where a single query can overtake a bulk load, and where the length of the
 queue is known. A call that was sent is never cancelled: its tokens leave the window when the call has really ended.
 
-Small calls have a separate window, because the engine computes them between the layers of a large forward pass, so they
-need not wait for one to end, neither there nor here. Neither window can use the other's room.
+Small calls have a separate window. The engine computes them between the layers of a large forward pass, so they need
+not wait here for a large call to end. Free room in one window is never used by calls of the other kind.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from triton_embed.gateway.errors import ApiError
 
 # Size of the large window, in forward passes: the one in progress, the next one, and those being tokenized.
 WINDOW_BUDGETS = 4
-# A call counts as small up to 1/2 of the engine's limit for small jobs, because its tokens are estimated.
-SMALL_FRACTION = 2
-# Size of the small window, in calls of that size. Both windows together hold fewer forward passes than the engine
-# admits (8).
+# A call counts as small up to 1/2 of `small_tokens`, the engine's limit for small jobs: its tokens are only estimated.
+SMALL_DIVISOR = 2
+# Size of the small window, in calls of the largest size that counts as small. Both windows together hold fewer forward
+# passes than the engine admits (8).
 SMALL_CALLS = 16
 # Calls of either kind in flight at Triton. Its queue holds 256 (max_queue_size), and other clients may use it too.
 MAX_CALLS = 112
-PIECE_JOBS = 4  # size of each call of a request that needs several, in small jobs
-INTERACTIVE_TURNS = 8  # calls of the interactive lane after which the batch lane gets one
+CALL_SMALL_JOBS = 4  # size of each call of a request that is split, in units of `small_tokens`
+INTERACTIVE_TURNS = 8  # calls of the interactive lane per call of the batch lane, if both wait
 MEMORY_SECONDS = 10.0  # time constant of the average speed, in seconds of computing
 MAX_PADDED_IDS = 2**20  # cells of one call's token ids, padded to the longest row: 4 MiB
 
@@ -36,6 +36,8 @@ class Admission:
     """Admission control of one model in one event loop.
 
     Args:
+        batch_tokens: Tokens of one forward pass.
+        small_tokens: The engine's limit for small jobs.
         max_pending_tokens: Tokens that may wait.
         gateway_count: Gateway processes that send to this model; they share the windows.
     """
@@ -44,7 +46,7 @@ class Admission:
         self, model: str, batch_tokens: int, small_tokens: int, *, max_pending_tokens: int, gateway_count: int = 1
     ) -> None:
         self._model = model
-        self._max_small_tokens = small_tokens // SMALL_FRACTION
+        self._max_small_tokens = small_tokens // SMALL_DIVISOR
         max_calls = max(8, MAX_CALLS // gateway_count)
         self._small = _Window(max(8, SMALL_CALLS // gateway_count) * self._max_small_tokens, max_calls)
         self._large = _Window(max(2, WINDOW_BUDGETS // gateway_count) * batch_tokens, max_calls)
@@ -52,8 +54,8 @@ class Admission:
         self._small_lane: _Lane = deque()
         self._interactive_lane: _Lane = deque()
         self._batch_lane: _Lane = deque()
-        self._interactive_turns = 0  # since the batch lane had one
-        self._queue_full: deque[asyncio.Future[None]] = deque()
+        self._interactive_turns = 0  # calls since the last one of the batch lane
+        self._waiting_for_call_end: deque[asyncio.Future[None]] = deque()
         self.pending_tokens = 0  # of requests without an answer
         self._speed = _Speed()
 
@@ -86,7 +88,7 @@ class Admission:
         return not self._interactive_lane and not self._batch_lane and self._large.fits(tokens)
 
     async def acquire(self, tokens: int, *, batch: bool) -> Callable[[], None]:
-        """Wait until a call may be sent. Return the function to call when it has ended."""
+        """Wait until a gRPC call may be sent. Return the function that frees its room, for when the call has ended."""
         small = tokens <= self._max_small_tokens and not batch
         window = self._small if small else self._large
         if self.can_send_now(tokens) and not batch:
@@ -113,7 +115,7 @@ class Admission:
         if not self._calls_in_flight:
             return False
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue_full.append(ended)
+        self._waiting_for_call_end.append(ended)
         await ended
         return True
 
@@ -122,13 +124,13 @@ class Admission:
         return self._small.calls + self._large.calls
 
     def _release(self, tokens: int, window: "_Window") -> Callable[[], None]:
-        """Return a function that ends a call once, however often it is called."""
-        pending = [tokens]
+        """Return a function that frees the room of a gRPC call. Running it again has no effect."""
+        unreleased = [tokens]
 
         def release() -> None:
-            if pending:
-                self._speed.computed(pending[0])
-                self._end(pending.pop(), window)
+            if unreleased:
+                self._speed.add_computed(unreleased[0])
+                self._end(unreleased.pop(), window)
 
         return release
 
@@ -141,16 +143,16 @@ class Admission:
         window.remove(tokens)
         if not self._calls_in_flight:
             self._speed.stop()
-        while self._queue_full:
-            ended = self._queue_full.popleft()
+        while self._waiting_for_call_end:
+            ended = self._waiting_for_call_end.popleft()
             if not ended.done():
                 ended.set_result(None)
-                if self._calls_in_flight:  # the end of another call wakes the next one
+                if self._calls_in_flight:  # one slot is free; the end of another call wakes the next waiter
                     break
         self._grant_waiting()
 
     def _grant_waiting(self) -> None:
-        """Send the waiting calls that fit."""
+        """Let the waiting calls that fit be sent."""
         for lane in (self._small_lane, self._interactive_lane, self._batch_lane):
             _drop_cancelled(lane)
         while self._small_lane and self._grant_first(self._small_lane, self._small):
@@ -166,7 +168,7 @@ class Admission:
             self._interactive_turns = 0 if batch_turn else self._interactive_turns + 1
 
     def _grant_first(self, lane: "_Lane", window: "_Window", share: float = 1.0) -> bool:
-        """Send the first call of a lane if it fits, and drop cancelled ones after it. Return whether it was sent."""
+        """Let the first call of a lane be sent if it fits, and drop cancelled ones after it. Return whether it fits."""
         tokens, granted = lane[0]
         if not window.fits(tokens, share):
             return False
@@ -229,7 +231,7 @@ class _Speed:
     def stop(self) -> None:
         self._advance()
 
-    def computed(self, tokens: int) -> None:
+    def add_computed(self, tokens: int) -> None:
         self._advance()
         self._tokens += tokens
 
@@ -257,7 +259,7 @@ def split(costs: Sequence[int], batch_tokens: int, small_tokens: int) -> list[Se
     """
     if sum(costs) <= batch_tokens and len(costs) * max(costs) <= MAX_PADDED_IDS:
         return [range(len(costs))]
-    max_tokens = min(batch_tokens, PIECE_JOBS * small_tokens)
+    max_tokens = min(batch_tokens, CALL_SMALL_JOBS * small_tokens)
     calls: list[list[int]] = [[]]
     tokens = 0
     for i in sorted(range(len(costs)), key=costs.__getitem__):

@@ -2,7 +2,7 @@
 
 A call that was sent is never cancelled, because cancelling one can kill tritonserver 2.51: each call runs in a separate
 task, shielded from its caller, and a deadline only ends the wait for it. gRPC's generated stubs are used rather than
-tritonclient's class: they keep the status code apart from the text and copy tensors one time less.
+tritonclient's class, because they report the status code apart from the text and save one copy of each tensor.
 """
 
 import asyncio
@@ -119,7 +119,7 @@ class TritonClient:
             rows: Indices of the inputs; the result has their order. Errors have the index in the request.
             images: The images of every input of the request. Required for a model that takes images, even if there are
                 none: requests with different sets of tensors never share a batch.
-            seconds: The model drops the request if its compute has not begun by then.
+            seconds: Time from now until the model drops the request, unless it has begun to compute it.
             ended: Called when the call has ended, even if its caller has gone.
 
         Raises:
@@ -166,7 +166,13 @@ class TritonClient:
         seconds: float | None,
         ended: Callable[[], None] | None = None,
     ) -> T:
-        """Run one call to its end even if the caller is cancelled. Wait `seconds` for it, or until it ends."""
+        """Run one call to its end even if the caller is cancelled.
+
+        Args:
+            start: Sends the call.
+            seconds: Longest wait for the result; None waits until the call ends.
+            ended: Called when the call has ended.
+        """
         task = asyncio.create_task(_finish(start))
         self._running.add(task)
         task.add_done_callback(self._forget)
@@ -187,13 +193,17 @@ class TritonClient:
 
 
 async def _finish(start: Callable[[], Awaitable[T]]) -> T:
+    """Await a gRPC call in a coroutine, because asyncio.create_task does not accept other awaitables."""
     return await start()
 
 
 def _add_inputs(
     infer: Any, request: EmbeddingRequest, rows: Sequence[int], images: Sequence[Sequence[bytes]] | None
 ) -> None:
-    """Add TEXT [n,1] in UTF-8 and IMAGE [n,k], padded with empty cells to the most images of an input; or INPUT_IDS."""
+    """Add INPUT_IDS; or TEXT [n,1] in UTF-8 and, unless `images` is None, IMAGE [n,k].
+
+    k is the largest number of images of an input. Inputs with fewer images are padded with empty cells.
+    """
     if request.ids:
         _add_ids(infer, [request.ids[i] for i in rows])
         return
@@ -206,7 +216,7 @@ def _add_inputs(
 
 
 def _add_parameters(infer: Any, parameters: Mapping[str, int | str]) -> None:
-    """Add request parameters, and the one that makes the model write errors of inputs as JSON."""
+    """Add request parameters, and `error_format`: the model writes errors of inputs as JSON."""
     infer.parameters["error_format"].string_param = "json"
     for key, value in parameters.items():
         if isinstance(value, str):
@@ -254,7 +264,7 @@ def _reported(cell: bytes, rows: Sequence[int]) -> str:
 
 
 def _text(error: InputError, rows: Sequence[int]) -> str:
-    """Return the text of a model's error with the index of the input in the request, not in the call."""
+    """Return the text of a model's error, with the input's index in the call replaced by its index in the request."""
     return replace(error, index=rows[error.index]).text
 
 
@@ -274,7 +284,7 @@ def _translate(error: grpc.aio.AioRpcError, model: str) -> ApiError:
         case grpc.StatusCode.UNAVAILABLE if details.startswith(f"Model '{model}' "):
             # The first line is for callers, the rest for the operator.
             return ApiError(503, details.splitlines()[0], code="model_not_ready")
-        case grpc.StatusCode.CANCELLED:
+        case grpc.StatusCode.CANCELLED:  # the engine's status for a request that it dropped at its deadline
             return ApiError(504, f"Deadline exceeded before model '{model}' started this request")
         case grpc.StatusCode.NOT_FOUND:
             return ApiError(503, f"Model '{model}' is not loaded", code="model_not_ready")

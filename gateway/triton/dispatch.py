@@ -16,7 +16,8 @@ from triton_embed.python_backend.wire import ModelInfo
 
 T = TypeVar("T")
 
-# Estimates of what only the model knows. Too high delays work for a moment, too low sends it early.
+# For estimates of token counts, which only the model knows. A call with too high an estimate waits a moment longer, one
+# with too low an estimate is sent early.
 CHARACTERS_PER_TOKEN = 4  # of ASCII text; other scripts have about one token per character
 SPECIAL_TOKENS = 4
 IMAGE_TOKENS = 768
@@ -63,7 +64,8 @@ class Dispatcher:
         Calls that have not been sent when the caller disconnects, is cancelled or gets an error are never sent.
 
         Raises:
-            ApiError: 429 if too much is waiting, and whatever the client raises.
+            ApiError: 429 if too much is waiting, or as `TritonClient.embed`.
+            Exception: what `context.disconnected` raises.
         """
         costs = estimate(request, images, model)
         calls = split(costs, model.batch_tokens, model.small_tokens)
@@ -92,7 +94,7 @@ class Dispatcher:
         images: Images | None,
         context: CallContext,
     ) -> Embeddings:
-        lock = asyncio.Lock()  # only one call of a request waits in a lane at a time, so that others get between them
+        lock = asyncio.Lock()  # one call of a request waits in a lane at a time, so that other requests get their turn
 
         async def call(rows: Sequence[int]) -> Embeddings:
             cost = sum(costs[i] for i in rows)
@@ -127,10 +129,11 @@ class Dispatcher:
             except ApiError as error:
                 if error.status != 429:
                     raise
-                if not await admission.wait_for_call_end():  # else Triton's queue is shorter than our window
+                # Triton's queue is full. When a call of ours ends, try again; if we have none, others fill the queue.
+                if not await admission.wait_for_call_end():
                     raise admission.overloaded() from None
             except Exception:
-                release()  # the call may not have begun
+                release()  # the client may have failed before it could call `ended`
                 raise
 
 

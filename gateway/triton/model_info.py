@@ -1,4 +1,4 @@
-"""What a model reports about itself, and whether a request fits it: checked before anything is sent to Triton."""
+"""Parse what a model reports about itself, and check that a request fits it, before anything is sent to Triton."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,13 @@ def read_info(data: bytes) -> ModelInfo:
     """Parse a model's INFO output.
 
     Raises:
-        ValidationError: A field is missing or has the wrong type or an impossible value. Unknown fields are ignored.
+        ValidationError: if a field is missing, has the wrong type or an impossible value. Unknown fields are ignored.
     """
     return _INFO.validate_json(data)
 
 
 def fit(request: EmbeddingRequest, model: ModelInfo) -> EmbeddingRequest:
-    """Return the request as `model` understands it, with prompts by the names the model has for them.
+    """Return the request for `model`, with each prompt as the instruction or prompt name that the model knows.
 
     Raises:
         ApiError: 400 if the model cannot serve it, with the message the model itself would send.
@@ -59,7 +59,10 @@ def _resolve_prompts(request: EmbeddingRequest, model: ModelInfo) -> EmbeddingRe
 
 
 def _prompt(prompt: Prompt, model: ModelInfo, where: str = "") -> Prompt:
-    """Return the instruction or prompt name for a prompt. Documents get none unless the model has a document prompt."""
+    """Return a prompt as an instruction or prompt name of the model, or as no prompt.
+
+    A document gets no prompt, not even the default one, unless the model has a prompt for documents.
+    """
     instruction, name, side = prompt.instruction, prompt.prompt_name, prompt.input_type
     if instruction and not model.instructions:
         message = f"{where}Model '{model.name}' takes no instruction: it was trained without one"
@@ -80,14 +83,14 @@ def _prompt(prompt: Prompt, model: ModelInfo, where: str = "") -> Prompt:
             message = f"{where}Model '{model.name}' has no query prompt: send an instruction"
             raise invalid(message, "input_type")
         return NO_PROMPT
-    own = next((name for name in ("document", "passage") if name in model.prompt_names), None)
-    return Prompt(prompt_name=own) if own else no_prompt
+    document_name = next((name for name in ("document", "passage") if name in model.prompt_names), None)
+    return Prompt(prompt_name=document_name) if document_name else no_prompt
 
 
 def _check_ids(request: EmbeddingRequest, model: ModelInfo) -> None:
     truncates = request.truncate != "none" or request.long_text == "mean"
     for i, row in enumerate(request.ids):
-        if not row:  # invalid already
+        if not row:  # an error of this input is already recorded
             continue
         if message := wire.vocabulary_error(row, min(row), max(row), model.vocab_size):
             request.refuse(i, f"{InputError(i, 'invalid_token_id', message).text}. {FOREIGN_IDS}")

@@ -49,21 +49,21 @@ class Registry:
         self._names: dict[str, str] = {}  # any name in lower case -> directory
         self._outage = ""  # why Triton does not answer; empty if it does
         self._wake = asyncio.Event()
-        self._refreshed = -REFRESH_GAP_SECONDS
+        self._refreshed_at = -REFRESH_GAP_SECONDS  # on the monotonic clock
         self._refreshing: asyncio.Task[None] | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._background: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Refresh once, whatever the outcome, then start the background task."""
         await self.refresh()
-        self._keeper = asyncio.create_task(self._keep_fresh())
+        self._background = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:
         """Stop the background task. A call it has sent continues in the client."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._background is not None:
+            self._background.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+                await self._background
 
     @property
     def entries(self) -> Sequence[ModelEntry]:
@@ -101,12 +101,12 @@ class Registry:
         return await self._retry_once(lambda: self._entry(name))
 
     async def resolve(self, name: str | None) -> ModelInfo:
-        """Return the model of this name. None, `default` and served_model_name mean the only model that is ready.
+        """Return the ready model of this name. None, `default` and served_model_name mean the only one that is ready.
 
         Raises:
             ApiError: 404 if there is none; 503 if it is not ready; 400 if several are ready and none is named.
         """
-        return await self._retry_once(lambda: self._ready(name))
+        return await self._retry_once(lambda: self._ready_model(name))
 
     async def _retry_once(self, look_up: Callable[[], T]) -> T:
         """Look up a model; on a miss, refresh once and look up again."""
@@ -118,7 +118,7 @@ class Registry:
         await self.refresh()
         return look_up()
 
-    def _ready(self, name: str | None) -> ModelInfo:
+    def _ready_model(self, name: str | None) -> ModelInfo:
         if self._outage:
             raise ApiError(503, self._outage)
         entry = self._entry(name)
@@ -128,18 +128,19 @@ class Registry:
 
     def _entry(self, name: str | None) -> ModelEntry:
         if name is None:
-            return self._only()
+            return self._only_model()
         if (directory := self._names.get(name.lower())) is not None:
             return self._entries[directory]
         if name.lower() in ("default", self._served_name.lower()):
-            return self._only()
+            return self._only_model()
         if self._outage:
             raise ApiError(503, self._outage)
         available = ", ".join(self.public_name(entry) for entry in self.entries if entry.info) or "none"
         message = f"The model '{name[:200]}' does not exist. Available models: {available}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _only(self) -> ModelEntry:
+    def _only_model(self) -> ModelEntry:
+        """Return the only model that is ready; if none is, the only model of the repository."""
         entries = [entry for entry in self.entries if entry.info] or self.entries
         if len(entries) == 1:
             return entries[0]
@@ -154,12 +155,13 @@ class Registry:
                 async with asyncio.timeout(self._interval):
                     await self._wake.wait()
             self._wake.clear()
-            await asyncio.sleep(self._seconds_to_wait())  # and then refresh: a reported failure is never ignored
+            # Within the gap `refresh` would do nothing, and the failure behind `refresh_soon` would be ignored.
+            await asyncio.sleep(self._seconds_to_wait())
             await self.refresh()
 
     def _seconds_to_wait(self) -> float:
         """Return the seconds until the next refresh is allowed."""
-        return max(0.0, self._refreshed + REFRESH_GAP_SECONDS - time.monotonic())
+        return max(0.0, self._refreshed_at + REFRESH_GAP_SECONDS - time.monotonic())
 
     async def _refresh(self) -> None:
         try:
@@ -180,7 +182,7 @@ class Registry:
                 log.info("%s", entry.reason or f"Model '{entry.name}' is ready")
         self._entries = {entry.name: entry for entry in entries}
         self._names = _names(self._entries.values())
-        self._refreshed = time.monotonic()
+        self._refreshed_at = time.monotonic()
 
     async def _describe(self, indexed: IndexEntry) -> ModelEntry:
         """Return the current entry of a model in Triton's index."""
@@ -212,7 +214,7 @@ def _latest(index: Iterable[IndexEntry]) -> Iterator[IndexEntry]:
 
 
 def _configured(entry: ModelEntry, parameters: dict[str, str], version: str) -> ModelEntry:
-    """Return an entry with the names of its config.pbtxt.
+    """Return an entry with the names in its config.pbtxt.
 
     `aliases` is comma-separated, and `checkpoint` is an HF id or a path.
     """
@@ -226,7 +228,7 @@ def _configured(entry: ModelEntry, parameters: dict[str, str], version: str) -> 
 def _names(entries: Iterable[ModelEntry]) -> dict[str, str]:
     """Return every name in lower case -> directory.
 
-    If several models have a name, a directory of that name wins, then models that are ready, then the alphabet.
+    If several models have a name, the model whose directory has it wins, then ready models, then alphabetical order.
     """
     names = {entry.name.lower(): entry.name for entry in entries}
     for entry in sorted(entries, key=lambda entry: (entry.info is None, entry.name)):
