@@ -14,17 +14,17 @@ import orjson
 # Id of the request of the current task; empty outside of a request.
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
-# Other packages' loggers whose messages matter only to somebody who debugs them.
+# Loggers of other packages whose info messages help only to debug those packages.
 _NOISY = ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "asyncio")
 
 
-def configure(level: str, form: str = "text") -> None:
+def configure(level: str, log_format: str = "text") -> None:
     """Log everything of `level` and above as text or json. Replaces an earlier configuration."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler.formatter, JsonLines | TextLines)]:
         root.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)

@@ -66,7 +66,7 @@ class Metrics:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure one of STAGES, whether it fails or not."""
+        """Measure one of STAGES, even if it fails."""
         start = time.perf_counter()
         try:
             yield
@@ -135,7 +135,7 @@ class _Current(Collector):
 
 
 class _AllProcesses(MultiProcessCollector):
-    """The sum over all processes, without the empty files of a process that is just starting."""
+    """The sum over all processes. Skips empty files, which a starting process has not filled yet."""
 
     def collect(self) -> Any:
         files = [file for file in Path(self._path).glob("*.db") if _is_filled(file)]
@@ -145,7 +145,7 @@ class _AllProcesses(MultiProcessCollector):
 def _is_filled(file: Path) -> bool:
     try:
         return file.stat().st_size > 0
-    except FileNotFoundError:  # of a process that has ended
+    except FileNotFoundError:  # its process has just ended
         return False
 
 

@@ -69,7 +69,7 @@ class GatewayMiddleware:
         self._body_seconds = settings.body_timeout
         self._metrics = metrics
         self._drain = drain
-        # In text format, a line per request would hide the lines a person looks for.
+        # In text format, which people read, a line per request would hide the other lines.
         self._access_level = logging.INFO if settings.log_format == "json" else logging.DEBUG
         self._inner: ASGIApp = self._handle
         if settings.origins:
@@ -137,7 +137,7 @@ class GatewayMiddleware:
             return True
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         digest = _digest(key.strip())
-        # Compare with every key, so that the time reveals nothing.
+        # Compare with every key, so that the response time does not depend on which one matches.
         matches = [secrets.compare_digest(digest, accepted) for accepted in self._keys]
         return any(matches) and scheme.lower() == b"bearer"
 
@@ -174,7 +174,7 @@ class _RequestCycle:
         self._body_seconds = body_seconds
         self._deadline = asyncio.get_running_loop().time() + body_seconds
         self._body_pending = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
-        # Such a client sends its body only after the first `receive`, which sends 100 Continue.
+        # The client sends its body only after 100 Continue, which uvicorn sends at the first `receive`.
         self._awaits_continue = headers.get(b"expect", b"").lower() == b"100-continue"
 
     async def receive(self) -> Message:
@@ -193,6 +193,10 @@ class _RequestCycle:
             raise ApiError(408, f"The request body did not arrive within {self._body_seconds:g} s") from None
 
     async def send(self, message: Message) -> None:
+        """Send a message, with our headers in its head. Close the connection if the body has not been read completely.
+
+        The response is then held open while the rest of the body is discarded, see LINGER_SECONDS.
+        """
         if message["type"] == "http.response.start":
             headers = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
             if self._body_pending or self._drain.stopping:
@@ -222,7 +226,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """Read the whole body, whatever its Content-Type.
 
     Raises:
-        ApiError: 413 as soon as the body is known to exceed `limit` bytes.
+        ApiError: 413 as soon as the body is known to exceed `limit` bytes; 400 if it is compressed.
     """
     body = bytearray()
     if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":

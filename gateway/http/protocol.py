@@ -35,10 +35,10 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response(f"The request's head is larger than {HEAD_BYTES} bytes")
 
     def _feed(self, data: bytes) -> None:
-        """Parse data as uvicorn's `data_received` does, but decline offered upgrades and read the body (RFC 9110, 7.8).
+        """Parse data as uvicorn's `data_received` does, but decline upgrades and read the body (RFC 9110, 7.8).
 
-        The parser treats what follows such a head as another protocol, and uvicorn treats the body as empty. Every
-        request of JDK's HttpClient offers HTTP/2.
+        After a head with an Upgrade header, the parser stops, because the rest could be another protocol, and uvicorn
+        treats the body as empty. Every request of JDK's HttpClient offers an upgrade to HTTP/2.
         """
         self._unset_keepalive_if_required()
         while data:
@@ -54,12 +54,12 @@ class Protocol(HttpToolsProtocol):
                 return
 
     def _decline_upgrade(self) -> None:
-        """Continue with a parser that has seen the same head without the upgrade."""
+        """Continue with a new parser, fed with a head that has the same body framing but no upgrade."""
         framing = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
         head = b"".join(b"%s: %s\r\n" % pair for pair in framing)
         self.cycle.more_body = True
         self.parser = HttpRequestParser(self)
-        self._declining_upgrade = True  # the app already has this request
+        self._declining_upgrade = True  # the callbacks ignore the second head: the app already has this request
         try:
             self.parser.feed_data(b"POST / HTTP/1.1\r\n" + head + b"\r\n")
         finally:
@@ -90,7 +90,10 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
-        """Send a 400 in our own form. An earlier, complete request is answered first."""
+        """Send a 400 with our error body and close the connection.
+
+        A complete request that the app still works on is answered instead; uvicorn closes the connection after it.
+        """
         cycle = self.cycle
         in_progress = cycle is not None and not cycle.response_complete
         if in_progress and not cycle.more_body:

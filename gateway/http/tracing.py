@@ -18,7 +18,9 @@ Metadata = tuple[tuple[str, str], ...]
 
 EXPORT_SECONDS = 2.0  # for one export, and at most this long when stopping
 UNTRACED = "/(health|health_generate|ready|ping|metrics)$"
-STATE_MEMBERS, STATE_LENGTH = 32, 512  # at most 32 are valid; 512 characters must be passed on, and gRPC takes few KiB
+# Limits of tracestate. The standard permits 32 members and requires 512 characters to be passed on; gRPC limits all
+# metadata of a call to a few KiB.
+STATE_MEMBERS, STATE_LENGTH = 32, 512
 
 # version, trace, span, flags, fields of later versions
 _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-[!-~]{0,100})?")
@@ -33,7 +35,7 @@ def triton_metadata(request: Request) -> Metadata:
 
 
 def incoming_context(headers: Headers) -> Metadata:
-    """Return the caller's `traceparent` and `tracestate` if they are valid. A state needs a parent."""
+    """Return the caller's `traceparent` and `tracestate` if they are valid. Drop a state without a valid parent."""
     parents = headers.getlist("traceparent")
     if len(parents) != 1 or not _is_parent(parents[0]):
         return ()
@@ -50,7 +52,7 @@ def _is_parent(value: str) -> bool:
 
 
 def _state(value: str) -> str:
-    """Return all members, without the last ones if they are too long together; none if any is malformed."""
+    """Return the members of a tracestate, cut to STATE_LENGTH at a comma; none if one is invalid or repeated."""
     members = [member for member in (part.strip(" \t") for part in value.split(",")) if member]
     keys = {match[1] for member in members if (match := _MEMBER.fullmatch(member))}
     if len(keys) < len(members) or len(members) > STATE_MEMBERS:
@@ -128,7 +130,8 @@ class Tracing:
 
         async def outside_span(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
-                # Query strings are private, and OpenTelemetry fails on those that are not UTF-8.
+                # Hide the query string from the span: it is private, and OpenTelemetry fails if it is not UTF-8.
+                # `inside_span` restores the original scope.
                 visible = {**scope, "query_string": b"", "triton_embed.scope": scope}
                 await traced(visible, receive, send)
             else:

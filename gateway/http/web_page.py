@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 router = APIRouter(include_in_schema=False)
 
-# Part of the pages, because a browser would otherwise request /favicon.ico.
+# Inline in the pages: a browser would otherwise request /favicon.ico.
 ICON: Final = (
     "data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 16 16%22%3E%3Crect width=%2216"
     "%22 height=%2216%22 rx=%224%22 fill=%22%230b5a7a%22/%3E%3Cg fill=%22%23fff%22%3E%3Ccircle cx=%225%22 cy=%2211"

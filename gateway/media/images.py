@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.gateway.media.safe_fetch import IMAGE_BYTES, Fetcher, FetchError
 
-Refuse = Callable[[int, str], None]  # called with the index of an input and what is wrong with it; may raise
+Refuse = Callable[[int, str], None]  # called with the index of an invalid input and the error message; may raise
 
 MAX_FETCHES = 8  # concurrent fetches per request, so that a long request leaves slots to others
 # Longer base64 is decoded in pieces in a thread, because decoding holds the interpreter lock (more than 1 ms per MiB).
@@ -59,7 +59,7 @@ class Media:
             fetched = await self._fetch_all(inputs_by_url, param, refuse)
             for i in {i for indices in inputs_by_url.values() for i in indices}:
                 row = [fetched.get(reference, image) for reference, image in zip(images[i], rows[i], strict=False)]
-                rows[i] = row if all(row) else []
+                rows[i] = row if all(row) else []  # an image that could not be fetched: the input was refused
         self._check_size(sum(len(image) for row in rows for image in row), param)
         return rows
 
@@ -106,7 +106,7 @@ def _is_url(reference: str) -> bool:
 
 
 def _decode_all(images: Sequence[Sequence[str]]) -> list[list[bytes] | str]:
-    """Return, for each input, its decoded images with b"" for URLs, or what is wrong with them."""
+    """Return, for each input, its decoded images with b"" for URLs, or the text of an error."""
     return [_decode_row(row) for row in images]
 
 

@@ -1,8 +1,8 @@
 """GET of URLs that callers name, without giving callers access to this machine's network (SSRF).
 
-Only public addresses are connected to. The rule is enforced where sockets are opened: whatever a URL, a redirect or a
-name server says, the host is resolved there once, every address is checked, and the connection goes to a checked
-address, not to the name again. Proxies, cookies and credentials are never used; TLS is verified for the host's name.
+Connections go to public addresses only. `PublicNetwork` enforces this where sockets are opened, also for redirects: it
+resolves the host once, checks every address, and connects to a checked address, so the name is not resolved again.
+Proxies, cookies and credentials are never used; TLS is verified for the host's name.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ HEADERS = (
     (b"Accept", b"image/*,*/*;q=0.5"),
     (b"Accept-Encoding", b"identity"),
 )
-# One reason for both, so that callers cannot learn which internal names and addresses exist.
+# One reason for unknown and for private hosts, so that callers cannot learn which internal names and addresses exist.
 NOT_PUBLIC = "its host is unknown or not public"
 # Networks that `ipaddress` calls global in some or all Python versions, but that hold no public web server.
 RESERVED = [
@@ -53,6 +53,7 @@ class Fetcher:
 
     Args:
         allowed: Hosts, as `host` or `host:port`, whose addresses need not be public.
+        tls: Replaces the default trust settings.
     """
 
     def __init__(self, allowed: Collection[str] = (), tls: ssl.SSLContext | None = None) -> None:
