@@ -1,14 +1,14 @@
-"""The errors that leave the engine; every message is safe to show to its reader."""
+"""Errors of the engine whose messages are shown to the caller or to the operator, and are safe to show."""
 
 from triton_embed.python_backend.wire import InputError, InputErrorCode
 
 
 class BadRequest(ValueError):  # noqa: N818 - the HTTP status it becomes
-    """The caller's fault. The message names the field or the row and reaches the caller as it is."""
+    """A request that is not valid. The caller receives the message, which names the parameter or the tensor."""
 
 
 class BadInput(BadRequest):
-    """The caller's fault in one input of the request. The arguments are those of InputError."""
+    """A request with an input that is not valid. The arguments are those of `InputError`, which `error` holds."""
 
     def __init__(self, index: int, code: InputErrorCode, message: str) -> None:
         self.error = InputError(index, code, message)
@@ -16,4 +16,4 @@ class BadInput(BadRequest):
 
 
 class ConfigError(ValueError):
-    """The operator's fault: a config or checkpoint that cannot be served. Names file, key and values."""
+    """A config or a checkpoint that cannot be served. The message tells the operator file, key and values."""

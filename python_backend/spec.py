@@ -21,7 +21,7 @@ from triton_embed.python_backend.inputs.row import Channels
 
 @dataclass(frozen=True)
 class Spec:
-    """The base of all specs.
+    """The base class of all specs: one per network architecture, with values that a family sets in `1/model.py`.
 
     Attributes:
         eos: The token that must end every text; the tokenizer appends it if the post-processor in tokenizer.json does
@@ -30,7 +30,7 @@ class Spec:
     """
 
     network: ClassVar[str]  # module.Class in this package
-    processor: ClassVar[str] = "inputs.processors.TextProcessor"  # builds the network's rows from items
+    processor: ClassVar[str] = "inputs.processors.TextProcessor"  # builds the network's rows from inputs
     pooling: ClassVar[str | None] = None  # None: the checkpoint or the operator decides
     eos: str | None = None
 

@@ -36,7 +36,7 @@ PARAMETERS: dict[str, type] = {
     "error_format": str,
     "timeout_ms": int,
 }
-# Values of parameters with a fixed set of them; the first is the default.
+# Values of the parameters that accept a fixed set; the first is the default.
 Truncate = Literal["end", "start", "none"]
 LongText = Literal["truncate", "mean"]
 OnError = Literal["fail", "report"]
@@ -47,7 +47,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_error": get_args(OnError),
     "error_format": get_args(ErrorFormat),
 }
-PROMPT_KEYS = ("instruction", "prompt_name")  # keys of an entry of prompts, which may have one of them
+PROMPT_KEYS = ("instruction", "prompt_name")  # an entry of prompts may have one of these keys
 
 
 class Reused(IntEnum):
@@ -84,7 +84,7 @@ class InputError:
 
     @property
     def text(self) -> str:
-        """The message with the index: "Input at index 3 cannot be empty", or "Model 'm' … (input at index 3)"."""
+        """The message with the index: "Input at index 3 cannot be empty" or "Model 'm' … (input at index 3)"."""
         if self.message.startswith(("Input ", "Input:")):
             return f"Input at index {self.index}{self.message.removeprefix('Input')}"
         return f"{self.message} (input at index {self.index})"
@@ -124,7 +124,7 @@ class ModelInfo:
     matryoshka: bool | tuple[int, ...] | None  # true: any number of dimensions up to `dimensions`
     instructions: bool
     prompt_names: tuple[str, ...]
-    default_prompt_name: str | None  # of texts for which the caller names no prompt
+    default_prompt_name: str | None  # for requests that select no prompt
     batch_tokens: int  # per forward pass
     small_tokens: int  # largest job that is computed before larger ones
     max_request_tokens: int
@@ -141,11 +141,11 @@ class ModelInfo:
         return json.dumps(asdict(self))
 
 
-# Rules that both sides check. Each returns a message, or None if the rule is kept.
+# Rules that the gateway and the engine both check. Each returns an error message, or None if the arguments are valid.
 
 
 def dimensions_error(dimensions: int, model: ModelInfo) -> str | None:
-    """Check dimensions against those the model was trained for, by SGLang's rules and in its words."""
+    """Check the dimensions that a request asks for, by SGLang's rules and with its messages."""
     if dimensions == model.dimensions:
         return None
     if dimensions < 1:
@@ -166,7 +166,10 @@ def dimensions_error(dimensions: int, model: ModelInfo) -> str | None:
 
 
 def vocabulary_error(ids: Iterable[int], lowest: int, highest: int, vocab_size: int) -> str | None:
-    """Check the token ids of an input, of which the caller knows the extremes: an array finds them fastest itself."""
+    """Check the token ids of an input, all of which are between `lowest` and `highest`.
+
+    The extremes are passed in, because numpy finds those of an array faster than a loop over `ids`.
+    """
     if lowest >= 0 and highest < vocab_size:
         return None
     outside = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
@@ -181,7 +184,7 @@ def length_error(tokens: int, max_tokens: int) -> str | None:
 
 
 def modality_error(model: str, modalities: Collection[str], has_text: bool, image_count: int) -> str | None:
-    """Check what an input is made of against the modalities of ModelInfo."""
+    """Check the texts and images of an input against the modalities of ModelInfo."""
     if image_count and "image" not in modalities:
         return f"Model '{model}' takes no images"
     if "text+image" in modalities:

@@ -19,7 +19,7 @@ from triton_embed.python_backend.spec import Spec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 IMAGE_POSITIONS = ("mrope", "sequential")
-KERNELS = ("auto", "reference")
+KERNELS = ("auto", "reference")  # kernels.backend also accepts `triton`, for tests on a CPU
 KERNEL_ALIASES = {"torch": "reference"}  # earlier spelling
 
 

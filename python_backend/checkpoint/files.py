@@ -17,7 +17,11 @@ def directory_of(checkpoint: str, root: Path) -> Path:
 
 
 def locate(serving: ServingConfig) -> Path | None:
-    """Return the directory of the checkpoint: under the root, else in its Python package, else None."""
+    """Return the directory of the checkpoint: under the root, else in its Python package, else None.
+
+    Raises:
+        ConfigError: The directory under the root has no config.json.
+    """
     directory = directory_of(serving.checkpoint, serving.checkpoint_root)
     if (directory / "config.json").is_file():
         return directory
@@ -34,7 +38,7 @@ def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files, sharded or single.
 
     Raises:
-        ConfigError: if there is none, or a shard named in the index is missing.
+        ConfigError: There is none, or a shard named in the index is missing.
     """
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -57,7 +61,7 @@ def download(repo_id: str, root: Path) -> Path:
     HF_ENDPOINT and HF_TOKEN apply as in huggingface_hub.
 
     Raises:
-        ConfigError: if the hub refuses or cannot be reached.
+        ConfigError: The hub refuses the download or cannot be reached.
     """
     import httpx2
     from huggingface_hub import snapshot_download

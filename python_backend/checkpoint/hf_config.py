@@ -1,7 +1,8 @@
 """Network configurations, read from config.json: the only module that knows transformers' names for sizes.
 
-Sizes are in elements, lengths in tokens. transformers omits values of nested configs that equal the class's default;
-those defaults are repeated here.
+Sizes are in elements, lengths in tokens. Every `read` raises a ConfigError for a value that is missing or that this
+engine does not implement. transformers omits values of nested configs that equal the class's default; those defaults
+are repeated here.
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ class EncoderConfig:
         if config.get("position_embedding_type", str, "absolute") != "absolute":
             raise config.error("position_embedding_type", "only 'absolute' is implemented")
         roberta = config.require("model_type", str) in ("roberta", "xlm-roberta")
-        hidden, heads = _heads(config)
+        hidden, heads = _hidden_size_and_heads(config)
         positions, first = (
             config.positive_int("max_position_embeddings"),
             config.positive_int("pad_token_id") + 1 if roberta else 0,
@@ -90,7 +91,7 @@ class RopeConfig:
 
     theta: float
     head_dim: int
-    positions: int  # length that the model was trained for
+    positions: int  # trained length in tokens: max_position_embeddings
     kind: str = "default"
     scaling: Mapping[str, float] = field(default_factory=dict)
     sections: tuple[int, ...] = ()
@@ -329,7 +330,7 @@ def _activation(config: JsonFile, default: str | None = None) -> str:
     return _ACTIVATIONS[name]
 
 
-def _heads(
+def _hidden_size_and_heads(
     config: JsonFile, default_hidden_size: int | None = None, default_heads: int | None = None
 ) -> tuple[int, int]:
     """Return (hidden_size, num_attention_heads) and check that the heads divide the hidden size."""
@@ -342,7 +343,7 @@ def _heads(
 
 def _tower(config: JsonFile, hidden: int, intermediate: int, heads: int) -> TowerConfig:
     """Read one of CLIP's towers; the arguments are the defaults of its transformers config class."""
-    hidden, heads = _heads(config, hidden, heads)
+    hidden, heads = _hidden_size_and_heads(config, hidden, heads)
     return TowerConfig(
         hidden_size=hidden,
         layers=config.positive_int("num_hidden_layers", 12),

@@ -1,4 +1,4 @@
-"""Model directories for checkpoints: find the family of a checkpoint and copy its files with other parameters."""
+"""Model directories for checkpoints: find the family of a checkpoint and copy the family with other parameters."""
 
 import json
 import re
@@ -27,7 +27,7 @@ CHINESE_QUERY = "为这个句子生成表示以用于检索相关文章："
 
 
 class RepositoryError(ValueError):
-    """A model directory cannot be written. The message tells the operator why."""
+    """A model directory cannot be read or written. The message tells the operator why."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ class Checkpoint:
 
 
 def model_names(repository: Path) -> list[str]:
-    """Return the names of the model directories in a repository."""
+    """Return the names of the model directories in a repository.
+
+    Raises:
+        RepositoryError: There is none.
+    """
     names = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
     if not names:
         raise RepositoryError(f"{repository} contains no model directory")
@@ -58,7 +62,11 @@ def model_names(repository: Path) -> list[str]:
 
 
 def family_names(repository: Path) -> list[str]:
-    """Return the families: the model directories that are not copies of another one."""
+    """Return the families: the model directories that are not copies of another one.
+
+    Raises:
+        RepositoryError: There is none, or a config.pbtxt cannot be read.
+    """
     names = [name for name in model_names(repository) if FAMILY_TAG not in read_config(repository, name).metric_tags]
     if not names:
         raise RepositoryError(f"{repository} contains no family, only models that were added to it")
@@ -68,7 +76,11 @@ def family_names(repository: Path) -> list[str]:
 def family_of(checkpoint: Path, repository: Path) -> str:
     """Return the family that serves a checkpoint, by model_type in config.json, then by pooling.
 
-    If several families serve a model_type and none has that pooling, it is the one without a query instruction.
+    If several families serve the model_type and none of them has the pooling, return the one without a query
+    instruction.
+
+    Raises:
+        RepositoryError: No family serves the model_type, several families fit, or a file cannot be read.
     """
     model_type = _read(checkpoint / "config.json", required=True).get("model_type")
     candidates: dict[str, Any] = {}  # family -> its parameters
@@ -121,7 +133,7 @@ def check_name(name: str, repository: Path) -> None:
     """Check a model name.
 
     Raises:
-        RepositoryError: if the name is invalid, or exists in any case: the gateway ignores case.
+        RepositoryError: The name is invalid, or exists in upper or lower case, because the gateway ignores case.
     """
     if name != model_name(name):
         raise RepositoryError(
@@ -136,8 +148,8 @@ def check_path(repository: Path) -> None:
     """Check the path of a repository.
 
     Raises:
-        RepositoryError: if it contains a space: the Python backend splits the stub's command line there, and
-            tritonserver hangs.
+        RepositoryError: It contains a space: the Python backend splits the stub's command line there, and tritonserver
+            hangs.
     """
     if " " in str(repository):
         raise RepositoryError(f"{repository}: Triton cannot load models from a path that contains a space")
@@ -154,7 +166,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     """Check that a checkpoint has safetensors files.
 
     Raises:
-        RepositoryError: if it has none, with the command that converts its weights.
+        RepositoryError: It has none; the message has the command that converts its weights.
     """
     if any(checkpoint.directory.glob("*.safetensors")):
         return
@@ -167,7 +179,11 @@ def check_weights(checkpoint: Checkpoint) -> None:
 
 
 def checkpoint_parameters(checkpoint: Checkpoint, family: str, repository: Path, name: str) -> dict[str, str]:
-    """Return the parameters of a checkpoint that differ from its family's; an empty value removes a parameter."""
+    """Return the parameters of a checkpoint that differ from its family's; an empty value removes a parameter.
+
+    Args:
+        name: The name of the model, which is not repeated among its aliases.
+    """
     parameters = read_config(repository, family).parameters
     changes = {"checkpoint": checkpoint.parameter}
     if checkpoint.parameter != checkpoint.id:  # for an id, the gateway derives them
@@ -183,7 +199,11 @@ def checkpoint_parameters(checkpoint: Checkpoint, family: str, repository: Path,
 
 
 def read_config(repository: Path, model: str) -> model_config_pb2.ModelConfig:
-    """Read the config.pbtxt of a model."""
+    """Read the config.pbtxt of a model.
+
+    Raises:
+        RepositoryError: The file cannot be read, or is not a model configuration.
+    """
     file = repository / model / "config.pbtxt"
     try:
         return text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
@@ -199,7 +219,7 @@ def write_model(source: Path, family: str, target: Path, name: str, parameters: 
     config.name = name
     if "checkpoint" in parameters:
         config.metric_tags[FAMILY_TAG] = family
-        # These describe the family's own checkpoint.
+        # These parameters belong to the family's default checkpoint.
         for key in ("checkpoint_package", "aliases"):
             config.parameters.pop(key, None)
     for key, value in parameters.items():
@@ -215,7 +235,11 @@ def write_model(source: Path, family: str, target: Path, name: str, parameters: 
 
 
 def install(model: Path, repository: Path) -> Path:
-    """Install a complete model directory in a repository by moving it there. An error leaves nothing behind."""
+    """Install a complete model directory in a repository by moving it there. An error leaves nothing behind.
+
+    Raises:
+        RepositoryError: A model has this name already.
+    """
     directory = repository / model.name
     check_name(model.name, repository)
     repository.mkdir(parents=True, exist_ok=True)

@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 
+# Tokens per forward pass, unless the operator sets max_batch_tokens
 ON_GPU = 16_384
 # On a CPU a pass is just large enough to be fast, because the next request waits for it (measured on 2 cores: MiniLM
 # embeds 5 to 10 % more tokens per second in passes of 4,096 tokens than of 1,024, and about 20 % more requests of
 # 32 texts, which then fit one call; bge-large gains 4 % and Qwen3-0.6B nothing, in passes of 4 and 6 seconds).
 ON_CPU, ON_CPU_SMALL_NETWORK = 1_024, 4_096
-SMALL_NETWORK_WEIGHTS = 2**25  # most weights in linear layers of a small network
+SMALL_NETWORK_WEIGHTS = 2**25  # maximum number of weights in the linear layers of a small network
 # While small jobs arrive, passes over large jobs are this fraction of a full pass (measured with MiniLM on 2 cores,
 # one query after another under bulk requests: the p99 of queries falls from 40 to 13 ms, and bulk is as fast, because
 # threads that wait for each other also wait for everything else that runs).
 SHARED_FRACTION = 1 / 2
-# A job is small up to this fraction of a pass, and a large pass pauses for as many tokens of small jobs (measured with
+# A job is small up to this fraction of a pass, which also limits the small jobs computed in one pause (measured with
 # MiniLM in fp32 on one thread, under bulk requests: with 1/8 a query of 200 tokens takes 20 times as long as alone,
 # with 1/4 twice as long; one of 12 tokens takes the same with either).
 SMALL_FRACTION = 1 / 4
@@ -23,9 +24,9 @@ class Budget:
     """Limits in tokens.
 
     Attributes:
-        pass_tokens: A forward pass.
-        shared_pass_tokens: A pass over large jobs while small jobs arrive.
-        small_job_tokens: A small job.
+        pass_tokens: The limit of a forward pass.
+        shared_pass_tokens: The limit of a pass over large jobs while small jobs arrive.
+        small_job_tokens: The limit of a small job, and of the small jobs computed in one pause.
     """
 
     pass_tokens: int

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
-SMALL_PASS_TOKENS = 256  # below this, a second core gains less than other processes lose
+SMALL_PASS_TOKENS = 256  # a second core speeds up a smaller pass by less than it slows down other processes
 # Involuntary context switches per small pass (moving average) above which the cores are assumed to be shared (measured
 # on 2 cores, one query after another: 0 to 3 per pass while nothing else runs, rarely 6; mostly more than 8 next to a
 # busy process).
 MAX_PREEMPTIONS = 4
-SHARED_SECONDS = 5.0  # how long small passes use one core afterwards
+SHARED_SECONDS = 5.0  # how long small passes use one core after that
 
 
 class Threads:

@@ -21,7 +21,7 @@ def split_text(processor: TextProcessor, text: str, template: Template, index: i
     """Yield the chunks of a text, each as long as the model allows. Chunks of white space alone are left out.
 
     Raises:
-        BadInput: if the template alone is as long as the model allows.
+        BadInput: The template leaves no room for a token of the text.
     """
     tokenizer = processor.tokenizer
     pieces = tokenizer.split_at_tokens(text)
@@ -35,7 +35,7 @@ def split_text(processor: TextProcessor, text: str, template: Template, index: i
             excess = len(ids) - tokenizer.max_tokens
             if excess <= 0:
                 break
-            # A word that is cut may have more tokens than before.
+            # The next chunk may still be too long, because a word that is cut may have more tokens than the whole word.
             count = max(count - excess, count // 2)
         else:
             raise _no_room(index)
@@ -46,7 +46,11 @@ def split_text(processor: TextProcessor, text: str, template: Template, index: i
 
 
 def split_ids(processor: TextProcessor, ids: Ids, index: int) -> Iterator[Chunk]:
-    """Yield the chunks of a caller's token ids. Each keeps the ids at the ends that pooling needs."""
+    """Yield the chunks of a caller's token ids. Each keeps the ids at the ends that pooling needs.
+
+    Raises:
+        BadInput: The ids are not valid, or the model's length leaves no room between the ends.
+    """
     ids = processor.check_token_ids(ids, index)
     before, after = processor.tokenizer.pooled_ends
     max_chunk = processor.tokenizer.max_tokens - before - after

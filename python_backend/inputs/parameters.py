@@ -23,7 +23,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """Parse the request parameters.
 
     Raises:
-        BadRequest: for an unknown parameter or a wrong type or value.
+        BadRequest: A parameter is unknown, or has a wrong type or value.
     """
     parameters: dict[str, Any] = json.loads(text) if text else {}
     if not parameters:
@@ -49,8 +49,8 @@ def parse_prompts(text: str, rows: int) -> list[dict[str, str]]:
     """Parse the prompt of each row: empty, an instruction or a prompt_name.
 
     Raises:
-        BadInput: for a row with an invalid prompt.
-        BadRequest: if `text` is not a list with an entry per row.
+        BadInput: The prompt of a row is invalid.
+        BadRequest: `text` is not a JSON list with an entry per row.
     """
     try:
         entries = json.loads(text)
@@ -77,7 +77,7 @@ def count_rows(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.objec
     """Return the number of rows of TEXT and IMAGE.
 
     Raises:
-        BadRequest: if both are missing, their numbers of rows differ, or TEXT has several columns.
+        BadRequest: Both are missing, their numbers of rows differ, or TEXT has several columns.
     """
     tensors = [tensor for tensor in (text, image) if tensor is not None]
     if not tensors:
@@ -93,7 +93,7 @@ def read_item(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object
     """Return a row of TEXT and IMAGE. A text of white space alone counts as empty.
 
     Raises:
-        BadInput: if the text is not UTF-8.
+        BadInput: The text is not UTF-8.
     """
     cell = b"" if text is None else text[row].reshape(-1)[0]
     try:
@@ -105,10 +105,10 @@ def read_item(text: npt.NDArray[np.object_] | None, image: npt.NDArray[np.object
 
 
 def unpad_ids(row: npt.NDArray[np.int32], index: int) -> npt.NDArray[np.int32]:
-    """Remove the -1s at the end. Other negative ids stay, and are refused as outside the vocabulary later.
+    """Remove the -1s at the end. Other negative ids stay; they are refused later, as ids outside the vocabulary.
 
     Raises:
-        BadInput: if nothing is left.
+        BadInput: No id is left.
     """
     end = len(row)
     while end and row[end - 1] == -1:

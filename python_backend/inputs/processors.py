@@ -309,6 +309,6 @@ class ChatProcessor(TextProcessor):
         return image.shape[0] // token_side * (image.shape[1] // token_side)
 
     def _head_tokens(self, ids: Ids) -> int:
-        """Return the number of tokens before the text: everything up to the header of the second chat turn."""
-        turn_starts = np.flatnonzero(ids == ids[0])
+        """Return the number of tokens before the text: those up to and including the header of the second chat turn."""
+        turn_starts = np.flatnonzero(ids == ids[0])  # a chat starts with <|im_start|>, as every turn does
         return int(turn_starts[1]) + self._turn_header_tokens

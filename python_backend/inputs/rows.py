@@ -23,9 +23,11 @@ MAX_PADDED_IDS = 2**24  # numbers in the output IDS, padding included: 64 MiB
 
 
 class RequestRows:
-    """What the rows of TEXT, IMAGE and INPUT_IDS have in common.
+    """The base class for the inputs of a request, which are the rows of TEXT, IMAGE and INPUT_IDS.
 
-    `rows` are to be computed: one for each valid input or, with long_text "mean", for each of its chunks.
+    Attributes:
+        rows: The rows to compute: one for each valid input or, with long_text "mean", one for each of its chunks.
+        row_errors: Index -> error of each invalid input.
     """
 
     def __init__(self, processor: TextProcessor, parameters: Mapping[str, Any], count: int) -> None:
@@ -57,10 +59,10 @@ class RequestRows:
         """Fill `rows`.
 
         Raises:
-            BadInput: for an invalid row.
-            BadRequest: for more than `limit` tokens together.
+            BadInput: An input is invalid, and errors are not reported per input.
+            BadRequest: The inputs have more than `limit` tokens together.
         """
-        if self._mean:  # before the work of splitting
+        if self._mean:  # checked before the work of splitting too
             _check_total(sum(map(len, self._ids)), limit)
         total = 0
         for i in self._valid():
@@ -80,8 +82,8 @@ class RequestRows:
         """Return [n,L]: the ids the model would read without a length limit, rows padded with -1.
 
         Raises:
-            BadInput: for an invalid row, or a row with an image.
-            BadRequest: for too much padding.
+            BadInput: An input is invalid or has an image, and errors are not reported per input.
+            BadRequest: The result has too many ids, padding included.
         """
         rows = [NO_IDS] * self._count
         for i in self._valid():
@@ -105,7 +107,7 @@ class RequestRows:
         return self._scatter(combine(vectors, self._weights, self._counts, dims) if self.averaged else vectors)
 
     def tokens(self) -> npt.NDArray[np.int32]:
-        """Return [n,1]: tokens computed."""
+        """Return [n,1]: the tokens of each input that are counted as usage."""
         return self._column([row.tokens for row in self.rows])
 
     def dropped(self) -> npt.NDArray[np.int32]:
@@ -128,13 +130,14 @@ class RequestRows:
     def _valid(self) -> Iterator[int]:
         return (i for i in range(self._count) if i not in self.row_errors)
 
-    def _add_error(self, refused: BadInput) -> None:
+    def _add_error(self, error: BadInput) -> None:
+        """Record the error of an input for ERROR or, unless errors are reported, raise it."""
         if not self._report:
-            raise refused
-        self.row_errors.setdefault(refused.error.index, refused.error)
+            raise error
+        self.row_errors.setdefault(error.error.index, error.error)
 
     def _scatter(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return an array of all rows from one of the valid rows; invalid rows are zero."""
+        """Expand an array of the valid inputs to all inputs; those of invalid ones are zero."""
         if not self.row_errors:
             return values
         scattered = np.zeros((self._count, *values.shape[1:]), dtype=values.dtype)
@@ -142,13 +145,14 @@ class RequestRows:
         return scattered
 
     def _column(self, values: list[int]) -> npt.NDArray[np.int32]:
-        """Return [n,1] from a number for each of `rows`; numbers of chunks are added up."""
+        """Return [n,1] from a number for each of `rows`; the numbers of an input's chunks are added up."""
         column = np.array(values, dtype=np.int32)[:, None]
         if self.averaged:
             column = np.add.reduceat(column, first_chunks(self._counts), dtype=np.int32)
         return self._scatter(column)
 
     def _row(self, index: int) -> Row:
+        """Return the row of an input, truncated as the request says."""
         raise NotImplementedError
 
     def _split(self, index: int, max_tokens: int) -> Sequence[Chunk]:
@@ -156,6 +160,7 @@ class RequestRows:
         raise NotImplementedError
 
     def _all_ids(self, index: int) -> Ids:
+        """Return the ids of an input, not truncated."""
         raise NotImplementedError
 
 
@@ -188,7 +193,7 @@ class ItemRows(RequestRows):
                     self._add_error(BadInput(i, "invalid_prompt", str(error)))
         else:
             self._templates = [processor.template(parameters)] * self._count
-        self._encoded = [i for i in self._valid() if processor.has_ids(self._items[i])]
+        self._encoded_indices = [i for i in self._valid() if processor.has_ids(self._items[i])]
         self._pixels: list[list[Future[Pixels]]] = []
 
     def decode_images(self, pool: Executor) -> None:
@@ -200,10 +205,10 @@ class ItemRows(RequestRows):
         ]
 
     def texts(self) -> list[str]:
-        return [self._templates[i](self._items[i]) for i in self._encoded]
+        return [self._templates[i](self._items[i]) for i in self._encoded_indices]
 
     def set_ids(self, encoded: Iterator[Ids]) -> None:
-        for i in self._encoded:
+        for i in self._encoded_indices:
             self._ids[i] = next(encoded)
 
     def _row(self, index: int) -> Row:
@@ -257,6 +262,7 @@ def _check_total(tokens: int, limit: int) -> None:
 
 
 def _up_to(max_tokens: int, chunks: Iterator[Chunk]) -> list[Chunk]:
+    """Return the chunks up to the one that exceeds `max_tokens` together; later ones are not computed."""
     selected = []
     for chunk in chunks:
         selected.append(chunk)

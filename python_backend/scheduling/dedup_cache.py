@@ -16,7 +16,7 @@ from triton_embed.python_backend.wire import Reused
 
 Vector = npt.NDArray[np.float32]
 
-ENTRY_BYTES = 150  # most memory of an OrderedDict entry
+ENTRY_BYTES = 150  # upper bound of the memory of an OrderedDict entry
 
 
 class Cache:
@@ -103,7 +103,7 @@ class DedupCache:
         return complete
 
     def fail(self, pending_rows: Sequence[PendingRow]) -> set[Job]:
-        """Drop rows whose computation failed. Return the jobs that needed them."""
+        """Remove rows whose computation failed. Return the jobs that needed them."""
         for pending in pending_rows:
             del self._pending[pending.key]
         return {job for pending in pending_rows for job in pending.jobs}

@@ -16,15 +16,16 @@ from triton_embed.python_backend.wire import Reused
 
 log = logging.getLogger(__name__)
 
-CANCEL_SECONDS = 0.05
+CANCEL_SECONDS = 0.05  # age of a job from which on its cancellation is checked
 
-Key = tuple[int, bytes, bytes]
+Key = tuple[int, bytes, bytes]  # see `identity`
 
 
 class Reply(Protocol):
     """Receives the outcome of a job: exactly one call of `done`, `failed` or `dropped`.
 
-    `reused` int32 [rows]: a code of Reused.
+    `failed` reports an error of the engine. `dropped` reports a job that was cancelled or missed its deadline before it
+    started. `reused` int32 [rows] has a code of `Reused` for each vector.
     """
 
     def cancelled(self) -> bool: ...
@@ -34,7 +35,12 @@ class Reply(Protocol):
 
 
 class PendingRow:
-    """A row without a vector, with the jobs that need it and its indices in each. `started`: part of a forward pass."""
+    """A row without a vector.
+
+    Attributes:
+        jobs: The jobs that need the vector, with the indices of the row in each.
+        started: Whether a forward pass includes the row.
+    """
 
     __slots__ = ("dims", "jobs", "key", "row", "started")
 
@@ -50,7 +56,7 @@ class Job:
     """The rows of one request. They may be spread over several forward passes; there is one reply.
 
     Attributes:
-        indices: Indices of each distinct row, shortest row first, so that rows of equal length are computed together.
+        indices: Key -> indices of each distinct row, shortest row first, so that rows of similar length share a pass.
         cost: Tokens of the distinct rows.
         vectors: fp32 [rows, dims].
         deadline: On the monotonic clock; a job that has not started by then is dropped.
@@ -75,7 +81,7 @@ class Job:
 
     @property
     def started(self) -> bool:
-        """Whether a forward pass includes any of its rows."""
+        """Whether a forward pass includes any row of the job."""
         return any(pending.started for pending in self.pending)
 
     def fill(self, indices: Sequence[int], vector: npt.NDArray[np.float32]) -> None:
@@ -115,7 +121,7 @@ class Job:
 
 
 def identity(row: Row, dims: int) -> Key:
-    """Return what determines a vector: its dimensions, the token ids (prompt included), and the images.
+    """Return a key of everything that determines a vector: its dimensions, the token ids (prompt included), the images.
 
     Images are hashed with SHA-256, for which callers cannot construct collisions.
     """

@@ -12,10 +12,10 @@ SOURCES = ("computed", "in_flight", "cache")
 
 
 class EngineMetrics:
-    """The metrics of one model. `family` is the Python backend's MetricFamily, found in tritonserver only."""
+    """The metrics of one model. `family` is the Python backend's MetricFamily, which exists in tritonserver only."""
 
     def __init__(self, family: Any, model: str) -> None:
-        self._families: list[Any] = []  # a metric ends with its family
+        self._families: list[Any] = []  # kept, because Triton removes a metric together with its family
 
         def create(name: str, description: str, kind: Any) -> Any:
             self._families.append(family(name=f"triton_embed_{name}", description=description, kind=kind))

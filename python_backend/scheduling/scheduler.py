@@ -42,7 +42,8 @@ PauseHook = Callable[[], None]
 class Compute(Protocol):
     """Computes rows -> fp32 [rows, at least max(dims)].
 
-    `pause_hook` is called now and then during the pass and may itself compute. `spare_core`: others need a core.
+    `pause_hook` is called many times during the pass and may itself run a pass. `spare_core`: other threads need a core
+    meanwhile.
     """
 
     def __call__(
@@ -94,8 +95,8 @@ class Scheduler:
         self._sender = sender
         self._budget = budget
         self._small, self._large = Lane(), Lane()
-        self._large_yielded = False  # the large lane let the small lane go first
-        self._paused_seconds = 0.0  # spent in passes inside the pauses of others
+        self._large_yielded = False  # the small lane had the last turn while the large lane waited
+        self._paused_seconds = 0.0  # total time of the passes that ran in pauses
         self._pause_tokens = 0  # tokens of small jobs that still fit the pauses of the current pass
         self._latest_small = -math.inf  # time of the latest small job
         self._dedup = DedupCache(cache_bytes)
@@ -132,12 +133,12 @@ class Scheduler:
             if lane is self._small:
                 self._run_small_pass(self._budget.pass_tokens)
             else:
-                shared = time.monotonic() - self._latest_small < RECENT_SECONDS
-                self._pause_tokens = self._budget.shared_pass_tokens if shared else self._budget.pass_tokens
-                self._run_pass(self._take(lane, self._pause_tokens), self._pause, spare_core=shared)
+                expects_small = time.monotonic() - self._latest_small < RECENT_SECONDS
+                self._pause_tokens = self._budget.shared_pass_tokens if expects_small else self._budget.pass_tokens
+                self._run_pass(self._take(lane, self._pause_tokens), self._pause, spare_core=expects_small)
 
     def _next_lane(self) -> Lane | None:
-        """Wait for work. Return the lane whose turn it is, or None if the scheduler is closing."""
+        """Wait for work. Return the lane whose turn it is, or None if the scheduler is closing and has no work."""
         with self._changed:
             self._changed.wait_for(lambda: self._small.queue or self._large.queue or self._closing)
             if self._large.queue and (self._large_yielded or not self._small.queue):
@@ -148,7 +149,7 @@ class Scheduler:
 
     def _pause(self) -> None:
         """Compute small jobs that arrived during a pass."""
-        if not self._small.queue or self._pause_tokens <= 0:  # without the lock: the next pause looks again
+        if not self._small.queue or self._pause_tokens <= 0:  # no lock needed: the next pause checks again
             return
         start = time.monotonic()
         self._pause_tokens -= self._run_small_pass(self._budget.small_job_tokens)
@@ -222,7 +223,7 @@ class Scheduler:
             self._sender.put(job.finish)
         if self._metrics is None:
             return
-        # After the replies, which should not wait for the metrics.
+        # Queued after the replies, so that these do not wait for the metrics.
         waits = [max(0.0, start - job.submitted) for job in jobs if not job.wait_reported]
         for job in jobs:
             job.wait_reported = True
