@@ -96,7 +96,7 @@ def test_scores_equal_the_code_on_the_cards(kind: str, scale: float | None) -> N
     expected = (embeddings[:2] @ embeddings[2:].T * factor).tolist()
     vectors = dict(zip(card.inputs, embeddings.numpy(), strict=True))
     pairs = list(compare(card, vectors))
-    assert [(pair.query.text, pair.document.text, pair.card) for pair in pairs] == [
+    assert [(pair.query.text, pair.document.text, pair.published) for pair in pairs] == [
         ("a", "c", 0.5),
         ("a", "e", 0.25),
         ("b", "e", 0.125),

@@ -38,7 +38,7 @@ class WorkerThread:
         sockets = listen("127.0.0.1", 0, 1)[0]
         self.address = sockets[0].getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
-        self.gateway = worker.Gateway(self.settings)
+        self.gateway = worker.GatewayServer(self.settings)
         self.gateway.app.add_api_route("/size", self._size, methods=["POST"])
         self.gateway.app.add_api_route("/slow/{seconds}", self._slow)
         self._loop = uvloop.new_event_loop()

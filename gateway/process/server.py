@@ -33,12 +33,12 @@ log = logging.getLogger("triton_embed.gateway.process.server")  # not __name__, 
 ANNOUNCE_SECONDS = 0.1
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, which they would find closed
 POLL_SECONDS = 0.02
-ACCEPT_SECONDS = 0.05  # connections pending at the signal are accepted first: closing the socket would reset them
+ACCEPT_SECONDS = 0.05  # for connections that wait to be accepted: closing the listening socket would reset them
 NOTICE_SECONDS = 0.5  # connections stay open this long, so that load balancers see failing probes
 EXPIRED_SECONDS = 1.0  # for clients to read the final 503
 
 
-class Gateway(uvicorn.Server):
+class GatewayServer(uvicorn.Server):
     """uvicorn with the app of `settings` and a draining shutdown. The caller handles signals: see `stop`."""
 
     def __init__(self, settings: Settings) -> None:
@@ -85,13 +85,13 @@ class Gateway(uvicorn.Server):
         await self.lifespan.shutdown()
 
     async def _wait(self, until: float) -> None:
-        """Wait until every connection and request has ended."""
+        """Wait until every connection and request has ended, or until `until` on the monotonic clock."""
         while (self.server_state.connections or self.server_state.tasks) and time.monotonic() < until:
             await asyncio.sleep(POLL_SECONDS)
 
 
 async def announcement(app: FastAPI, settings: Settings, port: int) -> str:
-    """Wait for the first ready model, polling often, and return a line with a request to try."""
+    """Wait for the first ready model, refreshing the registry often, and return a line with a request to try."""
     while not (hasattr(app.state, "gateway") and app.state.gateway.registry.ready):
         if hasattr(app.state, "gateway"):
             app.state.gateway.registry.refresh_soon()
@@ -107,18 +107,18 @@ async def announcement(app: FastAPI, settings: Settings, port: int) -> str:
 
 async def serve(settings: Settings, sockets: list[socket.socket]) -> None:
     """Serve on `sockets` until SIGTERM or SIGINT. Write the announcement to standard output."""
-    gateway = Gateway(settings)
+    server = GatewayServer(settings)
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, gateway.stop)
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
     port = sockets[0].getsockname()[1]
 
     async def announce() -> None:
-        sys.stdout.write(f"{await announcement(gateway.app, settings, port)}\n")
+        sys.stdout.write(f"{await announcement(server.app, settings, port)}\n")
         sys.stdout.flush()
 
     announcing = asyncio.create_task(announce())
     try:
-        await gateway.serve(sockets)
+        await server.serve(sockets)
     finally:
         announcing.cancel()
 

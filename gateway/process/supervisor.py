@@ -18,18 +18,18 @@ from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 
-from triton_embed.gateway import settings as settings_file
 from triton_embed.gateway.http.tracing import check_installed
-from triton_embed.gateway.process.server import Gateway, announcement, raise_file_limit
+from triton_embed.gateway.process.server import GatewayServer, announcement, raise_file_limit
 from triton_embed.gateway.process.triton_process import TritonOptions, TritonProcess, tied_to_this_process
-from triton_embed.gateway.settings import Settings, dump_settings
+from triton_embed.gateway.settings import Settings, dump_settings, environment
 
 log = logging.getLogger(__name__)
 
+# The pause before a restart doubles each time. A process that ran for STEADY_SECONDS is restarted immediately again.
 MIN_PAUSE, MAX_PAUSE, STEADY_SECONDS = 0.5, 30.0, 30.0
 MAX_WORKER_PAUSE = 2.0  # short, because clients wait in the queue of a worker's socket meanwhile
 GATEWAY_SECONDS = 1.2  # after `drain_seconds`: for the gateway to send its 503 responses
-CLOSE_SECONDS = 1.0  # for the gateway to end after Triton, whose end ends its last calls
+CLOSE_SECONDS = 1.0  # for the gateway to end after Triton has ended, because that ends its last calls
 
 
 class ServeError(RuntimeError):
@@ -55,7 +55,7 @@ class Supervisor:
 
         Raises:
             ServeError: if a port is taken or tritonserver cannot start at all.
-            SettingsError: if an extra is not installed.
+            SettingsError: if `otlp_endpoint` is set but OpenTelemetry is not installed.
         """
         settings = self._settings
         check_installed(settings)
@@ -94,7 +94,7 @@ class Supervisor:
         while True:
             started = time.monotonic()
             self._triton = await TritonProcess.start(self._options)
-            reason = await self._triton.end()
+            reason = await self._triton.wait_for_end()
             self._triton.kill()
             was_up = was_up or self._triton.was_up
             if not was_up:  # most likely a configuration error; later failures may be temporary
@@ -113,7 +113,7 @@ class _InProcess:
         raise_file_limit()
         self._settings = settings
         self._sockets = sockets
-        self._gateway = Gateway(settings)
+        self._gateway = GatewayServer(settings)
 
     async def serve(self) -> None:
         """Serve until stopped."""
@@ -153,10 +153,10 @@ class _Workers:
 
     async def serve(self) -> None:
         """Serve until stopped and all workers have ended."""
-        with tempfile.TemporaryDirectory(prefix="triton-embed-metrics-") as metrics:
+        with tempfile.TemporaryDirectory(prefix="triton-embed-metrics-") as metrics_directory:
             announcing = asyncio.create_task(self._announce())
             try:
-                await asyncio.gather(*(self._keep_up(i, metrics) for i in range(len(self._sockets))))
+                await asyncio.gather(*(self._keep_up(i, metrics_directory) for i in range(len(self._sockets))))
             finally:
                 announcing.cancel()
 
@@ -177,18 +177,18 @@ class _Workers:
         """Log the announcement once every worker is ready: any of them may get the next request."""
         log.info("%s", (await asyncio.gather(*self._announcements))[0])
 
-    async def _keep_up(self, i: int, metrics: str) -> None:
+    async def _keep_up(self, i: int, metrics_directory: str) -> None:
         pause = 0.0
         while not self._stopping.is_set():
             started = time.monotonic()
-            process = await self._start(i, metrics)
+            process = await self._start(i, metrics_directory)
             assert process.stdout is not None  # noqa: S101 - `_start` requests a pipe
             while line := await process.stdout.readline():
                 if not self._announcements[i].done():
                     self._announcements[i].set_result(line.decode().rstrip())
             code = await process.wait()
             del self._processes[i]
-            mark_process_dead(process.pid, metrics)  # type: ignore[no-untyped-call]
+            mark_process_dead(process.pid, metrics_directory)  # type: ignore[no-untyped-call]
             if self._stopping.is_set():
                 return
             if time.monotonic() - started > STEADY_SECONDS:
@@ -199,12 +199,12 @@ class _Workers:
                     await self._stopping.wait()
             pause = min(max(2 * pause, MIN_PAUSE), MAX_WORKER_PAUSE)
 
-    async def _start(self, i: int, metrics: str) -> asyncio.subprocess.Process:
+    async def _start(self, i: int, metrics_directory: str) -> asyncio.subprocess.Process:
         command = (sys.executable, "-m", "triton_embed.gateway.process.server")
         descriptors = [listener.fileno() for listener in self._sockets[i]]
         process = await asyncio.create_subprocess_exec(
             *tied_to_this_process([*command, ",".join(map(str, descriptors))]),
-            env=settings_file.environment(PROMETHEUS_MULTIPROC_DIR=metrics),
+            env=environment(PROMETHEUS_MULTIPROC_DIR=metrics_directory),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=descriptors,
@@ -214,7 +214,7 @@ class _Workers:
         assert process.stdin is not None  # noqa: S101 - requested above
         process.stdin.write(dump_settings(self._settings))
         process.stdin.close()
-        if self._stopping.is_set():  # while it was being started
+        if self._stopping.is_set():  # `stop` was called before the process was in the table
             _signal(process, signal.SIGTERM)
         return process
 
@@ -241,9 +241,11 @@ def listen(host: str, port: int, workers: int) -> list[list[socket.socket]]:
     except OSError as error:
         for listener in bound:
             listener.close()
-        raise ServeError(f"cannot listen on {host}:{port} ({error.strerror}); --host and --port change it") from None
+        raise ServeError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another with --host or --port"
+        ) from None
     if not bound:
-        raise ServeError(f"cannot listen on {host}: it has no address of this machine; --host changes it")
+        raise ServeError(f"cannot listen on {host}: this machine has no such address; choose another with --host")
     count = len(addresses)
     return [bound[i : i + count] for i in range(0, len(bound), count)]
 
@@ -288,4 +290,6 @@ def check_ports(settings: Settings, triton: TritonOptions) -> None:
             try:
                 probe.bind((host, port))
             except OSError as error:
-                raise ServeError(f"cannot listen on {host}:{port} ({error.strerror}); {flag} changes it") from None
+                raise ServeError(
+                    f"cannot listen on {host}:{port} ({error.strerror}); choose another with {flag}"
+                ) from None

@@ -59,8 +59,8 @@ class TritonOptions:
     address: str = "127.0.0.1"
     verbose: bool = False
     checkpoints: Path | None = None
-    # Loading a model runs its Python code, so the API needs this key. tritonserver accepts it only on its command line,
-    # where other users of this machine can read it.
+    # Required by the model-repository API, because loading a model runs its Python code. tritonserver accepts the key
+    # only on its command line, where other users of this machine can read it.
     key: str = field(default_factory=lambda: secrets.token_hex(16))
 
     @property
@@ -96,7 +96,7 @@ class TritonOptions:
 
 
 class TritonProcess:
-    """A running tritonserver. Create it with `start`, then await `end`."""
+    """A running tritonserver. Create it with `start`, then await `wait_for_end`."""
 
     def __init__(self, process: asyncio.subprocess.Process, verbose: bool) -> None:
         self.was_up = False
@@ -117,12 +117,12 @@ class TritonProcess:
         )
         return cls(process, options.verbose)
 
-    async def end(self) -> str:
-        """Wait until the server or the stub of a loaded model ends. Return a sentence about what happened."""
+    async def wait_for_end(self) -> str:
+        """Wait until the server or the stub of a loaded model ends. Return what happened, as a clause for a message."""
         relay = asyncio.create_task(self._relay())
         ended = asyncio.create_task(self._process.wait())
         try:
-            # End of file on its stderr does not show its end: stubs that outlive the server keep the pipe open.
+            # Poll, because the end of stderr does not show that the server ended: surviving stubs keep the pipe open.
             while (code := self._process.returncode) is None:
                 if (model := self._dead_model()) is not None and self._process.returncode is None:
                     return f"the process of model {model} died"
@@ -133,14 +133,14 @@ class TritonProcess:
             ended.cancel()
 
     async def stop(self) -> None:
-        """Stop the server within STOP_SECONDS, drained if possible, and remove its processes and shared memory."""
-        self._dead_model()  # records the shared memory regions
+        """Stop the server, drained if that takes less than STOP_SECONDS. Remove its processes and shared memory."""
+        self._dead_model()  # for its record of the shared memory, which `kill` removes
         if self._process.returncode is None:
             self._process.terminate()
-            drain = asyncio.create_task(self._relay())  # a full pipe would block it
+            relay = asyncio.create_task(self._relay())  # a full pipe would block the server
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
-            drain.cancel()
+            relay.cancel()
         self.kill()
         await self._process.wait()
 
@@ -166,7 +166,7 @@ class TritonProcess:
                 log.error("%s", text)
 
     def _dead_model(self) -> str | None:
-        """Return a loaded model without a living stub, if there is one."""
+        """Return a loaded model without a living stub, if there is one. Record the shared memory of all stubs."""
         stubs = dict(_stubs_of(self._process.pid))
         self._regions.update(stubs.values())
         alive = {Path(script).parent.parent.name for script in stubs}

@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject:
-    """The model to verify: the directory to generate, and the name of its card."""
+    """The model to verify: how to generate its model directory, and which cards to compare it with."""
 
     family: str  # the model directory to copy
-    name: str
+    name: str  # of the generated directory
     parameters: Mapping[str, str]  # set in its config.pbtxt
     card_name: str  # a Hugging Face id, or the last part of a directory
 
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         RepositoryError, ConfigError: if the model does not exist, its checkpoint is missing, or it does not load.
     """
     with tempfile.TemporaryDirectory(prefix="triton-embed-") as scratch:
-        subject = _find(options)
+        subject = _find_subject(options)
         model = repository.write_model(
             options.model_repository, subject.family, Path(scratch), subject.name, subject.parameters
         )
@@ -103,14 +103,14 @@ def _compare(
     return report.conclude(result, cards, facts)
 
 
-def _find(options: argparse.Namespace) -> Subject:
-    """Return the model that MODEL names."""
+def _find_subject(options: argparse.Namespace) -> Subject:
+    """Return the model that MODEL names, searched as a directory, a model of the repository, and a downloaded id."""
     name_or_path, source = options.model, options.model_repository
     parameters = dict(map(_parameter, options.parameter))
     directory = Path(name_or_path).expanduser()
     if (directory / "config.json").is_file():
         directory = directory.resolve()
-        return _of_checkpoint(Checkpoint(directory, str(directory)), source, parameters)
+        return _subject_of(Checkpoint(directory, str(directory)), source, parameters)
     for name in repository.model_names(source):
         checkpoint = repository.read_config(source, name).parameters["checkpoint"].string_value
         if name_or_path in (name, checkpoint):
@@ -124,10 +124,10 @@ def _find(options: argparse.Namespace) -> Subject:
     directory = options.checkpoints.absolute() / name_or_path
     if not (directory / "config.json").is_file():
         raise _missing(name_or_path, directory, options.checkpoints)
-    return _of_checkpoint(Checkpoint(directory, name_or_path, name_or_path), source, parameters)
+    return _subject_of(Checkpoint(directory, name_or_path, name_or_path), source, parameters)
 
 
-def _of_checkpoint(checkpoint: Checkpoint, source: Path, overrides: dict[str, str]) -> Subject:
+def _subject_of(checkpoint: Checkpoint, source: Path, overrides: dict[str, str]) -> Subject:
     family, name = repository.family_of(checkpoint.directory, source), repository.model_name(checkpoint.title)
     parameters = {**repository.checkpoint_parameters(checkpoint, family, source, name), **overrides}
     return Subject(family, name, parameters, checkpoint.id or checkpoint.title)
@@ -141,8 +141,12 @@ def _parameter(pair: str) -> tuple[str, str]:
 
 
 def _checkpoint(options: argparse.Namespace, model: Path) -> tuple["ServingConfig", Path]:
-    """Return (config.pbtxt as the engine reads it, directory of the checkpoint), which must have weights."""
-    from triton_embed.python_backend.checkpoint import files as checkpoint
+    """Return (config.pbtxt as the engine reads it, directory of the checkpoint).
+
+    Raises:
+        RepositoryError, ConfigError: if the checkpoint or its weights are missing.
+    """
+    from triton_embed.python_backend.checkpoint import files
     from triton_embed.python_backend.checkpoint.config import ServingConfig
 
     declared = repository.read_config(model.parent, model.name).parameters
@@ -150,12 +154,12 @@ def _checkpoint(options: argparse.Namespace, model: Path) -> tuple["ServingConfi
     config = json.dumps({"name": model.name, "parameters": parameters})
     serving = ServingConfig.from_triton({"model_config": config, "model_repository": str(model)})
     serving = replace(serving, checkpoint_root=options.checkpoints.absolute())
-    directory = checkpoint.locate(serving)
+    directory = files.locate(serving)
     if directory is None:
-        expected = checkpoint.directory_of(serving.checkpoint, serving.checkpoint_root)
+        expected = files.directory_of(serving.checkpoint, serving.checkpoint_root)
         raise _missing(serving.checkpoint, expected, options.checkpoints)
     repository.check_weights(Checkpoint(directory, serving.checkpoint))
-    checkpoint.weight_files(directory)
+    files.weight_files(directory)
     return serving, directory
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, TypeAdap
 
 FILE = Path(__file__).with_name("model_cards.json")
 
-Vector = npt.NDArray[np.float32]
+Float32Array = npt.NDArray[np.float32]
 
 
 class Input(BaseModel):
@@ -72,17 +72,17 @@ class CardScores(BaseModel):
 
 @dataclass(frozen=True)
 class Pair:
-    """A score of a card and ours, which is None if a vector is missing."""
+    """The score of a query and a document on a card, and ours, which is None if a vector is missing."""
 
     query: Input
     document: Input
-    card: float
+    published: float
     ours: float | None
     tolerance: float
 
     @property
     def agrees(self) -> bool:
-        return self.ours is not None and abs(self.ours - self.card) <= self.tolerance
+        return self.ours is not None and abs(self.ours - self.published) <= self.tolerance
 
 
 def read_cards() -> list[CardScores]:
@@ -96,7 +96,7 @@ def cards_of(cards: Sequence[CardScores], checkpoint: str) -> list[CardScores]:
     return [card for card in cards if name in (card.checkpoint.lower(), card.checkpoint.lower().rpartition("/")[2])]
 
 
-def compare(card: CardScores, vectors: Mapping[Input, Vector]) -> Iterator[Pair]:
+def compare(card: CardScores, vectors: Mapping[Input, Float32Array]) -> Iterator[Pair]:
     """Yield every score of a card with ours. `vectors` have unit length."""
     for query, row in zip(card.queries, card.scores, strict=True):
         for document, score in zip(card.documents, row, strict=True):

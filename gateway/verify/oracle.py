@@ -1,8 +1,8 @@
 """Reference vectors of a checkpoint, by transformers: on the CPU, in fp32, one row at a time, unpadded, of unit length.
 
 `triton-embed verify` and the tests compare the engine with them. This module shares no code with the engine.
-`compute` uses sentence-transformers for the checkpoints of encoders that it describes completely. These libraries are
-imported only when a function runs: serving does not need them.
+For an encoder with a modules.json, `compute` uses sentence-transformers instead, if it is installed. These libraries
+are imported only when a function runs: serving does not need them.
 """
 
 import io
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Vectors = npt.NDArray[np.float64]
+Vectors = npt.NDArray[np.float64]  # [n, d]
 
 # By model_type, for networks whose last hidden states are pooled: the token that the official code appends to a text.
 # None: the tokenizer's eos_token; empty: no token. https://huggingface.co/intfloat/e5-mistral-7b-instruct,
@@ -56,7 +56,7 @@ class OracleError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """A checkpoint, the INFO of its served model, and the operator's parameters."""
+    """A checkpoint, the INFO of its served model, and the parameters of config.pbtxt that change its vectors."""
 
     directory: Path
     info: ModelInfo
@@ -99,13 +99,13 @@ def compute(facts: CheckpointFacts, texts: Sequence[str], images: Sequence[bytes
         return OracleResult(_version("transformers"), by_text, by_image)
     if family not in _END_TOKENS:
         raise OracleError(f"model_type '{family}' has no comparison with transformers")
-    modules, none = directory / "modules.json", np.empty((0, 0))
+    modules, no_images = directory / "modules.json", np.empty((0, 0))
     if family in _ENCODERS and modules.is_file() and find_spec("sentence_transformers") is not None:
-        return OracleResult(_version("sentence-transformers"), _sentence_transformer(directory, texts), none)
+        return OracleResult(_version("sentence-transformers"), _sentence_transformer(directory, texts), no_images)
     if modules.is_file() and ".Dense" in modules.read_text(encoding="utf-8"):
         raise OracleError("transformers does not support the Dense module in modules.json")
     rows = token_ids(directory, texts, facts.info.max_model_len)
-    return OracleResult(_version("transformers"), pooled_vectors(directory, rows, facts.info.pooling), none)
+    return OracleResult(_version("transformers"), pooled_vectors(directory, rows, facts.info.pooling), no_images)
 
 
 def _version(library: str) -> str:

@@ -1,4 +1,4 @@
-"""A private tritonserver that computes the vectors `verify` compares, and is stopped again."""
+"""Start a private tritonserver, compute the vectors that `verify` compares, and stop it."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ from triton_embed.gateway.process.triton_process import TritonOptions, TritonPro
 from triton_embed.gateway.triton.client import TritonClient
 from triton_embed.gateway.triton.model_info import read_info
 from triton_embed.gateway.verify import samples
-from triton_embed.gateway.verify.model_cards import Input, Vector
+from triton_embed.gateway.verify.model_cards import Float32Array, Input
 from triton_embed.python_backend.wire import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -34,14 +34,14 @@ class ProbeError(RuntimeError):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The vectors of a model. Samples are `texts`, then `images`; vectors are [n, d]."""
+    """The vectors of a model. The n samples are `texts`, then `images`."""
 
     info: ModelInfo
-    cards: dict[Input, Vector]  # of the cards' inputs that could be embedded
+    cards: dict[Input, Float32Array]  # of the cards' inputs that could be embedded
     texts: Sequence[str]
     images: Sequence[bytes]
     together: Embeddings  # all samples in one request
-    alone: Vector  # each sample in a separate request
+    alone: Float32Array  # [n, d], each sample in a separate request
 
     @property
     def names(self) -> list[str]:
@@ -54,7 +54,8 @@ def probe(options: TritonOptions, model: str, inputs: Sequence[Input], folder: P
 
     Args:
         options: Its ports are replaced by free ones.
-        folder: Images are looked up here by name, else fetched.
+        inputs: Inputs of model cards.
+        folder: Directory of images that cards name by URL; those it does not contain are fetched.
 
     Raises:
         ProbeError: if the model does not load or does not answer.
@@ -79,10 +80,10 @@ async def _serve_and_probe(
         f"{options.address}:{options.grpc_port}",
         repository_header=options.repository_header,
     )
-    ended = asyncio.create_task(process.end())
+    ended = asyncio.create_task(process.wait_for_end())
     probing = asyncio.create_task(_probe(client, model, inputs, folder))
     try:
-        # A model's process can die meanwhile, for example of too little memory; its calls would never end.
+        # The model's process can die meanwhile, for example when memory runs out. Its calls would then never end.
         await asyncio.wait((ended, probing), return_when=asyncio.FIRST_COMPLETED)
         if not probing.done():
             raise ProbeError(f"{await ended}; --log-level debug shows its whole log")
@@ -144,9 +145,9 @@ async def _image_files(urls: set[str], folder: Path | None) -> dict[str, bytes]:
 
 async def _card_vectors(
     client: TritonClient, info: ModelInfo, inputs: Sequence[Input], files: Mapping[str, bytes]
-) -> dict[Input, Vector]:
+) -> dict[Input, Float32Array]:
     """Embed the inputs of cards, one request per instruction. Inputs that the model refuses are left out."""
-    vectors: dict[Input, Vector] = {}
+    vectors: dict[Input, Float32Array] = {}
     available = [item for item in dict.fromkeys(inputs) if not item.image or item.image in files]
     for instruction in dict.fromkeys(item.instruction for item in available):
         group = [item for item in available if item.instruction == instruction]

@@ -1,4 +1,4 @@
-"""The report of `verify`: our vectors and scores, the reference's, the difference, and whether it is small enough."""
+"""The report of `verify`: our vectors and scores, those of the reference, and whether they differ too much."""
 
 import logging
 import sys
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from triton_embed.gateway.verify.model_cards import CardScores, Pair, Vector, compare
+from triton_embed.gateway.verify.model_cards import CardScores, Float32Array, Pair, compare
 from triton_embed.gateway.verify.oracle import CheckpointFacts, OracleError, Vectors, compute
 from triton_embed.gateway.verify.probe import ProbeResult
 
 log = logging.getLogger(__name__)
 
-NORM_DEVIATION = 1e-6
+NORM_DEVIATION = 1e-6  # limit of | length of a vector - 1 |
 WORST_SHOWN = 5
 
 
@@ -47,13 +47,15 @@ class Report:
             inputs = f"{pair.query} x {pair.document}"
             if pair.ours is None:
                 self.not_compared += 1
-                self.write(f"{pair.card:12.4f} {'':>12} {'':>12}  not compared  {inputs}")
+                self.write(f"{pair.published:12.4f} {'':>12} {'':>12}  not compared  {inputs}")
                 continue
-            numbers = f"{pair.card:12.4f} {pair.ours:12.4f}"
-            difference = f"{pair.ours - pair.card:+z12.4f}"
+            numbers = f"{pair.published:12.4f} {pair.ours:12.4f}"
+            difference = f"{pair.ours - pair.published:+z12.4f}"
             self.write(f"{numbers} {difference}  {self._judge(pair.agrees):12}  {inputs}")
 
-    def vectors(self, title: str, names: Sequence[str], ours: Vector, theirs: Vector | Vectors, limits: Limits) -> None:
+    def vectors(
+        self, title: str, names: Sequence[str], ours: Float32Array, theirs: Float32Array | Vectors, limits: Limits
+    ) -> None:
         """Report vectors [n, d] of unit length that should be equal. `names` are those of the rows."""
         self.write(f"\n{title}")
         if ours.shape != theirs.shape:
@@ -72,7 +74,7 @@ class Report:
         for i in [i for i in np.argsort(cosines) if apart[i]][:WORST_SHOWN]:
             self.write(f"  {cosines[i]:.9f}  {names[i][:80]!r}")
 
-    def norms(self, ours: Vector) -> None:
+    def norms(self, ours: Float32Array) -> None:
         """Report vectors [n, d] that should have unit length."""
         deviation = float(np.abs(np.linalg.norm(ours.astype(float), axis=1) - 1).max())
         self._line(
@@ -118,7 +120,7 @@ def _compare_with_libraries(
     """Compare with another library.
 
     Args:
-        required: Count a failure as not compared, because nothing else was compared with.
+        required: If no library can compute the vectors, count it as not compared: the model has no card either.
     """
     count = len(result.texts)
     vectors, dropped = result.together.vectors, result.together.dropped[:count]
@@ -140,7 +142,7 @@ def _compare_with_libraries(
         report.vectors(title, names, vectors[count:], reference.images, limits)
 
 
-def _cosines(ours: Vector, theirs: Vector | Vectors) -> Vectors:
+def _cosines(ours: Float32Array, theirs: Float32Array | Vectors) -> Vectors:
     a, b = ours.astype(float), theirs.astype(float)
     cosines: Vectors = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return cosines
