@@ -29,8 +29,8 @@ DEFAULTS = {
     "--metrics-address": "127.0.0.1",
     "--disable-auto-complete-config": None,
 }
-# How long an idle OpenMP worker of torch spins before it sleeps. With GNU's long default, spinning workers keep working
-# ones off the cores of a busy machine (measured: one short query in a hundred took 355 ms instead of 10).
+# How long an idle OpenMP worker of torch spins before it sleeps. GNU's default is so long that, on a busy machine,
+# spinning workers keep the cores from working ones (measured: one short query in a hundred took 355 ms instead of 10).
 SPIN_COUNT = "20000"
 
 
@@ -94,7 +94,7 @@ def wheel_directory() -> Path:
 
 
 def backend_directory(wheel: Path) -> Path:
-    """Create a backend directory of links in this environment: the wheel's backend with the stub of this Python."""
+    """Create a directory of links in this environment: to the wheel's backend, and to its stub for this Python."""
     python = wheel / "backends" / "python"
     stub = wheel / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / STUB
     directory = Path(sys.prefix) / "share" / "triton-embed" / "backends"

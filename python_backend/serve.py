@@ -3,13 +3,11 @@
 Inputs: TEXT (BYTES [n,1]) and, for models that take images, IMAGE (BYTES [n,k]: encoded files, empty = none); or
 INPUT_IDS (INT32 [n,L], rows padded with -1).
 
-Outputs: EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), REUSED (INT32 [n,1]: 0 computed for this request, 1
-shared with an identical row of this request or in
-flight, 2 from the cache), and ERROR (BYTES [n,1]) with on_error "report". Requested
-alone and without compute: INFO (BYTES [n,1]: JSON about the model) and IDS (INT32 [n,L]: the token ids before
-truncation, rows padded with -1).
+Outputs: EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), REUSED (INT32 [n,1], the codes of `wire.Reused`), and
+ERROR (BYTES [n,1]) with on_error "report". Two outputs need no compute if they are requested alone: INFO (BYTES [n,1]:
+JSON about the model) and IDS (INT32 [n,L]: the token ids before truncation, rows padded with -1).
 
-Everything else is a request parameter. Every request ends in exactly one response.
+Everything else is a request parameter. Every request gets exactly one response.
 """
 
 import logging
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class EmbeddingServer:
-    """The base class of every family's `1/model.py`, which declares only what its weights demand."""
+    """The base class of every family's `1/model.py`, which sets only what the weights of the family require."""
 
     spec: ClassVar[Spec]
     prompt: ClassVar[str | None] = None  # template with {instruction} and {text}; None: instructions are refused
@@ -124,7 +122,7 @@ class EmbeddingServer:
             del self._scheduler  # ends its metrics while the stub can still report that to Triton
 
     def _for_each_open(self, pending: Sequence["_InferRequest"], step: Callable[["_InferRequest"], None]) -> None:
-        """Run a step for each request that has no response yet. An error ends that request alone."""
+        """Run a step for each request without a response. An error refuses that request only."""
         for request in pending:
             if request.send_response is not None:
                 continue
@@ -226,8 +224,8 @@ class _InferRequest:
         self.received = time.monotonic()
         self.parameters: dict[str, Any] = {}
         self.rows: RequestRows
-        self.dims = 0
-        self.send_response: Callable[[], None] | None = None  # sends a response that needs no compute
+        self.dims = 0  # of EMBEDDING
+        self.send_response: Callable[[], None] | None = None  # set if the response needs no compute
 
     @property
     def reports_errors(self) -> bool:
@@ -276,7 +274,7 @@ class _InferRequest:
     def outputs_of(
         self, vectors: npt.NDArray[np.float32], reused: npt.NDArray[np.int32]
     ) -> dict[str, npt.NDArray[Any]]:
-        """Return the outputs for the vectors of the rows and their sources."""
+        """Return the outputs for the vectors of the computed rows and the sources of these vectors."""
         return {
             wire.EMBEDDING: self.rows.embeddings(vectors, self.dims),
             wire.TOKENS: self.rows.tokens(),

@@ -1,8 +1,8 @@
 """CUDA graphs: small batches are recorded once per size and replayed as one launch.
 
 Below about 2,000 tokens a GPU finishes a kernel sooner than Python launches the next one. A CUDA graph launches all of
-them, but repeats exactly what was recorded: the same addresses and grids. So batches are padded to a few sizes, and
-everything that differs between batches of one size is in a single buffer that is copied in before.
+them, but repeats exactly what was recorded: the same addresses and grids. Batches are therefore padded to a few sizes,
+and everything that differs between batches of one size is in one buffer, which is filled before each replay.
 """
 
 import logging
@@ -20,6 +20,7 @@ from triton_embed.python_backend.networks.batch import Batch, Layout
 
 log = logging.getLogger(__name__)
 
+# Recorded sizes: every combination in which each row can have a token
 TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 ROWS = (1, 8, 64, 512)
 
@@ -27,7 +28,7 @@ Forward = Callable[[Sequence[Row]], tuple[Tensor, Packed]]
 
 
 class RecordableNetwork(Protocol):
-    """A network whose forward pass over texts is `compute(lay_out(rows))`, with one state per row."""
+    """A network whose forward pass over texts is `compute(lay_out(rows))`."""
 
     def lay_out(self, rows: Sequence[Row]) -> Layout: ...
     def compute(self, batch: Batch) -> Tensor: ...
@@ -60,7 +61,11 @@ class Recording:
             self._states = network.compute(batch)
 
     def replay(self, padded: Layout, lengths: Sequence[int]) -> tuple[Tensor, Packed]:
-        """Return the states of a batch of this size. The next replay overwrites them."""
+        """Return the hidden states of a batch padded to this size. The next replay overwrites them.
+
+        Args:
+            lengths: The lengths of the rows without padding.
+        """
         self._buffer.copy_(padded.buffer().pin_memory(), non_blocking=True)
         self._graph.replay()
         rows = len(lengths)

@@ -28,20 +28,24 @@ from triton_embed.python_backend.spec import Spec
 
 log = logging.getLogger(__name__)
 
-# Lowest cosine between Triton's kernels and torch's at which a server starts. Rounding alone leaves more than 0.999 in
-# bf16; a wrong mask or a wrong head is far below.
-MIN_COSINE = 0.99
+# A model does not start if Triton's kernels and torch's compute a vector with a lower cosine. Rounding in bf16 leaves
+# more than 0.999; a wrong mask or a wrong head gives far less.
+MIN_KERNEL_COSINE = 0.99
 
-WITHOUT = "set the parameter kernels to reference to run without them"
+REFERENCE_HINT = "set the parameter kernels to reference to run without them"
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 class Embedder:
-    """A network that is built on meta, loaded strictly and warmed up. Then `embed` is its only operation.
+    """A loaded and warmed-up network, and the head that turns its hidden states into vectors.
+
+    Attributes:
+        dtype: The dtype of the weights before packing.
+        computes_in: The dtype to report: `int8`, or the name of `dtype`.
 
     Raises:
-        ConfigError: if the checkpoint does not fit the family, or the kernels do not support the device, dtype or size.
+        ConfigError: The checkpoint does not fit the family, or the kernels do not support the device, dtype or size.
     """
 
     def __init__(self, spec: Spec, directory: Path, serving: ServingConfig) -> None:
@@ -59,6 +63,7 @@ class Embedder:
         self._load(spec, directory)
         linears = sum(layer.weight.numel() for layer in self._layers)
         self.budget = Budget.of(self.device, linears, serving.max_batch_tokens)
+        # If the operator did not choose bf16, its accuracy is checked.
         dtype_is_chosen_here = self.device == "cpu" and serving.dtype == "auto" and self.dtype != torch.float32
         expected = None
         if dtype_is_chosen_here or self.kernels == "triton":
@@ -72,7 +77,7 @@ class Embedder:
             self._pack(serving)
             if not self._agrees(serving, expected):
                 raise ConfigError(
-                    f"{serving.name}: on this CPU the vectors differ from those of plain torch; {WITHOUT}"
+                    f"{serving.name}: on this CPU the vectors differ from those of plain torch; {REFERENCE_HINT}"
                 )
         if self.device == "cpu":
             _keep_memory()  # only now, so that memory freed by loading is returned
@@ -94,13 +99,13 @@ class Embedder:
             pause_hook: On a CPU, called a few times per layer; it may itself call `embed` for urgent rows.
             spare_core: Other threads need a core meanwhile.
         """
-        outer_hook, self._pause_hook = self._pause_hook, pause_hook
+        outer_hook, self._pause_hook = self._pause_hook, pause_hook  # this pass may run inside a pause of another
         modules = self._network.modules() if pause_hook is not None and self.device == "cpu" else ()
         handles = [module.register_forward_pre_hook(self._pause) for module in modules]
         tokens = sum(row.cost for row in rows)
-        cores = self._threads.for_pass(tokens, spare_core) if self.device == "cpu" else nullcontext()
+        thread_count = self._threads.for_pass(tokens, spare_core) if self.device == "cpu" else nullcontext()
         try:
-            with cores:
+            with thread_count:
                 return self._embed(self._forward, self._head, rows, dims)
         finally:
             for handle in handles:
@@ -130,7 +135,7 @@ class Embedder:
             layer.pack(in_int8=serving.dtype == "int8")
 
     def _pause(self, *_: object) -> None:
-        """Run the pause hook before a module (forward pre-hook); no-op in a nested pass."""
+        """Forward pre-hook of every module: run the pause hook of the current pass. A pass inside a pause has none."""
         if self._pause_hook is not None:
             self._pause_hook()
 
@@ -145,14 +150,14 @@ class Embedder:
         variants = [forward]
         if serving.prefix_reuse and self._network.shareable:
             variants.append(forward := PrefixCache(self._network))
-        if self.kernels == "triton" and self.device != "cpu":  # on a CPU the interpreter compiles nothing
+        if self.kernels == "triton" and self.device != "cpu":  # Triton's interpreter, on a CPU, compiles nothing
             self._compile_linears()
             if serving.cuda_graphs and self._network.recordable:
                 variants.append(forward := CudaGraphs(self._network, forward, self.device))
         vectors = [self._vectors(variant) for variant in variants]
         if self.kernels == "triton" and expected is not None:
             cosine = _min_cosine(np.stack(vectors), expected)
-            if not cosine >= MIN_COSINE:
+            if not cosine >= MIN_KERNEL_COSINE:
                 raise ValueError(f"Triton's kernels and torch's disagree on {self.device}: cosine {cosine:.4f}")
             log.info("%s: Triton's kernels agree with torch's: cosine at least %.5f", serving.name, cosine)
         return forward
@@ -172,7 +177,7 @@ class Embedder:
         return np.concatenate([self._embed(forward, head or self._head, *sample) for sample in self._samples()])
 
     def _vectors_of_torch(self, spec: Spec, in_fp32: bool) -> npt.NDArray[np.float32]:
-        """Return the vectors of plain torch with the same weights, which must not be packed yet."""
+        """Return the vectors of the samples from plain torch with the same weights, which must not be packed yet."""
         network, head = self._build(spec, Ops.reference())
         loaded: tuple[tuple[nn.Module, nn.Module], ...] = ((network, self._network), (head, self._head))
         for module, source in loaded:
@@ -181,27 +186,28 @@ class Embedder:
             return self._vectors(network, head)
 
     def _agrees(self, serving: ServingConfig, expected: npt.NDArray[np.float32]) -> bool:
+        """Return whether the vectors of the samples are close enough to those of plain torch in fp32."""
         cosine = _min_cosine(self._vectors(self._network), expected)
         figures = serving.name, _name(self.dtype), cosine
         log.info("%s: vectors in %s have cosines of at least %.5f to plain torch's in fp32", *figures)
-        return cosine >= precision.MIN_COSINE
+        return cosine >= precision.MIN_ACCURATE_COSINE
 
     @contextmanager
     def _explain(self, serving: ServingConfig) -> Iterator[None]:
-        """Turn an error of the kernels into a ConfigError that says what to do."""
+        """Turn an error of the kernels into a ConfigError with a hint."""
         try:
             yield
         except (ValueError, LookupError, ImportError) as error:
-            hint = f"; {WITHOUT}" if self.kernels == "triton" else ""
+            hint = f"; {REFERENCE_HINT}" if self.kernels == "triton" else ""
             raise ConfigError(f"{serving.name}: {error}{hint}") from error
 
     def _samples(self) -> list[tuple[list[Row], list[int]]]:
         """Return warm-up batches with their dimensions: random texts, two of which share a prefix, and images."""
-        draw = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         longest = min(self.model.max_tokens, 64)
-        ids = [draw.integers(self.model.vocab_size, size=n, dtype=np.int32) for n in {1, min(7, longest), longest}]
-        alike = Row(max(ids, key=len), shared_prefix_tokens=longest // 2)
-        batches = [[*map(Row, ids), alike, alike], self._network.sample_pictures()]
+        ids = [rng.integers(self.model.vocab_size, size=n, dtype=np.int32) for n in {1, min(7, longest), longest}]
+        sharing = Row(max(ids, key=len), shared_prefix_tokens=longest // 2)
+        batches = [[*map(Row, ids), sharing, sharing], self._network.sample_image_rows()]
         dims = self.model.dimensions
         return [(rows, [max(1, dims // 2), *[dims] * (len(rows) - 1)]) for rows in batches if rows]
 

@@ -1,4 +1,4 @@
-"""The dtype of a CPU: bf16 if the CPU multiplies it and the vectors stay right, else fp32."""
+"""The dtype on a CPU: bf16 if the CPU has instructions for it and the vectors stay accurate, else fp32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Lowest allowed cosine of vectors in bf16 to those of the same weights in fp32.
-MIN_COSINE = 0.999
+# A model falls back to fp32 if the cosine of any vector in bf16 and in fp32 is lower.
+MIN_ACCURATE_COSINE = 0.999
 
 
 def fast_dtype() -> torch.dtype:
-    """Return bf16 on x86 CPUs that multiply it (avx512_bf16, AMX). Others emulate it more slowly than fp32."""
+    """Return bf16 on x86 CPUs that have instructions for it (avx512_bf16, AMX), else fp32, which is faster there."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 

@@ -1,7 +1,7 @@
-"""Prefix: what many rows begin with, computed once.
+"""Prefix cache: the keys and values of a prefix that many rows share are computed once.
 
-A causal decoder's keys and values of a token depend on nothing behind it, so an instruction's are the same in every
-row that begins with it. Rows that do are computed from there on, and attend to the keys and values kept.
+In a causal decoder, the keys and values of a token do not depend on later tokens. Those of an instruction are therefore
+the same in every row that begins with it, and such a row is computed from the end of the instruction on.
 """
 
 from collections import OrderedDict
@@ -16,19 +16,19 @@ from triton_embed.python_backend.inputs.row import Ids, Row
 from triton_embed.python_backend.networks.batch import one_each
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [P,G,D]
-# Tokens: of one prefix, and of all that are kept. Callers choose what an instruction is, and the keys and values of a
-# token are 224 KiB in the 0.6B model in fp32, 128 KiB in the 7B one in bf16.
+# Limits in tokens of one prefix and of all cached ones, because callers choose the instructions. The keys and values of
+# a token take 224 KiB in the 0.6B model in fp32, and 128 KiB in the 7B model in bf16.
 MAX_PREFIX_TOKENS = 256
 MAX_CACHED_TOKENS = 1_024
-MAX_SEEN = 1_024  # prefixes
-# Rows of one prefix get a pass of their own only if that saves this share of a batch, because two passes cost more than
-# one.
+MAX_SEEN = 1_024  # prefixes that are remembered to detect their second occurrence
+# The rows of one prefix are computed in a separate pass only if that saves this share of the tokens of a batch, because
+# two passes cost more than one.
 MIN_SAVED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """P ids, and their keys and values in each layer."""
+    """The P ids of a prefix, and their keys and values in each layer."""
 
     ids: Ids
     layers: tuple[KeysValues, ...]
@@ -42,9 +42,9 @@ class SharingNetwork(Protocol):
 
 
 class PrefixCache:
-    """A network's forward pass that reuses the prefix that saves most tokens of a batch.
+    """A network's forward pass that reuses one prefix per batch: the one that saves the most tokens.
 
-    A prefix is computed when it occurs for the second time: one that never recurs would cost more than it saves.
+    A prefix is computed when it occurs for the second time, because one that never recurs costs more than it saves.
     """
 
     def __init__(self, network: SharingNetwork) -> None:
@@ -58,7 +58,7 @@ class PrefixCache:
             if 0 < row.shared_prefix_tokens < len(row.ids):
                 sharing.setdefault(row.ids[: min(row.shared_prefix_tokens, MAX_PREFIX_TOKENS)].tobytes(), []).append(i)
         # Prefixes that occurred before, in an earlier batch or in this one.
-        recurring = {key: members for key, members in sharing.items() if self._occurred(key) or len(members) > 1}
+        recurring = {key: members for key, members in sharing.items() if self._note_occurrence(key) or len(members) > 1}
         if not recurring:
             return self._network(rows)
         saved = {
@@ -79,8 +79,8 @@ class PrefixCache:
         states[members], states[others] = hidden[: len(members)], rest[: len(others)]
         return states, one_each(len(rows), states.device)
 
-    def _occurred(self, key: bytes) -> bool:
-        """Return whether a prefix occurred before, and record it."""
+    def _note_occurrence(self, key: bytes) -> bool:
+        """Record that a prefix occurred. Return whether it occurred in an earlier batch."""
         occurred = key in self._cached or key in self._seen
         self._seen[key] = None
         self._seen.move_to_end(key)

@@ -20,11 +20,11 @@ ALIGNMENT = 4  # int32 values: every array starts at a multiple of 16 bytes, as 
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens of B rows, on the device: ids [T], positions [A,T] with a row per axis, all int32.
+    """T tokens of B rows, on the device: ids [T] and positions [A,T] for A axes, all int32.
 
     Attributes:
         pooled: [B], the token of each row that becomes its vector; None if all tokens are pooled.
-        states: The layout of the network's hidden states: that of the tokens, or one state per row.
+        states: The layout of the hidden states that the network returns: that of the tokens, or one state per row.
     """
 
     ids: Tensor
@@ -36,10 +36,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layout:
-    """A batch on the host: the arrays of a `Batch`, and the lengths of its rows.
+    """A batch on the host.
 
     Attributes:
-        tile: Tokens of a tile of attention (`ops.tile_tokens`).
+        arrays: The arrays of a `Batch` and of its layouts, by name.
+        lengths: The lengths of the rows.
+        tile: Tokens per tile of attention (`Ops.tile_tokens`).
     """
 
     arrays: Mapping[str, Int32s]
@@ -60,7 +62,7 @@ class Layout:
             positions: [A,n] of each row; by default each row counts from 0 on one axis.
 
         Raises:
-            ValueError: if there is no row, or an empty one.
+            ValueError: There is no row, or an empty one.
         """
         lengths = tuple(map(len, rows))
         if not lengths or min(lengths) < 1:
@@ -79,7 +81,7 @@ class Layout:
         return cls({name: array.astype(np.int32, copy=False) for name, array in arrays.items()}, lengths, tile)
 
     def padded(self, tokens: int, rows: int) -> "Layout":
-        """Return the batch in arrays whose sizes depend on `tokens` and `rows` alone, for recorded passes.
+        """Return the batch in arrays whose sizes depend on `tokens` and `rows` alone, for CUDA graphs.
 
         Padding: tokens outside every tile, empty rows, empty tiles.
         """
@@ -97,7 +99,7 @@ class Layout:
             max_tiles = 4 * tokens // self.tile + 2
             tiles_used = self.arrays["tiles"]
             arrays["tiles"] = np.pad(tiles_used, [(0, max_tiles - len(tiles_used)), (0, 0)])
-        # Only the sum and the number of lengths are read: a recorded pass works on the arrays.
+        # Any lengths with this sum and number will do: a CUDA graph reads the arrays.
         return Layout(arrays, (tokens - rows + 1, *[1] * (rows - 1)), self.tile)
 
     @cached_property
@@ -108,7 +110,7 @@ class Layout:
         return {name: (start, self.arrays[name].shape) for name, start in zip(self.arrays, starts, strict=False)}
 
     def buffer(self) -> Tensor:
-        """Return all arrays as one, on the host."""
+        """Return all arrays in one, on the host."""
         last = next(reversed(self.offsets))
         start, shape = self.offsets[last]
         buffer = np.zeros(start + -(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT, dtype=np.int32)
@@ -124,7 +126,7 @@ class Layout:
         return self.view(buffer.pin_memory().to(device, non_blocking=True) if "cuda" in device else buffer.to(device))
 
     def view(self, buffer: Tensor) -> Batch:
-        """Return the batch of a buffer on the device that has this layout."""
+        """Return the batch whose arrays are in `buffer`, which has this layout."""
         tensors = {
             name: buffer[start : start + int(np.prod(shape))].view(shape)
             for name, (start, shape) in self.offsets.items()

@@ -28,9 +28,9 @@ from triton_embed.python_backend.networks.weights import Naming
 
 
 class Clip(nn.Module):
-    """Rows of token ids that end at the pooled token, or rows of one image -> fp32 [B,E], and their layout."""
+    """Rows of one image, or of token ids that end at the pooled token -> fp32 [B,E], and their layout."""
 
-    recordable, shareable = True, False
+    recordable, shareable = True, False  # by CudaGraphs, and by PrefixCache
     naming = Naming(
         fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")},
         # The training temperature, and constants in old files.
@@ -38,37 +38,38 @@ class Clip(nn.Module):
         ignored_endings=(".embeddings.position_ids",),
     )
 
-    def __init__(self, ops: Ops, model: ModelConfig, shape: ClipConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, config: ClipConfig, device: str) -> None:
         super().__init__()
-        self._device, self._shape = device, shape
-        self._patches = Patchify(ops, model, shape.patch_size, 1, 1, device)
-        self.text_model = TextTower(ops, shape, device)
-        self.vision_model = VisionTower(ops, shape)
-        self.text_projection = Projection(ops, shape.text.hidden_size, shape.hidden_size, bias=False)
-        self.visual_projection = Projection(ops, shape.vision.hidden_size, shape.hidden_size, bias=False)
+        self._device, self._config = device, config
+        self._patchify = Patchify(ops, model, config.patch_size, 1, 1, device)
+        self.text_model = TextTower(ops, config, device)
+        self.vision_model = VisionTower(ops, config)
+        self.text_projection = Projection(ops, config.text.hidden_size, config.hidden_size, bias=False)
+        self.visual_projection = Projection(ops, config.vision.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
         texts = [i for i, row in enumerate(rows) if not row.images]
-        pictured = [i for i, row in enumerate(rows) if row.images]
+        images = [i for i, row in enumerate(rows) if row.images]
         y = torch.empty(len(rows), self.text_projection.weight.shape[0], device=self._device)
         if texts:
             batch = self.lay_out([rows[i] for i in texts]).to(self._device)
             y[texts] = self.compute(batch)[: len(texts)]
-        if pictured:
-            patches = torch.cat([self._patches(rows[i].images[0]) for i in pictured])
-            y[pictured] = self.visual_projection(self.vision_model(patches, len(pictured)).float())
+        if images:
+            patches = torch.cat([self._patchify(rows[i].images[0]) for i in images])
+            y[images] = self.visual_projection(self.vision_model(patches, len(images)).float())
         return y, one_each(len(rows), self._device)
 
-    def sample_pictures(self) -> list[Row]:
-        """Return a row for warm-up."""
-        size = self._shape.image_size
-        return [Row(NO_IDS, (np.full((size, size, 3), 127, dtype=np.uint8),), self._shape.vision_tokens)]
+    def sample_image_rows(self) -> list[Row]:
+        """Return one row for warm-up."""
+        size = self._config.image_size
+        return [Row(NO_IDS, (np.full((size, size, 3), 127, dtype=np.uint8),), self._config.vision_tokens)]
 
     def lay_out(self, rows: Sequence[Row]) -> Layout:
         """Lay out rows of text."""
         return self.text_model.lay_out([row.ids for row in rows])
 
     def compute(self, batch: Batch) -> Tensor:
+        """Return the vectors of a batch of texts."""
         y: Tensor = self.text_projection(self.text_model(batch).float())
         return y
 
@@ -76,16 +77,16 @@ class Clip(nn.Module):
 class TextTower(nn.Module):
     """A batch of texts -> the normalized state [B,E] of each last token."""
 
-    def __init__(self, ops: Ops, shape: ClipConfig, device: str) -> None:
+    def __init__(self, ops: Ops, config: ClipConfig, device: str) -> None:
         super().__init__()
-        size = shape.text.hidden_size
+        size = config.text.hidden_size
         self._ops = ops
-        self._device, self._heads, self._size = device, shape.text.heads, size
+        self._device, self._heads, self._size = device, config.text.heads, size
         self.embeddings = nn.ModuleDict(
-            {"token_embedding": Table(shape.vocab_size, size), "position_embedding": Table(shape.max_tokens, size)}
+            {"token_embedding": Table(config.vocab_size, size), "position_embedding": Table(config.max_tokens, size)}
         )
-        self.encoder = Stack(ops, shape.text, causal=True)
-        self.final_layer_norm = LayerNorm(ops, size, shape.text.norm_eps)
+        self.encoder = Stack(ops, config.text, causal=True)
+        self.final_layer_norm = LayerNorm(ops, size, config.text.norm_eps)
 
     def lay_out(self, rows: Sequence[Ids]) -> Layout:
         size, weight = self._size, self.embeddings["token_embedding"].get_parameter("weight")
@@ -102,14 +103,14 @@ class TextTower(nn.Module):
 class VisionTower(nn.Module):
     """Patches of n images [n*g*g, 3*p*p] -> the normalized state [n,E] of each class token."""
 
-    def __init__(self, ops: Ops, shape: ClipConfig) -> None:
+    def __init__(self, ops: Ops, config: ClipConfig) -> None:
         super().__init__()
         self._ops = ops
-        self._heads = shape.vision.heads
-        self.embeddings = VisionEmbeddings(ops, shape)
-        self.pre_layrnorm = LayerNorm(ops, shape.vision.hidden_size, shape.vision.norm_eps)
-        self.encoder = Stack(ops, shape.vision, causal=False)
-        self.post_layernorm = LayerNorm(ops, shape.vision.hidden_size, shape.vision.norm_eps)
+        self._heads = config.vision.heads
+        self.embeddings = VisionEmbeddings(ops, config)
+        self.pre_layrnorm = LayerNorm(ops, config.vision.hidden_size, config.vision.norm_eps)
+        self.encoder = Stack(ops, config.vision, causal=False)
+        self.post_layernorm = LayerNorm(ops, config.vision.hidden_size, config.vision.norm_eps)
 
     def forward(self, patches: Tensor, count: int) -> Tensor:
         x = self.embeddings(patches, count)
@@ -123,12 +124,12 @@ class VisionTower(nn.Module):
 class VisionEmbeddings(nn.Module):
     """Class token and projected patches, plus learned positions: [n, 1+g*g, E]."""
 
-    def __init__(self, ops: Ops, shape: ClipConfig) -> None:
+    def __init__(self, ops: Ops, config: ClipConfig) -> None:
         super().__init__()
-        size = shape.vision.hidden_size
+        size = config.vision.hidden_size
         self.class_embedding = nn.Parameter(torch.empty(size))
-        self.patch_embedding = PatchEmbedding(ops, (shape.patch_size, shape.patch_size), size)
-        self.position_embedding = Table(shape.vision_tokens, size)
+        self.patch_embedding = PatchEmbedding(ops, (config.patch_size, config.patch_size), size)
+        self.position_embedding = Table(config.vision_tokens, size)
 
     def forward(self, patches: Tensor, count: int) -> Tensor:
         positions = self.position_embedding.weight
@@ -139,9 +140,9 @@ class VisionEmbeddings(nn.Module):
 class Stack(nn.Module):
     """Pre-norm blocks: [T,E] -> [B,E] of the pooled tokens, and the residual stream to add."""
 
-    def __init__(self, ops: Ops, shape: TowerConfig, causal: bool) -> None:
+    def __init__(self, ops: Ops, config: TowerConfig, causal: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(ops, shape, causal) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Block(ops, config, causal) for _ in range(config.layers))
 
     def forward(self, x: Tensor, packed: Packed, pooled: Tensor) -> tuple[Tensor, Tensor]:
         residual = None
@@ -155,15 +156,15 @@ class Stack(nn.Module):
 class Block(nn.Module):
     """Norm, attention, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, ops: Ops, shape: TowerConfig, causal: bool) -> None:
+    def __init__(self, ops: Ops, config: TowerConfig, causal: bool) -> None:
         super().__init__()
-        self.layer_norm1 = LayerNorm(ops, shape.hidden_size, shape.norm_eps)
-        self.self_attn = Attention(ops, shape, causal)
-        self.layer_norm2 = LayerNorm(ops, shape.hidden_size, shape.norm_eps)
+        self.layer_norm1 = LayerNorm(ops, config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(ops, config, causal)
+        self.layer_norm2 = LayerNorm(ops, config.hidden_size, config.norm_eps)
         self.mlp = nn.ModuleDict(
             {
-                "fc1": Linear(ops, shape.hidden_size, shape.intermediate_size, shape.activation),
-                "fc2": Linear(ops, shape.intermediate_size, shape.hidden_size),
+                "fc1": Linear(ops, config.hidden_size, config.intermediate_size, config.activation),
+                "fc2": Linear(ops, config.intermediate_size, config.hidden_size),
             }
         )
 
@@ -179,13 +180,13 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v projection, attention inside each sequence, projection."""
 
-    def __init__(self, ops: Ops, shape: TowerConfig, causal: bool) -> None:
+    def __init__(self, ops: Ops, config: TowerConfig, causal: bool) -> None:
         super().__init__()
         self._ops = ops
-        self.heads, self.causal = shape.heads, causal
-        self.scale = (shape.hidden_size // shape.heads) ** -0.5
-        self.qkv_proj = FusedLinear(ops, shape.hidden_size, (shape.hidden_size,) * 3)
-        self.out_proj = Linear(ops, shape.hidden_size, shape.hidden_size)
+        self.heads, self.causal = config.heads, causal
+        self.scale = (config.hidden_size // config.heads) ** -0.5
+        self.qkv_proj = FusedLinear(ops, config.hidden_size, (config.hidden_size,) * 3)
+        self.out_proj = Linear(ops, config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None) -> Tensor:
         q, k, v = self.qkv_proj(x).view(len(x), 3, self.heads, -1).unbind(1)

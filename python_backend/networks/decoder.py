@@ -21,7 +21,7 @@ from triton_embed.python_backend.networks.layers import FusedLinear, Linear, RMS
 from triton_embed.python_backend.networks.rotary import Rotary
 from triton_embed.python_backend.networks.weights import Naming
 
-Angles = tuple[Tensor, Tensor]
+Angles = tuple[Tensor, Tensor]  # their cosines and sines, fp32 [T, D/2]
 
 
 class Decoder(nn.Module):
@@ -35,25 +35,26 @@ class Decoder(nn.Module):
         ignored_endings=(".rotary_emb.inv_freq",),
     )
 
-    def __init__(self, ops: Ops, model: ModelConfig, shape: DecoderConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, config: DecoderConfig, device: str) -> None:
         super().__init__()
-        if shape.causal and model.pooling == "cls":
+        if config.causal and model.pooling == "cls":
             raise ConfigError("pooling 'cls' in a causal decoder: the first token attends to itself only")
-        self._ops, self._pooling, self._device, self._shape = ops, model.pooling, device, shape
-        self.embed_tokens = Table(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(ops, shape, window) for window in shape.windows)
-        self.norm = RMSNorm(ops, shape.hidden_size, shape.norm_eps)
-        self._rotary = Rotary(shape.rope, device)
-        # With dynamic scaling angles depend on the length of a sequence, so nothing can be reused for another.
-        self.recordable = shape.rope.kind != "dynamic"
-        self.shareable = self.recordable and shape.causal and model.pooling == "last"
+        self._ops, self._pooling, self._device, self._config = ops, model.pooling, device, config
+        self.embed_tokens = Table(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(ops, config, window) for window in config.windows)
+        self.norm = RMSNorm(ops, config.hidden_size, config.norm_eps)
+        self._rotary = Rotary(config.rope, device)
+        # By CudaGraphs, and by PrefixCache. With dynamic scaling, angles depend on the length of a sequence, so that no
+        # other sequence can reuse them.
+        self.recordable = config.rope.kind != "dynamic"
+        self.shareable = self.recordable and config.causal and model.pooling == "last"
 
     def forward(self, rows: Sequence[Row], prefix: Prefix | None = None) -> tuple[Tensor, Packed]:
         """Run the network. Every row begins with the ids of `prefix`, if there is one."""
         batch = self.lay_out(rows, prefix=prefix).to(self._device)
         return self.compute(batch, prefix), batch.states
 
-    def sample_pictures(self) -> list[Row]:
+    def sample_image_rows(self) -> list[Row]:
         return []
 
     def lay_out(
@@ -69,9 +70,9 @@ class Decoder(nn.Module):
             ids = [row_ids[start:] for row_ids in ids]
             all_positions = positions or [np.arange(len(row.ids))[None] for row in rows]
             positions = [row_positions[:, start:] for row_positions in all_positions]
-        shape = self._shape
+        config = self._config
         tile = self._ops.tile_tokens(
-            shape.heads, shape.kv_heads, shape.head_dim, self.embed_tokens.weight.dtype, self._device
+            config.heads, config.kv_heads, config.head_dim, self.embed_tokens.weight.dtype, self._device
         )
         return Layout.of(ids, self._pooling, positions, tile)
 
@@ -84,18 +85,18 @@ class Decoder(nn.Module):
         """Run embedded tokens x [T,E] through all layers. Their keys and values are appended to `cache`."""
         angles = self._rotary(batch.positions, batch.packed.lengths)
         residual = None
-        before: Sequence[KeysValues | None] = [None] * len(self.layers) if prefix is None else prefix.layers
-        for layer, shared in zip(self.layers, before, strict=True):
+        prefixes: Sequence[KeysValues | None] = [None] * len(self.layers) if prefix is None else prefix.layers
+        for layer, layer_prefix in zip(self.layers, prefixes, strict=True):
             pooled = batch.pooled if layer is self.layers[-1] else None
-            x, residual = layer(x, residual, angles, batch.packed, pooled, shared, cache)
+            x, residual = layer(x, residual, angles, batch.packed, pooled, layer_prefix, cache)
         y: Tensor = self.norm(x, residual)[0]
         return y
 
     def read_prefix(self, ids: Ids) -> Prefix:
         """Compute the keys and values of a prefix in every layer. Valid for causal decoders only."""
-        axes = len(self._shape.rope.sections)
-        counted = [np.tile(np.arange(len(ids)), (axes, 1))]
-        layout = self.lay_out([Row(ids)], counted)
+        axes = len(self._config.rope.sections)
+        positions = [np.tile(np.arange(len(ids)), (axes, 1))]
+        layout = self.lay_out([Row(ids)], positions)
         cache: list[KeysValues] = []
         batch = layout.to(self._device)
         self.decode(batch, self.embed_tokens(batch.ids), cache=cache)
@@ -105,12 +106,12 @@ class Decoder(nn.Module):
 class Layer(nn.Module):
     """Norm, attention, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, ops: Ops, shape: DecoderConfig, window: int | None) -> None:
+    def __init__(self, ops: Ops, config: DecoderConfig, window: int | None) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(ops, shape.hidden_size, shape.norm_eps)
-        self.self_attn = Attention(ops, shape, window)
-        self.post_attention_layernorm = RMSNorm(ops, shape.hidden_size, shape.norm_eps)
-        self.mlp = MLP(ops, shape)
+        self.input_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(ops, config, window)
+        self.post_attention_layernorm = RMSNorm(ops, config.hidden_size, config.norm_eps)
+        self.mlp = MLP(ops, config)
 
     def forward(
         self,
@@ -127,7 +128,7 @@ class Layer(nn.Module):
         Args:
             pooled: Compute only these rows; later layers do not use the rest.
             prefix: Keys and values before every sequence.
-            cache: Gets the keys and values.
+            cache: The keys and values of this layer are appended to it.
         """
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, angles, packed, pooled, prefix, cache)
@@ -138,19 +139,19 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v, norm of each head if the model has one, rotary positions, grouped-query attention."""
 
-    def __init__(self, ops: Ops, shape: DecoderConfig, window: int | None) -> None:
+    def __init__(self, ops: Ops, config: DecoderConfig, window: int | None) -> None:
         super().__init__()
         self._ops = ops
-        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        self.causal, self.window, self.eps = shape.causal, window, shape.norm_eps
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.causal, self.window, self.eps = config.causal, window, config.norm_eps
         self.qkv_proj = FusedLinear(
             ops,
-            shape.hidden_size,
+            config.hidden_size,
             (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim),
-            shape.qkv_bias,
+            config.qkv_bias,
         )
-        self.o_proj = Linear(ops, self.heads * self.head_dim, shape.hidden_size, bias=shape.output_bias)
-        if shape.qk_norm:
+        self.o_proj = Linear(ops, self.heads * self.head_dim, config.hidden_size, bias=config.output_bias)
+        if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(ops, self.head_dim, self.eps), RMSNorm(ops, self.head_dim, self.eps)
 
     def forward(
@@ -183,13 +184,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU with gate and up in one projection."""
 
-    def __init__(self, ops: Ops, shape: DecoderConfig) -> None:
+    def __init__(self, ops: Ops, config: DecoderConfig) -> None:
         super().__init__()
         self._ops = ops
         self.gate_up_proj = FusedLinear(
-            ops, shape.hidden_size, (shape.intermediate_size, shape.intermediate_size), shape.mlp_bias
+            ops, config.hidden_size, (config.intermediate_size, config.intermediate_size), config.mlp_bias
         )
-        self.down_proj = Linear(ops, shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.down_proj = Linear(ops, config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self._ops.gated_activation(self.gate_up_proj(x)))

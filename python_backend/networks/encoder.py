@@ -22,7 +22,7 @@ from triton_embed.python_backend.networks.weights import Naming
 class Encoder(nn.Module):
     """Rows of token ids -> hidden states [T,E], or [B,E] of the pooled tokens, and their layout."""
 
-    recordable, shareable = True, False
+    recordable, shareable = True, False  # by CudaGraphs, and by PrefixCache
     naming = Naming(
         renames=(("bert.", ""), ("roberta.", "")),
         fused={"qkv": ("query", "key", "value")},
@@ -30,23 +30,23 @@ class Encoder(nn.Module):
         ignored=("pooler.", "cls.", "lm_head.", "embeddings.position_ids"),
     )
 
-    def __init__(self, ops: Ops, model: ModelConfig, shape: EncoderConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, config: EncoderConfig, device: str) -> None:
         super().__init__()
-        self._ops, self._pooling, self._device, self._shape = ops, model.pooling, device, shape
-        self.embeddings = Embeddings(ops, shape)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(ops, shape) for _ in range(shape.layers))})
+        self._ops, self._pooling, self._device, self._config = ops, model.pooling, device, config
+        self.embeddings = Embeddings(ops, config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(ops, config) for _ in range(config.layers))})
 
     def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Packed]:
         batch = self.lay_out(rows).to(self._device)
         return self.compute(batch), batch.states
 
-    def sample_pictures(self) -> list[Row]:
+    def sample_image_rows(self) -> list[Row]:
         return []
 
     def lay_out(self, rows: Sequence[Row]) -> Layout:
         ids = [row.ids for row in rows]
-        positions = [self._positions(one) for one in ids] if self._shape.first_position else None
-        heads, size = self._shape.heads, self._shape.hidden_size
+        positions = [self._positions(row_ids) for row_ids in ids] if self._config.first_position else None
+        heads, size = self._config.heads, self._config.hidden_size
         tile = self._ops.tile_tokens(
             heads, heads, size // heads, self.embeddings.word_embeddings.weight.dtype, self._device
         )
@@ -62,23 +62,26 @@ class Encoder(nn.Module):
         return y
 
     def _positions(self, ids: Ids) -> npt.NDArray[np.int64]:
-        """Return positions. RoBERTa counts from the position after its padding token's, which is fixed."""
-        first = self._shape.first_position
-        counted = ids != first - 1
-        found: npt.NDArray[np.int64] = np.cumsum(counted) * counted + first - 1
-        return found[None]
+        """Return RoBERTa's positions [1,n]: tokens count up from `first_position`, and padding tokens are skipped.
+
+        `first_position` - 1 is both the id and the position of a padding token.
+        """
+        padding = self._config.first_position - 1
+        counted = ids != padding
+        positions: npt.NDArray[np.int64] = np.cumsum(counted) * counted + padding
+        return positions[None]
 
 
 class Embeddings(nn.Module):
     """Word + position + type 0, then LayerNorm."""
 
-    def __init__(self, ops: Ops, shape: EncoderConfig) -> None:
+    def __init__(self, ops: Ops, config: EncoderConfig) -> None:
         super().__init__()
         self._ops = ops
-        self.word_embeddings = Table(shape.vocab_size, shape.hidden_size)
-        self.position_embeddings = Table(shape.positions, shape.hidden_size)
-        self.token_type_embeddings = Table(shape.token_types, shape.hidden_size)
-        self.LayerNorm = PostLayerNorm(ops, shape.hidden_size, shape.norm_eps)
+        self.word_embeddings = Table(config.vocab_size, config.hidden_size)
+        self.position_embeddings = Table(config.positions, config.hidden_size)
+        self.token_type_embeddings = Table(config.token_types, config.hidden_size)
+        self.LayerNorm = PostLayerNorm(ops, config.hidden_size, config.norm_eps)
 
     def forward(self, batch: Batch) -> Tensor:
         return self._ops.embed_layer_norm(
@@ -97,13 +100,15 @@ class Embeddings(nn.Module):
 class Layer(nn.Module):
     """Attention, add and norm, MLP, add and norm."""
 
-    def __init__(self, ops: Ops, shape: EncoderConfig) -> None:
+    def __init__(self, ops: Ops, config: EncoderConfig) -> None:
         super().__init__()
-        self.attention = nn.ModuleDict({"self": Attention(ops, shape), "output": Output(ops, shape.hidden_size, shape)})
-        self.intermediate = nn.ModuleDict(
-            {"dense": Linear(ops, shape.hidden_size, shape.intermediate_size, shape.activation)}
+        self.attention = nn.ModuleDict(
+            {"self": Attention(ops, config), "output": Output(ops, config.hidden_size, config)}
         )
-        self.output = Output(ops, shape.intermediate_size, shape)
+        self.intermediate = nn.ModuleDict(
+            {"dense": Linear(ops, config.hidden_size, config.intermediate_size, config.activation)}
+        )
+        self.output = Output(ops, config.intermediate_size, config)
 
     def forward(
         self, x: Tensor, residual: Tensor, packed: Packed, pooled: Tensor | None = None
@@ -117,12 +122,12 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Fused q/k/v projection and attention inside each sequence."""
 
-    def __init__(self, ops: Ops, shape: EncoderConfig) -> None:
+    def __init__(self, ops: Ops, config: EncoderConfig) -> None:
         super().__init__()
         self._ops = ops
-        self.heads = shape.heads
-        self.scale = (shape.hidden_size // shape.heads) ** -0.5
-        self.qkv = FusedLinear(ops, shape.hidden_size, (shape.hidden_size,) * 3)
+        self.heads = config.heads
+        self.scale = (config.hidden_size // config.heads) ** -0.5
+        self.qkv = FusedLinear(ops, config.hidden_size, (config.hidden_size,) * 3)
 
     def forward(self, x: Tensor, packed: Packed, pooled: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
@@ -132,15 +137,15 @@ class Attention(nn.Module):
 
 
 class Output(nn.Module):
-    """Projection back to E, plus the residual, then LayerNorm: the output and the next residual."""
+    """Projection to E, plus the residual, then LayerNorm: returns the output and the next residual."""
 
-    def __init__(self, ops: Ops, inputs: int, shape: EncoderConfig) -> None:
+    def __init__(self, ops: Ops, inputs: int, config: EncoderConfig) -> None:
         super().__init__()
         self._ops = ops
-        self.dense = Linear(ops, inputs, shape.hidden_size)
-        self.LayerNorm = PostLayerNorm(ops, shape.hidden_size, shape.norm_eps)
+        self.dense = Linear(ops, inputs, config.hidden_size)
+        self.LayerNorm = PostLayerNorm(ops, config.hidden_size, config.norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        linear, norm = self.dense, self.LayerNorm  # called as functions: short queries spend most time in calls
+        linear, norm = self.dense, self.LayerNorm  # not called as modules, because that slows short queries
         y = self._ops.linear(x, linear.weight, linear.bias)
         return self._ops.post_layer_norm(y, residual, norm.weight, norm.bias, norm.eps, rows)

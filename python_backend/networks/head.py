@@ -16,6 +16,7 @@ class Head(nn.Module):
     def __init__(self, ops: Ops, model: ModelConfig) -> None:
         super().__init__()
         self._ops = ops
+        # With any other pooling, such as CLIP's, the network returns one state per row, which "cls" keeps as it is.
         self._pooling = model.pooling if model.pooling in POOLING_MODES else "cls"
         self.dense = nn.Sequential(
             *(Dense(ops, d.in_features, d.out_features, d.activation, d.bias) for d in model.dense)

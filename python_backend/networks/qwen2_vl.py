@@ -21,7 +21,7 @@ from triton_embed.python_backend.networks.qwen2_vl_vision import VisionTower
 class Qwen2VL(nn.Module):
     """Rows of token ids with images -> hidden states as from Decoder, and their layout."""
 
-    # Names of the hub, of transformers 5, and of a bare Qwen2VLModel.
+    # Checkpoints on the hub, of transformers 5, and of a bare Qwen2VLModel name their tensors differently.
     naming = replace(
         Decoder.naming,
         renames=(
@@ -31,60 +31,60 @@ class Qwen2VL(nn.Module):
         ),
     )
 
-    def __init__(self, ops: Ops, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, config: Qwen2VLConfig, device: str) -> None:
         super().__init__()
-        self._shape, self._device = shape, device
-        self._rule = model.image_positions
-        self.visual = VisionTower(ops, model, shape, device)
-        self.language_model = Decoder(ops, model, shape.text, device)
+        self._config, self._device = config, device
+        self._image_positions = model.image_positions
+        self.visual = VisionTower(ops, model, config, device)
+        self.language_model = Decoder(ops, model, config.text, device)
         self.recordable, self.shareable = self.language_model.recordable, self.language_model.shareable
 
     def forward(self, rows: Sequence[Row], prefix: Prefix | None = None) -> tuple[Tensor, Packed]:
         batch = self.lay_out(rows, prefix).to(self._device)
         x = self.language_model.embed_tokens(batch.ids)
-        if pictures := [picture for row in rows for picture in row.images]:
-            x[batch.ids == self._shape.image_token] = self.visual(pictures).to(x.dtype)
+        if images := [image for row in rows for image in row.images]:
+            x[batch.ids == self._config.image_token] = self.visual(images).to(x.dtype)
         return self.language_model.decode(batch, x, prefix), batch.states
 
     def lay_out(self, rows: Sequence[Row], prefix: Prefix | None = None) -> Layout:
         return self.language_model.lay_out(rows, [self._positions(row) for row in rows], prefix)
 
     def compute(self, batch: Batch) -> Tensor:
-        """Lay out rows without images."""
+        """Return the hidden states of a batch without images."""
         return self.language_model.compute(batch)
 
-    def sample_pictures(self) -> list[Row]:
-        """Return a row for warm-up: an image of 2 x 2 tokens, and a token after it."""
-        side = 2 * self._shape.patch_size * self._shape.merge
-        ids = np.array([*[self._shape.image_token] * 4, 0], dtype=np.int32)
-        return [Row(ids, (np.full((side, side, 3), 127, dtype=np.uint8),), 4 * self._shape.merge**2)]
+    def sample_image_rows(self) -> list[Row]:
+        """Return one row for warm-up: an image of 2 x 2 tokens, and a token after it."""
+        side = 2 * self._config.patch_size * self._config.merge
+        ids = np.array([*[self._config.image_token] * 4, 0], dtype=np.int32)
+        return [Row(ids, (np.full((side, side, 3), 127, dtype=np.uint8),), 4 * self._config.merge**2)]
 
     def read_prefix(self, ids: Ids) -> Prefix:
         return self.language_model.read_prefix(ids)
 
     def _positions(self, row: Row) -> npt.NDArray[np.int64]:
-        """Return time, height and width [3,n] of each token.
+        """Return the positions [3,n] of each token: time, height and width.
 
-        `mrope` (transformers' get_rope_index): text counts up on all three axes, a picture's tokens stand still in
-        time and lie on a grid, and what follows goes on after its longer side. `sequential`: everything counts up,
-        which is what GME's official code did on the transformers it was written for.
+        `mrope` (transformers' get_rope_index): a text token advances all three axes. The tokens of an image share one
+        time and lie on a grid of height and width; the next token continues after the longer side of the grid.
+        `sequential`: every token advances all axes, as in GME's official code on the transformers it was written for.
         """
         count = len(row.ids)
-        places = np.flatnonzero(row.ids == self._shape.image_token)
-        if self._rule == "sequential" or not row.images:
+        image_indices = np.flatnonzero(row.ids == self._config.image_token)
+        if self._image_positions == "sequential" or not row.images:
             return np.tile(np.arange(count), (3, 1))
-        side = self._shape.patch_size * self._shape.merge
-        found = np.empty((3, count), dtype=np.int64)
-        token, position = 0, 0
-        for picture in row.images:
-            high, wide = picture.shape[0] // side, picture.shape[1] // side
-            start = int(places[places >= token][0])
-            found[:, token:start] = np.arange(position, position + start - token)
+        side = self._config.patch_size * self._config.merge
+        positions = np.empty((3, count), dtype=np.int64)
+        token, position = 0, 0  # the next token, and its position
+        for image in row.images:
+            height, width = image.shape[0] // side, image.shape[1] // side  # in tokens
+            start = int(image_indices[image_indices >= token][0])
+            positions[:, token:start] = np.arange(position, position + start - token)
             position += start - token
-            token = start + high * wide
-            found[:, start:token] = position + np.stack(
-                [np.zeros((high, wide), dtype=np.int64), *np.indices((high, wide))]
+            token = start + height * width
+            positions[:, start:token] = position + np.stack(
+                [np.zeros((height, width), dtype=np.int64), *np.indices((height, width))]
             ).reshape(3, -1)
-            position += max(high, wide)
-        found[:, token:] = np.arange(position, position + count - token)
-        return found
+            position += max(height, width)
+        positions[:, token:] = np.arange(position, position + count - token)
+        return positions

@@ -18,37 +18,37 @@ from triton_embed.python_backend.networks.layers import LayerNorm, Linear, Patch
 from triton_embed.python_backend.networks.patches import Patchify
 from triton_embed.python_backend.networks.rotary import frequencies
 
-Angles = tuple[Tensor, Tensor]
+Angles = tuple[Tensor, Tensor]  # their cosines and sines, fp32 [T, D/2]
 
 
 class VisionTower(nn.Module):
     """Images -> [tokens, E of the decoder], one image after another."""
 
-    def __init__(self, ops: Ops, model: ModelConfig, shape: Qwen2VLConfig, device: str) -> None:
+    def __init__(self, ops: Ops, model: ModelConfig, config: Qwen2VLConfig, device: str) -> None:
         super().__init__()
-        self._ops, self._device, self._heads = ops, device, shape.vision.heads
-        self._patches = Patchify(ops, model, shape.patch_size, shape.merge, shape.frames, device)
+        self._ops, self._device, self._heads = ops, device, config.vision.heads
+        self._patchify = Patchify(ops, model, config.patch_size, config.merge, config.frames, device)
         # Rows and columns rotate by the same frequencies, each in half of the head.
-        half = shape.vision.hidden_size // shape.vision.heads // 2
+        half = config.vision.hidden_size // config.vision.heads // 2
         with torch.device("cpu"):
             self._frequencies = frequencies(RopeConfig(theta=10_000.0, head_dim=half, positions=0)).to(device)
-        kernel = (shape.frames, shape.patch_size, shape.patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": PatchEmbedding(ops, kernel, shape.vision.hidden_size)})
-        self.blocks = nn.ModuleList(Block(ops, shape.vision) for _ in range(shape.vision.layers))
-        self.merger = Merger(ops, shape)
+        kernel = (config.frames, config.patch_size, config.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": PatchEmbedding(ops, kernel, config.vision.hidden_size)})
+        self.blocks = nn.ModuleList(Block(ops, config.vision) for _ in range(config.vision.layers))
+        self.merger = Merger(ops, config)
 
-    def forward(self, pictures: Sequence[Pixels]) -> Tensor:
-        patches = torch.cat([self._patches(picture) for picture in pictures])
-        grids = [self._patches.grid(picture) for picture in pictures]
-        positions = torch.cat([self._patches.positions(grid) for grid in grids], dim=1)
+    def forward(self, images: Sequence[Pixels]) -> Tensor:
+        patches = torch.cat([self._patchify(image) for image in images])
+        grids = [self._patchify.grid(image) for image in images]
+        positions = torch.cat([self._patchify.positions(grid) for grid in grids], dim=1)
         lengths = [grid.count for grid in grids]
         proj: Any = self.patch_embed["proj"]
         x: Tensor = proj(patches.to(proj.weight.dtype))
         heads, size = self._heads, x.shape[1]
         tile = self._ops.tile_tokens(heads, heads, size // heads, x.dtype, self._device)
         packed = Packed.from_lengths(lengths, self._device, tile)
-        turns = (positions.T[..., None].float() * self._frequencies).flatten(1)  # [P, D/2]
-        angles = turns.cos(), turns.sin()
+        radians = (positions.T[..., None].float() * self._frequencies).flatten(1)  # [P, D/2]
+        angles = radians.cos(), radians.sin()
         residual = None
         for block in self.blocks:
             x, residual = block(x, residual, angles, packed)
@@ -59,15 +59,15 @@ class VisionTower(nn.Module):
 class Block(nn.Module):
     """Norm, attention inside each image, norm, MLP. Each norm adds its input to the residual stream."""
 
-    def __init__(self, ops: Ops, shape: TowerConfig) -> None:
+    def __init__(self, ops: Ops, config: TowerConfig) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(ops, shape.hidden_size, shape.norm_eps)
-        self.attn = Attention(ops, shape)
-        self.norm2 = LayerNorm(ops, shape.hidden_size, shape.norm_eps)
+        self.norm1 = LayerNorm(ops, config.hidden_size, config.norm_eps)
+        self.attn = Attention(ops, config)
+        self.norm2 = LayerNorm(ops, config.hidden_size, config.norm_eps)
         self.mlp = nn.ModuleDict(
             {
-                "fc1": Linear(ops, shape.hidden_size, shape.intermediate_size, shape.activation),
-                "fc2": Linear(ops, shape.intermediate_size, shape.hidden_size),
+                "fc1": Linear(ops, config.hidden_size, config.intermediate_size, config.activation),
+                "fc2": Linear(ops, config.intermediate_size, config.hidden_size),
             }
         )
 
@@ -80,13 +80,13 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Attention with q, k and v from one projection, rotated by row and column."""
 
-    def __init__(self, ops: Ops, shape: TowerConfig) -> None:
+    def __init__(self, ops: Ops, config: TowerConfig) -> None:
         super().__init__()
         self._ops = ops
-        self.heads = shape.heads
-        self.scale = (shape.hidden_size // shape.heads) ** -0.5
-        self.qkv = Linear(ops, shape.hidden_size, 3 * shape.hidden_size)
-        self.proj = Linear(ops, shape.hidden_size, shape.hidden_size)
+        self.heads = config.heads
+        self.scale = (config.hidden_size // config.heads) ** -0.5
+        self.qkv = Linear(ops, config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(ops, config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, angles: Angles, packed: Packed) -> Tensor:
         qkv = self.qkv(x)
@@ -100,12 +100,12 @@ class Attention(nn.Module):
 class Merger(nn.Module):
     """`merge` x `merge` neighboring patches -> one token of the decoder."""
 
-    def __init__(self, ops: Ops, shape: Qwen2VLConfig) -> None:
+    def __init__(self, ops: Ops, config: Qwen2VLConfig) -> None:
         super().__init__()
-        self.patches = shape.merge**2
-        wide = shape.vision.hidden_size * self.patches
-        self.ln_q = LayerNorm(ops, shape.vision.hidden_size, shape.vision.norm_eps)
-        self.mlp = nn.ModuleDict({"0": Linear(ops, wide, wide, "gelu_erf"), "2": Linear(ops, wide, shape.hidden_size)})
+        self.patches = config.merge**2
+        wide = config.vision.hidden_size * self.patches
+        self.ln_q = LayerNorm(ops, config.vision.hidden_size, config.vision.norm_eps)
+        self.mlp = nn.ModuleDict({"0": Linear(ops, wide, wide, "gelu_erf"), "2": Linear(ops, wide, config.hidden_size)})
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         normed = self.ln_q(x, residual)[0]

@@ -19,12 +19,12 @@ class Rotary:
         self._rope = rope
         with torch.device("cpu"):  # constants need real memory even while parameters are built on meta
             self._frequencies = frequencies(rope).to(device)
-            # Column j of the D/2 angles depends on this axis of the position.
+            # The axis of the position that each of the D/2 angles depends on.
             self._axis = torch.repeat_interleave(torch.tensor(rope.sections)).to(device)
         self._scale = attention_factor(rope)
 
     def __call__(self, positions: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return cos and sin fp32 [T, D/2] of positions int [A,T], a row per axis.
+        """Return cos and sin fp32 [T, D/2] of positions int [A,T] on A axes.
 
         With dynamic scaling, a sequence longer than the trained length gets its own frequencies.
 

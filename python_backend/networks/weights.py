@@ -32,8 +32,11 @@ class Naming:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in a file. The file is opened for each tensor, so that no more than one tensor is mapped at a time, and
-    the tensor is copied once, to its final memory and dtype."""
+    """A tensor in a file.
+
+    The file is opened for each tensor, so that at most one tensor is mapped at a time. A tensor is copied once, to its
+    final memory and dtype.
+    """
 
     path: Path
     key: str
@@ -42,7 +45,7 @@ class _Stored:
         """Copy the tensor.
 
         Raises:
-            ConfigError: if its shape is not that of `target`.
+            ConfigError: Its shape is not that of `target`.
         """
         with safe_open(self.path, framework="pt") as file:
             tensor = file.get_tensor(self.key)
@@ -53,12 +56,12 @@ class _Stored:
 
 
 def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype, device: str) -> None:
-    """Load every parameter of `network`, which was built on meta, in `dtype` on `device`.
+    """Load every parameter of `network`, which was built on the meta device, in `dtype` on `device`.
 
     A module with a `dtype` attribute keeps that dtype.
 
     Raises:
-        ConfigError: naming a tensor that is missing, unexpected or of another shape, or a file that cannot be read.
+        ConfigError: A tensor is missing, unexpected or of another shape, or a file cannot be read.
     """
     tensors = _index(directory, naming)
     for name, parameter in list(network.named_parameters()):

@@ -1,4 +1,4 @@
-"""BGE: BERT encoder, CLS pooling as its checkpoint states, instruction before a query."""
+"""BGE: BERT or XLM-RoBERTa encoder, pooling of the checkpoint (CLS), instruction before a query."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
 from triton_embed.python_backend.spec import EncoderSpec

@@ -1,4 +1,4 @@
-"""CLIP: a text and a vision tower projected into one space, trained without instructions."""
+"""CLIP: a text tower and a vision tower projected into one space, trained without instructions."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
 from triton_embed.python_backend.spec import ClipSpec

@@ -1,4 +1,4 @@
-"""E5 and its kind: a causal Mistral or Llama decoder, last-token pooling, texts that end with EOS."""
+"""E5-Mistral and similar models: causal Mistral or Llama decoder, last-token pooling, texts that end with EOS."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
 from triton_embed.python_backend.spec import DecoderSpec

@@ -1,4 +1,4 @@
-"""GME-Qwen2-VL: vision tower and causal Qwen2 decoder, last-token pooling; every input in its chat template."""
+"""GME-Qwen2-VL: vision tower and causal Qwen2 decoder, last-token pooling, every input in the chat template."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
 from triton_embed.python_backend.spec import Qwen2VLSpec

@@ -1,4 +1,4 @@
-"""GTE-Qwen2: a Qwen2 decoder, bidirectional where its config.json says so, last-token pooling."""
+"""GTE-Qwen2: Qwen2 decoder, causal or bidirectional as config.json says, last-token pooling."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
 from triton_embed.python_backend.spec import DecoderSpec

@@ -1,4 +1,4 @@
-"""MiniLM and its kind: BERT encoder, pooled as its checkpoint states, trained without instructions."""
+"""MiniLM and similar models: BERT encoder, pooling of the checkpoint, trained without instructions."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
 from triton_embed.python_backend.spec import EncoderSpec

@@ -1,4 +1,4 @@
-"""Qwen3-Embedding: causal decoder, q/k RMSNorm a head, last-token pooling."""
+"""Qwen3-Embedding: causal decoder, RMSNorm of each query and key head, last-token pooling."""
 
 from triton_embed.python_backend.serve import EmbeddingServer
 from triton_embed.python_backend.spec import DecoderSpec
