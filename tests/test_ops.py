@@ -52,7 +52,7 @@ MaskRule = Callable[[int, int, Tensor, Tensor], Tensor]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two threads wait for each other at every layer where others keep the cores busy."""
+    """Use one thread: two wait for each other at every layer when other processes keep the cores busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,11 +63,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """`expected` is float64, or transformers' float32 where it knows nothing finer."""
-    bound = BOUNDS[dtype or found.dtype]
-    assert found.shape == expected.shape
-    wrong, right = (found.double() - expected.double()).flatten(1), expected.double().flatten(1)
+def assert_close(result: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Check against float64, or against float32 where transformers computes nothing more precise."""
+    bound = BOUNDS[dtype or result.dtype]
+    assert result.shape == expected.shape
+    wrong, right = (result.double() - expected.double()).flatten(1), expected.double().flatten(1)
     assert wrong.norm() <= bound * right.norm()
     assert (wrong.norm(dim=1) <= 4 * bound * right.norm(dim=1)).all()
 
@@ -75,7 +75,7 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype | None = No
 def attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: MaskRule, scale: float, shared: int = 0
 ) -> Tensor:
-    """torch's attention in float64, one sequence at a time; the first `shared` rows of k and v precede them all."""
+    """Compute attention in float64 per sequence. The first `shared` rows of k and v precede every sequence."""
     groups, outs = q.shape[1] // k.shape[1], []
     k, v = (x.double().repeat_interleave(groups, dim=1).transpose(0, 1) for x in (k, v))
     start = 0
@@ -83,8 +83,8 @@ def attend(
         keys = torch.cat([torch.arange(shared), shared + torch.arange(start, start + length)])
         query = torch.arange(shared, shared + length)[:, None]
         mask = rule(0, 0, query, torch.arange(shared + length)[None]).expand(length, -1)
-        one = q[start : start + length].double().transpose(0, 1)
-        outs.append(F.scaled_dot_product_attention(one, k[:, keys], v[:, keys], mask, scale=scale))
+        queries = q[start : start + length].double().transpose(0, 1)
+        outs.append(F.scaled_dot_product_attention(queries, k[:, keys], v[:, keys], mask, scale=scale))
         start += length
     return torch.cat(outs, dim=1).transpose(0, 1)
 
@@ -102,30 +102,30 @@ RULES = [f"{'causal' if causal else 'both ways'} {window or ''}" for causal, win
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("causal", "window", "rule"), ATTENTION, ids=RULES)
-def test_attention_sees_what_transformers_lets_it_see(
+def test_attention_masks_match_transformers(
     lengths: tuple[int, ...], causal: bool, window: int | None, rule: MaskRule
 ) -> None:
     tokens = sum(lengths)
     q, k, v = random(tokens, 6, 16), random(tokens, 2, 16, seed=1), random(tokens, 2, 16, seed=2)
-    found = ops.varlen_attention(q, k, v, Packed.from_lengths(lengths), causal, window, scale=0.3)
-    assert_close(found, attend(q, k, v, lengths, rule, 0.3))
+    result = ops.varlen_attention(q, k, v, Packed.from_lengths(lengths), causal, window, scale=0.3)
+    assert_close(result, attend(q, k, v, lengths, rule, 0.3))
 
 
 def edges(window: int) -> tuple[int, ...]:
-    """Lengths around the ends of blocks of `window` queries, some of them twice in a row."""
+    """Return lengths around the ends of blocks of `window` queries, with two equal neighbors."""
     around = {times * window + more for times in (1, 2, 3) for more in (-1, 0, 1)} - {0}
     return (*around, window + 1, window + 1, 1, 1)
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2), (5, 1)], ids=str)
 @pytest.mark.parametrize("window", [1, 2, 5, 40])
-def test_a_causal_window_at_the_edges_of_its_blocks(window: int, heads: tuple[int, int]) -> None:
+def test_causal_window_at_block_edges(window: int, heads: tuple[int, int]) -> None:
     lengths = edges(window)
     tokens = sum(lengths)
     q = random(tokens, heads[0], 10)
     k, v = (random(tokens, heads[1], 10, seed=seed) for seed in (1, 2))
-    found = ops.varlen_attention(q, k, v, Packed.from_lengths(lengths), True, window, 0.3)
-    assert_close(found, attend(q, k, v, lengths, sliding_window_causal_mask_function(window), 0.3))
+    result = ops.varlen_attention(q, k, v, Packed.from_lengths(lengths), True, window, 0.3)
+    assert_close(result, attend(q, k, v, lengths, sliding_window_causal_mask_function(window), 0.3))
 
 
 @settings(deadline=None, max_examples=60)
@@ -134,7 +134,7 @@ def test_a_causal_window_at_the_edges_of_its_blocks(window: int, heads: tuple[in
     st.one_of(st.none(), st.integers(1, 45)),
     st.sampled_from([(1, 1), (2, 1), (6, 2), (3, 3)]),
 )
-def test_any_lengths_any_window(lengths: list[int], window: int | None, heads: tuple[int, int]) -> None:
+def test_any_lengths_and_window(lengths: list[int], window: int | None, heads: tuple[int, int]) -> None:
     tokens = sum(lengths)
     q = random(tokens, heads[0], 6)
     k, v = (random(tokens, heads[1], 6, seed=seed) for seed in (1, 2))
@@ -148,65 +148,65 @@ def test_any_lengths_any_window(lengths: list[int], window: int | None, heads: t
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 67, 68, 1000])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_the_last_row_of_a_causal_sequence(lengths: tuple[int, ...], window: int | None) -> None:
+def test_pooled_last_row_of_a_causal_sequence(lengths: tuple[int, ...], window: int | None) -> None:
     tokens, packed = sum(lengths), Packed.from_lengths(lengths)
     q, k, v = random(tokens, 6, 16), random(tokens, 2, 16, seed=1), random(tokens, 2, 16, seed=2)
     rule = sliding_window_causal_mask_function(window) if window else causal_mask_function
     last = packed.cu_seqlens[1:].long() - 1
-    found = ops.pooled_attention(q, k, v, packed, last, window, 0.3)
-    assert_close(found, attend(q, k, v, lengths, rule, 0.3)[last])
+    result = ops.pooled_attention(q, k, v, packed, last, window, 0.3)
+    assert_close(result, attend(q, k, v, lengths, rule, 0.3)[last])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("place", ["first", "last", "any"])
+@pytest.mark.parametrize("pooled_row", ["first", "last", "any"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 64), (4, 2, 80), (5, 1, 10)], ids=str)
-def test_any_row_of_a_bidirectional_sequence(
-    heads: int, kv_heads: int, head_dim: int, place: str, dtype: torch.dtype
+def test_pooled_row_of_a_bidirectional_sequence(
+    heads: int, kv_heads: int, head_dim: int, pooled_row: str, dtype: torch.dtype
 ) -> None:
     lengths = (19, 19, *MANY_SHORT, 2, 2)
     tokens, scale, packed = sum(lengths), head_dim**-0.5, Packed.from_lengths(lengths)
     q = random(tokens, heads, head_dim, dtype=dtype)
     k, v = (random(tokens, kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
     offsets = {"first": [0] * len(lengths), "last": [n - 1 for n in lengths], "any": [7 * n // 11 for n in lengths]}
-    rows = packed.cu_seqlens[:-1].long() + torch.tensor(offsets[place])
-    found = ops.pooled_attention(q, k, v, packed, rows, None, scale)
-    assert found.dtype == dtype
-    assert_close(found, attend(q, k, v, lengths, bidirectional_mask_function, scale)[rows])
+    rows = packed.cu_seqlens[:-1].long() + torch.tensor(offsets[pooled_row])
+    result = ops.pooled_attention(q, k, v, packed, rows, None, scale)
+    assert result.dtype == dtype
+    assert_close(result, attend(q, k, v, lengths, bidirectional_mask_function, scale)[rows])
 
 
-def test_a_pooled_row_reads_views_of_one_projection() -> None:
+def test_pooled_row_reads_views_of_one_projection() -> None:
     q, k, v = random(sum(MANY_SHORT), 3, 4, 16).unbind(1)
     packed = Packed.from_lengths(MANY_SHORT)
     rows = packed.cu_seqlens[:-1].long()
-    found = ops.pooled_attention(q, k, v, packed, rows, None, 0.25)
-    assert_close(found, attend(q, k, v, MANY_SHORT, bidirectional_mask_function, 0.25)[rows])
+    result = ops.pooled_attention(q, k, v, packed, rows, None, 0.25)
+    assert_close(result, attend(q, k, v, MANY_SHORT, bidirectional_mask_function, 0.25)[rows])
 
 
 class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any torch operation gives, those inside attention included."""
+    """The number of elements of the largest tensor that any torch operation returns, also inside attention."""
 
     elements = 0
 
     def __torch_dispatch__(self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None) -> Any:
-        given = func(*args, **(kwargs or {}))
-        for one in given if isinstance(given, tuple | list) else (given,):
-            self.elements = max(self.elements, one.numel() if isinstance(one, Tensor) else 0)
-        return given
+        outputs = func(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, tuple | list) else (outputs,):
+            self.elements = max(self.elements, output.numel() if isinstance(output, Tensor) else 0)
+        return outputs
 
 
 @pytest.mark.parametrize("window", [None, 64], ids=["all", "window"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
-def test_memory_does_not_grow_with_the_square_of_the_length(heads: tuple[int, int], window: int | None) -> None:
-    """No operation gives many more values than the output has, where a mask would be 62 times as many."""
+def test_memory_is_not_quadratic_in_the_length(heads: tuple[int, int], window: int | None) -> None:
+    """Check that no operation returns many more values than the output has; a mask would have 62 times as many."""
     length, head_dim = 2_001, 8
     q = random(length, heads[0], head_dim)
     k, v = (random(length, heads[1], head_dim, seed=seed) for seed in (1, 2))
     with torch.inference_mode(), Largest() as largest:
-        found = ops.varlen_attention(q, k, v, Packed.from_lengths([length]), True, window, 0.4)
-    assert 0 < largest.elements <= 3 * found.numel()
+        result = ops.varlen_attention(q, k, v, Packed.from_lengths([length]), True, window, 0.4)
+    assert 0 < largest.elements <= 3 * result.numel()
     seen = window or length
     expected = attend(q[-seen:], k[-seen:], v[-seen:], [seen], causal_mask_function, 0.4)[-1:]
-    assert_close(found[-1:], expected)
+    assert_close(result[-1:], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -217,9 +217,9 @@ def test_attention_in_every_dtype_and_head_layout(heads: int, kv_heads: int, hea
     tokens, scale = sum(MANY_SHORT), head_dim**-0.5
     q = random(tokens, heads, head_dim, dtype=dtype)
     k, v = (random(tokens, kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
-    found = ops.varlen_attention(q, k, v, Packed.from_lengths(MANY_SHORT), True, None, scale)
-    assert found.dtype == dtype
-    assert_close(found, attend(q, k, v, MANY_SHORT, causal_mask_function, scale))
+    result = ops.varlen_attention(q, k, v, Packed.from_lengths(MANY_SHORT), True, None, scale)
+    assert result.dtype == dtype
+    assert_close(result, attend(q, k, v, MANY_SHORT, causal_mask_function, scale))
 
 
 @pytest.mark.parametrize(("causal", "window", "rule"), ATTENTION, ids=RULES)
@@ -228,7 +228,7 @@ def test_attention_after_a_shared_prefix(causal: bool, window: int | None, rule:
     tokens = sum(lengths)
     q = random(tokens, 6, 16)
     k, v = (random(shared + tokens, 3, 16, seed=seed) for seed in (1, 2))
-    found = ops.varlen_attention(
+    result = ops.varlen_attention(
         q,
         k[shared:],
         v[shared:],
@@ -238,19 +238,19 @@ def test_attention_after_a_shared_prefix(causal: bool, window: int | None, rule:
         0.25,
         prefix=(k[:shared], v[:shared]),
     )
-    assert_close(found, attend(q, k, v, lengths, rule, 0.25, shared))
+    assert_close(result, attend(q, k, v, lengths, rule, 0.25, shared))
 
 
 def test_attention_reads_views_of_one_projection() -> None:
-    """q, k and v come as strided views of one tensor: only their last dimension is contiguous."""
+    """Pass q, k and v as strided views of one tensor, of which only the last dimension is contiguous."""
     tokens = sum(MANY_SHORT)
     q, k, v = random(tokens, 3, 4, 16).unbind(1)
-    found = ops.varlen_attention(q, k, v, Packed.from_lengths(MANY_SHORT), False, None, 0.25)
-    assert_close(found, attend(q, k, v, MANY_SHORT, bidirectional_mask_function, 0.25))
+    result = ops.varlen_attention(q, k, v, Packed.from_lengths(MANY_SHORT), False, None, 0.25)
+    assert_close(result, attend(q, k, v, MANY_SHORT, bidirectional_mask_function, 0.25))
 
 
 def _rotated(norms: tuple[nn.Module, nn.Module] | None, qkv: Tensor, heads: tuple[int, int]) -> tuple[Tensor, ...]:
-    """q and k [T,heads,D] of a fused projection, in float32, normalised by transformers' modules."""
+    """Return q and k [T,heads,D] of a fused projection in float32, normalized by transformers' modules."""
     q, k, _ = qkv.float().unflatten(1, (heads[0] + 2 * heads[1], -1)).split([heads[0], heads[1], heads[1]], dim=1)
     return (norms[0](q), norms[1](k)) if norms else (q, k)
 
@@ -277,12 +277,12 @@ def test_rotary_positions_of_qwen3(normed: bool, dtype: torch.dtype) -> None:
 
     cos, sin = (x[0, :, : head_dim // 2] for x in rotary(q, position[None]))
     weights = [norm.weight.data.to(dtype) for norm in norms] if normed else [None, None]
-    given = qkv.clone()
-    found = ops.qk_norm_rope_(given, heads, cos, sin, *weights, 1e-3)
-    assert found.data_ptr() == given.data_ptr()
+    in_place = qkv.clone()
+    result = ops.qk_norm_rope_(in_place, heads, cos, sin, *weights, 1e-3)
+    assert result.data_ptr() == in_place.data_ptr()
     size = sum(heads) * head_dim
-    assert_close(given[:, :size], torch.cat(expected, dim=1).flatten(1))
-    assert torch.equal(given[:, size:], qkv[:, size:])
+    assert_close(in_place[:, :size], torch.cat(expected, dim=1).flatten(1))
+    assert torch.equal(in_place[:, size:], qkv[:, size:])
 
 
 @pytest.mark.parametrize("sections", [(4, 6, 6), (1, 2, 13)], ids=str)
@@ -301,8 +301,8 @@ def test_rotary_positions_of_qwen2_vl_text(sections: tuple[int, int, int]) -> No
     expected = qwen2_vl.apply_rotary_pos_emb(q, k, *(x[0] for x in rotary(q, pos[:, None])))
 
     cos, sin = (x[0, :, : head_dim // 2] for x in rotary(q, pos[:, None]))
-    found = ops.qk_norm_rope_(qkv.clone(), heads, cos, sin, None, None, 0.0)
-    assert_close(found[:, : sum(heads) * head_dim], torch.cat(expected, dim=1).flatten(1))
+    result = ops.qk_norm_rope_(qkv.clone(), heads, cos, sin, None, None, 0.0)
+    assert_close(result[:, : sum(heads) * head_dim], torch.cat(expected, dim=1).flatten(1))
 
 
 def test_rotary_positions_of_qwen2_vl_vision() -> None:
@@ -315,8 +315,8 @@ def test_rotary_positions_of_qwen2_vl_vision() -> None:
     expected = qwen2_vl.apply_rotary_pos_emb_vision(q, k, *rotary(q, torch.stack([row, column], dim=1)))
 
     cos, sin = (x[:, : head_dim // 2] for x in rotary(q, torch.stack([row, column], dim=1)))
-    found = ops.qk_norm_rope_(qkv.clone(), (heads, heads), cos, sin, None, None, 0.0)
-    assert_close(found[:, : 2 * heads * head_dim], torch.cat(expected, dim=1).flatten(1))
+    result = ops.qk_norm_rope_(qkv.clone(), (heads, heads), cos, sin, None, None, 0.0)
+    assert_close(result[:, : 2 * heads * head_dim], torch.cat(expected, dim=1).flatten(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -328,10 +328,10 @@ def test_rms_norm(shape: tuple[int, int], summed: bool, dtype: torch.dtype) -> N
     norm = qwen3.Qwen3RMSNorm(shape[1], eps=1e-3)
     norm.weight.data = weight.float()
     total = x if residual is None else x + residual
-    found, carried = ops.add_rms_norm(x, residual, weight, 1e-3)
+    result, carried = ops.add_rms_norm(x, residual, weight, 1e-3)
     assert torch.equal(carried, total)
-    assert found.dtype == dtype
-    assert_close(found, norm(total.float()))
+    assert result.dtype == dtype
+    assert_close(result, norm(total.float()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -342,31 +342,31 @@ def test_layer_norm(shape: tuple[int, int], summed: bool, dtype: torch.dtype) ->
     residual = random(*shape, dtype=dtype, seed=3) if summed else None
     norm = nn.LayerNorm(shape[1], eps=1e-3, dtype=torch.float64)
     norm.weight.data, norm.bias.data = weight.double(), bias.double()
-    found, total = ops.add_layer_norm(x, residual, weight, bias, 1e-3)
-    assert found.dtype == total.dtype == dtype
+    result, total = ops.add_layer_norm(x, residual, weight, bias, 1e-3)
+    assert result.dtype == total.dtype == dtype
     assert torch.equal(total, x if residual is None else x + residual)
-    assert_close(found, norm(total.double()))
-    for found in ops.post_layer_norm(x, residual, weight, bias, 1e-3):
-        assert found.dtype == dtype
-        assert_close(found, norm(total.double()))
+    assert_close(result, norm(total.double()))
+    for result in ops.post_layer_norm(x, residual, weight, bias, 1e-3):
+        assert result.dtype == dtype
+        assert_close(result, norm(total.double()))
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-def test_a_norm_adds_the_rows_it_is_told_to(index: torch.dtype) -> None:
+def test_norm_adds_the_selected_residual_rows(index: torch.dtype) -> None:
     x, residual, weight, bias = random(3, 8), random(7, 8, seed=1), random(8, seed=2), random(8, seed=3)
     rows = torch.tensor([6, 0, 2], dtype=index)
     total = x.double() + torch.stack([residual[6], residual[0], residual[2]]).double()
     rms = nn.RMSNorm(8, eps=1e-3, dtype=torch.float64)
     layer = nn.LayerNorm(8, eps=1e-3, dtype=torch.float64)
     rms.weight.data, layer.weight.data, layer.bias.data = weight.double(), weight.double(), bias.double()
-    for found, expected in (
+    for result, expected in (
         (ops.add_rms_norm(x, residual, weight, 1e-3, rows), rms(total)),
         (ops.add_layer_norm(x, residual, weight, bias, 1e-3, rows), layer(total)),
     ):
-        assert_close(found[0], expected)
-        assert_close(found[1], total)
-    for found in ops.post_layer_norm(x, residual, weight, bias, 1e-3, rows):
-        assert_close(found, layer(total))
+        assert_close(result[0], expected)
+        assert_close(result[1], total)
+    for result in ops.post_layer_norm(x, residual, weight, bias, 1e-3, rows):
+        assert_close(result, layer(total))
 
 
 @pytest.mark.parametrize("typed", [True, False], ids=["types", "type 0"])
@@ -384,10 +384,10 @@ def test_embeddings_of_bert(typed: bool) -> None:
         for table in (theirs.word_embeddings, theirs.position_embeddings, theirs.token_type_embeddings)
     )
     norm = theirs.LayerNorm
-    found = ops.embed_layer_norm(
+    result = ops.embed_layer_norm(
         ids[0], pos[0], None if types is None else types[0], *tables, norm.weight.data, norm.bias.data, norm.eps
     )
-    assert_close(found, expected.detach())
+    assert_close(result, expected.detach())
 
 
 # ours -> transformers' name
@@ -429,15 +429,15 @@ def test_every_pooling_is_tested() -> None:
 
 
 def pooled(x: Tensor, lengths: Sequence[int], mode: str) -> Tensor:
-    """sentence-transformers' Pooling in float64 over the padded batch, with rubbish in the padding."""
+    """Pool with sentence-transformers in float64 over the padded batch, with large values in the padding."""
     padded = torch.full((len(lengths), max(lengths), x.shape[1]), 1e3, dtype=torch.float64)
     mask = torch.zeros(padded.shape[:2], dtype=torch.int64)
     for row, part in enumerate(x.double().split(list(lengths))):
         padded[row, : len(part)] = part
         mask[row, : len(part)] = 1
     pooling = Pooling(x.shape[1], pooling_mode=POOLINGS[mode])
-    found: Tensor = pooling({"token_embeddings": padded, "attention_mask": mask})["sentence_embedding"]
-    return found
+    result: Tensor = pooling({"token_embeddings": padded, "attention_mask": mask})["sentence_embedding"]
+    return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -445,56 +445,56 @@ def pooled(x: Tensor, lengths: Sequence[int], mode: str) -> Tensor:
 @pytest.mark.parametrize("mode", POOLING_MODES)
 def test_pooling(mode: str, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     x = random(sum(lengths), 60, dtype=dtype)
-    found = ops.segment_pool(x, Packed.from_lengths(lengths), mode, [60] * len(lengths), l2=False)
-    assert found.dtype == torch.float32
-    assert_close(found, pooled(x, lengths, mode), torch.float32)
+    result = ops.segment_pool(x, Packed.from_lengths(lengths), mode, [60] * len(lengths), l2=False)
+    assert result.dtype == torch.float32
+    assert_close(result, pooled(x, lengths, mode), torch.float32)
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
-def test_each_row_is_cut_to_its_own_size_and_normalised(mode: str) -> None:
+def test_each_row_is_truncated_to_its_size_and_normalized(mode: str) -> None:
     lengths, dims = (3, 3, 1, 41, 2), (60, 1, 20, 7, 59)
     x = 1e-3 * random(sum(lengths), 60, dtype=torch.bfloat16)  # short vectors: an absolute epsilon would show
-    found = ops.segment_pool(x, Packed.from_lengths(lengths), mode, dims)
-    for row, size, whole in zip(found, dims, pooled(x, lengths, mode), strict=True):
-        expected = normalize_embeddings(truncate_embeddings(whole[None], size))
+    result = ops.segment_pool(x, Packed.from_lengths(lengths), mode, dims)
+    for row, size, full_vector in zip(result, dims, pooled(x, lengths, mode), strict=True):
+        expected = normalize_embeddings(truncate_embeddings(full_vector[None], size))
         assert_close(row[None, :size], expected)
         assert abs(np.linalg.norm(row[:size].double().numpy()) - 1) <= 1e-6
         assert not row[size:].any()
 
 
-def test_a_final_norm_comes_before_the_cut() -> None:
+def test_final_norm_precedes_truncation() -> None:
     lengths, dims = (5, 1, 7), (12, 24, 3)
     x, norm = random(13, 24), nn.LayerNorm(24).requires_grad_(False)
-    found = ops.segment_pool(x, Packed.from_lengths(lengths), "last", dims, norm)
-    for row, size, whole in zip(found, dims, norm(pooled(x, lengths, "last").float()), strict=True):
-        assert_close(row[None, :size], normalize_embeddings(truncate_embeddings(whole[None], size)))
+    result = ops.segment_pool(x, Packed.from_lengths(lengths), "last", dims, norm)
+    for row, size, full_vector in zip(result, dims, norm(pooled(x, lengths, "last").float()), strict=True):
+        assert_close(row[None, :size], normalize_embeddings(truncate_embeddings(full_vector[None], size)))
 
 
 @pytest.mark.parametrize("size", [10, 31])
 @pytest.mark.parametrize("mode", POOLING_MODES)
-def test_a_map_may_give_vectors_of_another_size(mode: str, size: int) -> None:
-    """sentence-transformers' Dense, which pools before and is cut and normalised after."""
+def test_projection_may_change_the_size(mode: str, size: int) -> None:
+    """Project with sentence-transformers' Dense, after pooling and before truncation and normalization."""
     lengths, dims = (5, 5, 1, 7), (size, 3, 1, size - 1)
     x = random(sum(lengths), 24, dtype=torch.bfloat16)
     theirs = Dense(24, size).requires_grad_(False).double()
-    given = []
+    inputs = []
 
     def norm(pooled: Tensor) -> Tensor:
-        given.append(pooled)
+        inputs.append(pooled)
         return theirs({"sentence_embedding": pooled.double()})["sentence_embedding"]
 
-    found = ops.segment_pool(x, Packed.from_lengths(lengths), mode, dims, norm)
-    assert [(one.dtype, one.shape) for one in given] == [(torch.float32, (4, 24))]
-    assert (found.dtype, found.shape) == (torch.float32, (4, size))
+    result = ops.segment_pool(x, Packed.from_lengths(lengths), mode, dims, norm)
+    assert [(x.dtype, x.shape) for x in inputs] == [(torch.float32, (4, 24))]
+    assert (result.dtype, result.shape) == (torch.float32, (4, size))
     expected = theirs({"sentence_embedding": pooled(x, lengths, mode)})["sentence_embedding"]
-    for row, kept, whole in zip(found, dims, expected, strict=True):
-        assert_close(row[None, :kept], normalize_embeddings(truncate_embeddings(whole[None], kept)))
-        assert not row[kept:].any()
+    for row, dim, full in zip(result, dims, expected, strict=True):
+        assert_close(row[None, :dim], normalize_embeddings(truncate_embeddings(full[None], dim)))
+        assert not row[dim:].any()
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
-def test_not_a_number_stays_inside_its_own_sequence(mode: str) -> None:
-    """One poisoned sequence, with neighbours of its own length and of others, through every op of a layer."""
+def test_nan_stays_inside_its_sequence(mode: str) -> None:
+    """Run a sequence of NaN through every op of a layer, next to sequences of equal and other lengths."""
     lengths = (4, 4, 4, 1, 9)
     packed = Packed.from_lengths(lengths)
     weight, bias = ops.pack_linear(random(3 * 16, 16)), random(3 * 16, seed=1)
@@ -510,10 +510,10 @@ def test_not_a_number_stays_inside_its_own_sequence(mode: str) -> None:
     x = random(sum(lengths), 16)
     poisoned = x.clone()
     poisoned[4:8] = float("nan")
-    clean, found = embed(x), embed(poisoned)
+    clean, result = embed(x), embed(poisoned)
     others = [0, 2, 3, 4]
-    assert found[1].isnan().all()
-    assert torch.equal(found[others], clean[others])
+    assert result[1].isnan().all()
+    assert torch.equal(result[others], clean[others])
 
 
 def _image(height: int, width: int) -> Tensor:
@@ -529,13 +529,13 @@ def test_patches_of_qwen2_vl(height: int, width: int, patch: int, merge: int, fr
     image = _image(height, width)
     theirs = Qwen2VLImageProcessorPil(do_resize=False, patch_size=patch, merge_size=merge, temporal_patch_size=frames)
     expected = theirs(images=image.numpy(), return_tensors="pt")["pixel_values"]
-    found = ops.patchify(image, patch, merge, frames, torch.tensor(theirs.image_mean), torch.tensor(theirs.image_std))
-    assert_close(found, expected)
+    result = ops.patchify(image, patch, merge, frames, torch.tensor(theirs.image_mean), torch.tensor(theirs.image_std))
+    assert_close(result, expected)
 
 
 @pytest.mark.parametrize("patch", [4, 7])
 def test_patches_of_clip(patch: int) -> None:
-    """Its patch embedding is a convolution: the same sums as our rows times its flattened kernel."""
+    """Compare CLIP's convolution with our rows times its flattened kernel, which are the same sums."""
     image, size = _image(28, 28), 28
     config = CLIPVisionConfig(hidden_size=10, image_size=size, patch_size=patch, num_attention_heads=2)
     torch.manual_seed(0)
@@ -545,8 +545,8 @@ def test_patches_of_clip(patch: int) -> None:
     processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
     expected = theirs(processor(images=image.numpy(), return_tensors="pt")["pixel_values"])[0, 1:]
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-    found = ops.patchify(image, patch, 1, 1, mean, std) @ theirs.patch_embedding.weight.flatten(1).T
-    assert_close(found, expected)
+    result = ops.patchify(image, patch, 1, 1, mean, std) @ theirs.patch_embedding.weight.flatten(1).T
+    assert_close(result, expected)
 
 
 def _attention(
@@ -660,7 +660,7 @@ def test_shapes_that_do_not_fit_are_refused(case: str) -> None:
 
 
 def test_torch_without_openmp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the import of the loops fail as it does where torch's library lacks the symbol."""
+    """Make the import of the loops fail as it does where torch's library lacks the symbol."""
     monkeypatch.delattr("triton_embed.kernels.cpu.backend")
     for name in [name for name in sys.modules if name.startswith("triton_embed.kernels.cpu.")]:
         if not name.endswith("simd"):  # it registers types, and does not need OpenMP

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_embed.gateway.api import requests as schemas
+from triton_embed.gateway.api.embeddings import embeddings_json, encode_json
 from triton_embed.gateway.api.inputs import Prompt
 from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
-from triton_embed.gateway.api.embeddings import embeddings_json, encode_json
 from triton_embed.gateway.api.vector_formats import VectorFormat
 from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.gateway.settings import Settings

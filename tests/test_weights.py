@@ -282,6 +282,7 @@ LOAD = """
     from pathlib import Path
     import torch
     from torch import nn
+    from triton_embed.kernels.ops import Ops
     from triton_embed.python_backend.networks import weights
     from triton_embed.python_backend.networks.layers import FusedLinear
 
@@ -291,7 +292,7 @@ LOAD = """
 
     def load(directory, layers, rows, dtype):
         with torch.device("meta"):
-            fused = (FusedLinear(OPS, 256, (2 * rows, rows, rows), bias=False) for _ in range(layers))
+            fused = (FusedLinear(Ops.reference(), 256, (2 * rows, rows, rows), bias=False) for _ in range(layers))
             network = nn.ModuleList(nn.ModuleDict({"qkv": linear}) for linear in fused)
         weights.load(network, weights.Naming(fused={"qkv": ("a", "b", "c")}), directory, dtype, "cpu")
         return network

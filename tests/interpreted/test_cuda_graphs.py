@@ -100,14 +100,16 @@ def test_replayed_batch_gives_the_vectors_of_transformers(
         recorded = recorder.computed
         texts = [i for i, row in enumerate(rows) if not row.images]
         for selected in (texts, texts[1:2], texts[:2], texts[::-1], texts):
-            result = embedder._embed(forward, [rows[i] for i in selected], [vectors.shape[1]] * len(selected))
+            result = embedder._embed(
+                forward, embedder._head, [rows[i] for i in selected], [vectors.shape[1]] * len(selected)
+            )
             assert np.abs(result - vectors[selected]).max() < 2e-6
         assert (recorder.replays, recorder.computed) == (5, recorded)
         image_rows = [i for i, row in enumerate(rows) if row.images]
         large_batch = [rows[2]] * 4
         for batch, expected in ((large_batch, vectors[[2] * 4]), ([rows[i] for i in image_rows], vectors[image_rows])):
             if batch:
-                result = embedder._embed(forward, batch, [vectors.shape[1]] * len(batch))
+                result = embedder._embed(forward, embedder._head, batch, [vectors.shape[1]] * len(batch))
                 assert np.abs(result - expected).max() < 2e-6
     assert recorder.replays == 5
 

@@ -191,7 +191,7 @@ def test_layer_launches_are_bounded(family: Family, monkeypatch: pytest.MonkeyPa
     embedder, dims = family.embedder, [family.vectors.shape[1]] * len(family.rows)
     for stack, layers in layers_of(embedder).items():
         with record_launches(layers, monkeypatch) as launches:
-            embedder._embed(embedder._network, family.rows, dims)
+            embedder._embed(embedder._network, embedder._head, family.rows, dims)
         assert len(launches) == len(layers)
         max_launches = TOWER_LAUNCHES if stack == "visual.blocks" else LAUNCHES[family.name.partition("-")[0]]
         for names in launches:
