@@ -1,7 +1,7 @@
 """The contract between the engine and the gateway: names, parameters, codes, INFO, errors of inputs, and shared rules.
 
-The gateway imports this file of the engine and no other. It needs the standard library only, because the gateway runs
-without torch.
+To serve requests the gateway imports this file of the engine and no other; its commands also read checkpoints. The
+file needs the standard library only, because the gateway runs without torch.
 """
 
 import json
