@@ -10,12 +10,11 @@ from torch import Tensor
 from triton_embed.kernels import reference
 from triton_embed.kernels.cpu import activation as gates
 from triton_embed.kernels.cpu import attention as dense_attention
-from triton_embed.kernels.cpu import linear_onednn as onednn
 from triton_embed.kernels.cpu import norm as norms
 from triton_embed.kernels.cpu import pooling, rotary
 from triton_embed.kernels.cpu.linear_bf16 import PanelWeight
 from triton_embed.kernels.packed import Packed
-from triton_embed.kernels.reference import activation, linear_sizes, patchify
+from triton_embed.kernels.reference import activation, first_residual, linear, linear_sizes, patchify, tile_tokens
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,26 +62,9 @@ gated_activation = _by_dtype(gates.gated_activation, reference.gated_activation)
 qk_norm_rope_ = _by_dtype(rotary.qk_norm_rope_, reference.qk_norm_rope_)
 
 
-def first_residual(x: Tensor) -> Tensor:
-    """Return x in fp32, except where this CPU lacks the instructions for its dtype."""
-    return x.float() if onednn.supports(x.dtype) else x
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
-    """Compute act(x W^T + b) by oneDNN in one step, or by torch."""
-    if weight.is_mkldnn and onednn.fuses(act):
-        return onednn.linear(x, weight, bias, act)
-    return reference.linear(x, weight, bias, act)
-
-
 def pack_linear(weight: Tensor) -> Tensor | PanelWeight:
     """Return a bf16 weight in panels where the loop over panels is faster than oneDNN, else in oneDNN's layout."""
     return PanelWeight.pack(weight) or reference.pack_linear(weight)
-
-
-def tile_tokens(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> int | None:
-    """Return None: attention has no tiles."""
-    return None
 
 
 def varlen_attention(
