@@ -193,8 +193,17 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def _install_strict_builder() -> None:
     builder, call = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
     builder.__class__ = StrictBuilder
+    patch, patched_modules = interpreter._patch_lang, set[str]()
+
+    def patch_once_per_launch(fn: Any) -> Any:
+        # Triton patches its language again for every function that a kernel calls: a third of the time of a test.
+        if fn.__module__ in patched_modules:
+            return interpreter._LangPatchScope()
+        patched_modules.add(fn.__module__)
+        return patch(fn)
 
     def call_with_spans(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched_modules.clear()
         builder.spans = tuple(_span(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         with np.errstate(all="ignore"), warnings.catch_warnings():  # as on a GPU, NaN causes no warning
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -202,6 +211,7 @@ def _install_strict_builder() -> None:
             call(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = call_with_spans
+    interpreter._patch_lang = patch_once_per_launch
 
 
 _install_strict_builder()

@@ -93,25 +93,25 @@ def test_replayed_batch_gives_the_vectors_of_transformers(
 ) -> None:
     embedder, rows, vectors = family.embedder, family.rows, family.vectors
     recorder = Recorder(embedder, monkeypatch)
-    monkeypatch.setattr(graphs, "TOKENS", (16, 48))
-    monkeypatch.setattr(graphs, "ROWS", (1, 16))
+    monkeypatch.setattr(graphs, "TOKENS", (8, 32))
+    monkeypatch.setattr(graphs, "ROWS", (1, 5))
     with torch.inference_mode():
         forward = CudaGraphs(embedder._network, embedder._network, "cpu")
         recorded = recorder.computed
         texts = [i for i, row in enumerate(rows) if not row.images]
-        for selected in (texts, texts[1:2], texts[:2], texts[::-1], texts):
+        for selected in (texts[::-1], texts[1:2], texts[:2], texts):
             result = embedder._embed(
                 forward, embedder._head, [rows[i] for i in selected], [vectors.shape[1]] * len(selected)
             )
             assert np.abs(result - vectors[selected]).max() < 2e-6
-        assert (recorder.replays, recorder.computed) == (5, recorded)
+        assert (recorder.replays, recorder.computed) == (4, recorded)
         image_rows = [i for i, row in enumerate(rows) if row.images]
         large_batch = [rows[2]] * 4
         for batch, expected in ((large_batch, vectors[[2] * 4]), ([rows[i] for i in image_rows], vectors[image_rows])):
             if batch:
                 result = embedder._embed(forward, embedder._head, batch, [vectors.shape[1]] * len(batch))
                 assert np.abs(result - expected).max() < 2e-6
-    assert recorder.replays == 5
+    assert recorder.replays == 4
 
 
 def test_padding_rows_have_no_tokens_and_no_tiles() -> None:
