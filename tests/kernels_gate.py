@@ -1,8 +1,8 @@
 """Every kernel compiled ahead of time, without a GPU, for each architecture that has a table of block sizes.
 
 `python tests/kernels_gate.py` prints a line per build, then the problems, and exits with 1 if there are any
-(`python tests/kernels_gate.py norm pooling`: only the kernels of these files). The ops are called with the sizes of
-real models over uninitialized memory, and each launch is compiled instead of run.
+(`python tests/kernels_gate.py norm sm90`: only the kernels of this file, only for this architecture). The ops are
+called with the sizes of real models over uninitialized memory, and each launch is compiled instead of run.
 
 Problems are: a build that fails, spills registers, needs more shared memory than the architecture has, or does not use
 the tensor cores or 128-bit loads that make it fast; a kernel or a table entry that no call reaches; a number whose
@@ -399,7 +399,13 @@ def unreached(launches: list[Launch]) -> list[str]:
     return [f"kernels/{name}.py: no call reaches {kernel}" for name, kernel in sorted(missed)]
 
 
-def main(files: Collection[str]) -> int:
+def main(names: Collection[str]) -> int:
+    unknown = set(names) - {*FILES, *ARCHITECTURES, HIP}
+    if unknown:
+        print(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join([*FILES, *ARCHITECTURES, HIP])}")
+        return 2
+    files = set(FILES).intersection(names) or set(FILES)
+    architectures = {*ARCHITECTURES, HIP}.intersection(names) or {*ARCHITECTURES, HIP}
     began, builds, problems = time.monotonic(), [], []
     for architecture, capability in ARCHITECTURES.items():
         table = Watched(blocks.load_table(architecture))
@@ -410,9 +416,11 @@ def main(files: Collection[str]) -> int:
             for limits in table.unreached(kernel)
         ]
         selected = [launch for launch in reached if launch.file in files]
-        builds += [Build.of(launch, capability) for launch in selected]
+        if architecture in architectures:
+            builds += [Build.of(launch, capability) for launch in selected]
     problems += unreached(reached)
-    builds += [Build.of(launch, HIP) for launch in {launch.kernel: launch for launch in selected}.values()]
+    if HIP in architectures:
+        builds += [Build.of(launch, HIP) for launch in {launch.kernel: launch for launch in selected}.values()]
     bad = bad_builds()
     print(f"triton {triton.__version__}\n{HEADER}", flush=True)
     results = finished([*builds, *bad.values()])
@@ -431,4 +439,4 @@ def main(files: Collection[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or FILES))
+    sys.exit(main(sys.argv[1:]))

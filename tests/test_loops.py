@@ -332,19 +332,28 @@ def test_loop_works_with_a_damaged_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 GATE = """
+import logging
+
 import torch
+
+logging.basicConfig(level=logging.INFO)
 from triton_embed.kernels.cpu import activation
 
 print(activation.gated_activation(torch.full((1, 4), 4.0))[0, 0].item())
 """
 
 
-def run_process(kernels: Path, cache: Path, code: str) -> str:
-    """Run `code` in a process that imports a copy of the kernels, and return what it prints."""
+def run_processes(kernels: Path, cache: Path, code: str, count: int = 1) -> list[tuple[float, str]]:
+    """Run `code` in processes that import a copy of the kernels; return the number each prints, and its log."""
     environment = {**os.environ, "PYTHONPATH": str(kernels), "NUMBA_CACHE_DIR": str(cache)}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=kernels, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=kernels, text=True, **pipes)
+        for _ in range(count)
+    ]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, outputs
+    return [(float(number), log) for number, log in outputs]
 
 
 def test_missing_or_unknown_argument_is_a_type_error() -> None:
@@ -355,18 +364,19 @@ def test_missing_or_unknown_argument_is_a_type_error() -> None:
         _rows(0, kind=0, row=x, itemsize=4, x=x, count=1, size=2)
 
 
-def test_cache_is_reused_until_an_inlined_function_changes(tmp_path: Path) -> None:
+def test_one_process_compiles_until_an_inlined_function_changes(tmp_path: Path) -> None:
     copy = tmp_path / "triton_embed" / "kernels"
     shutil.copytree(Path(loops.__file__).parent.parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     cache = tmp_path / "cache"
     expected = 4 / (1 + np.exp(-4)) * 4
 
-    assert float(run_process(tmp_path, cache, GATE)) == pytest.approx(expected, rel=1e-6)
-    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb?")}
-    assert before
-    run_process(tmp_path, cache, GATE)
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb?")} == before
+    processes = run_processes(tmp_path, cache, GATE, 2)
+    assert [number for number, _ in processes] == pytest.approx([expected] * 2, rel=1e-6)
+    logs = "".join(log for _, log in processes)
+    assert (logs.count("Compiled the loop"), logs.count("Loaded the loop")) == (1, 1)
 
     with (copy / "cpu" / "simd.py").open("a") as file:  # inlined into the loops of other files
         file.write("\n\n@inline\ndef exp2(x):\n    return splat(np.float32(3))\n")
-    assert float(run_process(tmp_path, cache, GATE)) == 4.0
+    ((number, log),) = run_processes(tmp_path, cache, GATE)
+    assert number == 4.0
+    assert "Compiled the loop" in log

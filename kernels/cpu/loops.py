@@ -5,6 +5,7 @@ rounds once. A loop receives addresses and sizes. It reads and writes rows of fp
 """
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -12,7 +13,8 @@ import pickle
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from inspect import signature
 from pathlib import Path
@@ -87,11 +89,13 @@ class _Compiled:
         c_signature = types.void(types.CPointer(types.int64))
         try:
             _set_cache_directory()
-            compiled = cfunc(c_signature, cache=True, error_model="numpy")(entry)
+            with _lock(f"{self._body.__module__}.{self._body.__name__}"):
+                compiled = cfunc(c_signature, cache=True, error_model="numpy")(entry)
         except (RuntimeError, OSError, EOFError, pickle.PickleError) as error:
             log.warning("Cannot cache compiled loops for the next start: %s", type(error).__name__)
             compiled = cfunc(c_signature, error_model="numpy")(entry)
-        log.info("Compiled loop %s is ready after %.1f s", self._body.__name__, time.monotonic() - began)
+        done = "Loaded" if compiled.cache_hits else "Compiled"
+        log.info("%s the loop %s in %.1f s", done, self._body.__name__, time.monotonic() - began)
         address: int = compiled.address
         return address
 
@@ -122,6 +126,20 @@ def _set_cache_directory() -> None:
         config.CACHE_DIR or (pycache if os.access(pycache, os.W_OK) else Path.home() / ".cache" / "triton-embed")
     )
     config.CACHE_DIR = str(base / f"loops-{hashlib.sha256(sources).hexdigest()[:16]}")
+
+
+@contextmanager
+def _lock(name: str) -> Iterator[None]:
+    """Let one process at a time compile a loop. Those that waited, often one per model, find it in the cache.
+
+    Raises:
+        OSError: The cache directory is not writable.
+    """
+    directory = Path(config.CACHE_DIR)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def scratch(floats: int) -> Tensor:

@@ -60,20 +60,24 @@ def check_varlen(
     )
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), LAYOUTS, ids=str)
-@pytest.mark.parametrize(("causal", "window"), MASKS, ids=MASK_NAMES)
-def test_every_mask_and_head_layout(
-    causal: bool, window: int | None, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32
+def check_layout(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, causal: bool, window: int | None
 ) -> None:
     qkv = projected(sum(AROUND_BLOCKS), heads, kv_heads, head_dim, dtype)
     config = replace(SMALL, block_m=64) if heads > 2 * kv_heads else SMALL
     check_varlen(qkv, AROUND_BLOCKS, causal, window, None, config, head_dim**-0.5)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("causal", "window"), MASKS, ids=MASK_NAMES)
+def test_every_mask_and_head_layout(causal: bool, window: int | None, heads: int, kv_heads: int, head_dim: int) -> None:
+    check_layout(heads, kv_heads, head_dim, torch.float32, causal, window)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), LAYOUTS, ids=str)
 def test_every_head_layout_in_half_precision(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    test_every_mask_and_head_layout(True, 20, heads, kv_heads, head_dim, dtype)
+    check_layout(heads, kv_heads, head_dim, dtype, True, 20)
 
 
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))
