@@ -1,6 +1,8 @@
 # A virtual environment in .venv is the only thing these targets install; `make clean` removes it.
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what it imports, on the first import; pip would compile ten times as much.
+INSTALL = $(BIN)/python -m pip install --no-compile
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo ok),$(p))))
 ARGS ?=
 # The kernels must work with both: the one that comes with the oldest torch we take, and the newest.
@@ -30,15 +32,15 @@ $(BIN)/python:
 	ln -sfn ../../../kernels ../../../python_backend ../../../gateway $(VENV)/types/triton_embed/
 
 $(VENV)/.serve: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[server]'
+	$(INSTALL) --editable '.[server]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[test]'
+	$(INSTALL) --editable '.[test]'
 	@touch $@ $(VENV)/.serve
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	@touch $@ $(VENV)/.serve
 
 # Beside the environment, not in it: a server on a CPU has none.
