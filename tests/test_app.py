@@ -778,8 +778,8 @@ def test_full_queue_is_429_with_retry_after(triton: Triton) -> None:
 
 
 def test_interactive_requests_overtake_a_batch_request(served: Served) -> None:
-    """Send short queries after 120 texts in the batch lane. They must be answered long before the texts."""
-    bulk = {"model": "minilm", "input": [f"{i} {'word ' * 120}" for i in range(120)], "priority": "batch"}
+    """Send short queries after 60 texts in the batch lane. They must be answered long before the texts."""
+    bulk = {"model": "minilm", "input": [f"{i} {'word ' * 120}" for i in range(60)], "priority": "batch"}
     with ThreadPoolExecutor(1) as pool:
         start = time.monotonic()
         loading = pool.submit(served.post, bulk)
@@ -796,9 +796,9 @@ def test_interactive_requests_overtake_a_batch_request(served: Served) -> None:
 
 
 def test_disconnect_cancels_pending_work(triton: Triton) -> None:
-    """Send 300 texts and disconnect: the next request must not wait for them."""
+    """Send 120 texts and disconnect: the next request must not wait for them."""
     gateway = Served(triton_grpc=triton.grpc)
-    texts = [f"{i} {'word ' * 120}" for i in range(300)]
+    texts = [f"{i} {'word ' * 120}" for i in range(120)]
     try:
         body = json.dumps({"model": "minilm", "input": texts}).encode()
         head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()

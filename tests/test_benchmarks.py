@@ -215,7 +215,8 @@ def test_every_target_has_a_line() -> None:
     assert sum("bare forward (ours-fp32)" in line for line in without_bf16) == 6
 
 
-def test_texts_have_the_declared_mean_token_count() -> None:
+def test_texts_have_the_declared_mean_token_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "_docstrings", lambda path: ())  # package descriptions are enough
     tokenizer = padded.Texts(MINILM / "tokenizer.json", 512).tokenizer
     means = {"short": 12.5, "mixed": workloads.mean_tokens("mixed"), "full": 512}
     for name, block in workloads.texts(1, names=list(means)).items():
@@ -268,7 +269,9 @@ def test_contenders_are_measured_only_in_supported_cells() -> None:
 # Runs the command with little work and on one core, so that tests running in parallel are not slowed down.
 SHORT_RUN = """
 import os, sys
+from benchmarks import workloads
 from benchmarks.cpu import __main__ as cpu
+workloads._docstrings = lambda path: ()  # package descriptions are enough
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 cpu.QUICK = cpu.Plan(3, 0.01, ("short",), ("short",), (1,), 128, 32, 0)
 cpu.main()

@@ -328,12 +328,12 @@ def test_request_past_its_deadline_is_dropped_before_compute(client: Client, tri
     assert caught.value.status() in ("400", "StatusCode.CANCELLED")  # HTTP has no status for it
 
 
-def test_query_does_not_wait_for_a_bulk_request(client: Client, triton: Triton) -> None:
+def test_query_does_not_wait_for_a_bulk_request(triton: Triton) -> None:
     """Pause the bulk request for queries, and compare the vectors of both."""
     from conftest import MINILM
 
-    other = Client(tritonclient.grpc, triton.grpc)
-    rows = np.random.default_rng(0).integers(1_000, 30_000, (100, 200)).tolist()
+    client, other = Client(tritonclient.http, triton.http), Client(tritonclient.grpc, triton.grpc)
+    rows = np.random.default_rng(0).integers(1_000, 30_000, (50, 200)).tolist()
     work = other.ids(*rows)
     ended: list[float] = []
     vectors: list[Any] = []
@@ -352,6 +352,7 @@ def test_query_does_not_wait_for_a_bulk_request(client: Client, triton: Triton) 
         queries.append(client.infer("minilm", client.text(f"hello {len(query_seconds)}")).as_numpy("EMBEDDING")[0])
         query_seconds.append(time.perf_counter() - query_start)
     busy.join(60)
+    client.client.close()
     other.client.close()
     texts = oracles.token_ids(MINILM, [f"hello {i}" for i in range(len(query_seconds))])
     for computed_vectors, ids in ((vectors[0][::8], rows[::8]), (queries[::8], texts[::8])):

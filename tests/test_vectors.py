@@ -1,4 +1,9 @@
-"""Every family against transformers: tiny checkpoints, served by tritonserver, requested over HTTP and gRPC."""
+"""Every family against transformers, with tiny checkpoints.
+
+The first two checkpoints of a family are served by tritonserver, one is requested over HTTP and one over gRPC. The
+others are loaded into this process, because each would need a process that imports torch for longer than its tests
+take. They get the same tensors and parameters, which EmbeddingServer's own classes turn into rows.
+"""
 
 import io
 import json
@@ -21,22 +26,28 @@ from test_ops import one_thread  # noqa: F401 - applies to every test here
 from transformers import Qwen2Model
 from tritonclient.utils import InferenceServerException
 
-from conftest import REPOSITORY, Triton
+from conftest import REPOSITORY, Family, Triton
 from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.errors import BadRequest
+from triton_embed.python_backend.inputs.rows import IdRows, ItemRows
 
 # Number of words of each text.
 WORDS = (1, 90, 2, 3, 3, 3, 13, 1, 5, 8, 21, 34, 55, 2, 4, 6, 1, 1, 9, 27, 40, 7, 7, 7, 7, 30, 2, 11, 16, 32, 18, 3)
 SIZES = ((60, 40), (24, 130), (150, 37), (48, 48), (70, 71), (9, 33), (200, 180), (31, 30))  # width, height in pixels
 UNKNOWN_WORDS = ("zebra", "Ωmega", "emoji🙂", "日本語", "x\ty", "two  spaces", "A\nB", "3.14", "'s")
 
+SERVED = 2  # checkpoints of each family that tritonserver serves
+REFUSED = (InferenceServerException, BadRequest)
+
 ERRORS: list[float] = []  # the largest error of each vector of the running test
 
 
 @dataclass
 class Served:
-    """All cases of a family behind one tritonserver, and the expected answers to `items_of` the family."""
+    """All cases of a family, and the expected answers to `items_of` the family."""
 
     triton: Triton
+    loaded: Mapping[str, Family]  # the cases that tritonserver does not serve
     directories: Mapping[str, Path]
     expected: dict[str, Answer] = field(default_factory=dict)
 
@@ -47,7 +58,7 @@ class Served:
 
 
 class Servers:
-    """Runs one tritonserver at a time, with all cases of a family. The previous one stops in the background."""
+    """Runs one tritonserver at a time, with cases of one family. The previous one stops in the background."""
 
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         self._factory = factory
@@ -71,14 +82,16 @@ class Servers:
 
     def _start(self, family: str) -> Served:
         root = self._factory.mktemp(family)
-        directories = {}
-        for case in CASES:
-            if case.family == family:
-                directories[case.name] = case.write(root / "checkpoints" / case.id)
-                parameters = {"threads": "1", "is_matryoshka": "true", **case.parameters}
-                parameters["checkpoint"] = str(directories[case.name])
-                repository.write_model(REPOSITORY, case.family, root / "models", case.name, parameters)
-        return Served(Triton(root / "models", root / "log"), directories)
+        cases = [case for case in CASES if case.family == family]
+        directories = {case.name: case.write(root / "checkpoints" / case.id) for case in cases}
+        parameters = {
+            case.name: {"threads": "1", "is_matryoshka": "true", **case.parameters, "checkpoint": str(directory)}
+            for case, directory in zip(cases, directories.values(), strict=True)
+        }
+        for case in cases[:SERVED]:
+            repository.write_model(REPOSITORY, family, root / "models", case.name, parameters[case.name])
+        loaded = {case.name: Family(family, directories[case.name], **parameters[case.name]) for case in cases[SERVED:]}
+        return Served(Triton(root / "models", root / "log"), loaded, directories)
 
     def _stop_current(self) -> None:
         if self._served is not None:
@@ -194,8 +207,10 @@ def embed(served: Served, case: Case, items: Sequence[Item], **parameters: objec
 
 
 def infer(served: Served, case: Case, inputs: Mapping[str, np.ndarray], parameters: Mapping[str, object]) -> Answer:
-    """Send a request, over HTTP for every second case and over gRPC for the others."""
-    over_http = CASES.index(case) % 2 == 0
+    """Send a request to the case, over HTTP if it is the first of its family."""
+    if case.name in served.loaded:
+        return compute(served.loaded[case.name], inputs, parameters)
+    over_http = next(first for first in CASES if first.family == case.family) is case
     module: Any = tritonclient.http if over_http else tritonclient.grpc
     client = module.InferenceServerClient(served.triton.http if over_http else served.triton.grpc)
     sent = []
@@ -209,6 +224,23 @@ def infer(served: Served, case: Case, inputs: Mapping[str, np.ndarray], paramete
         client.close()
     tokens, dropped = (result.as_numpy(name)[:, 0].tolist() for name in ("TOKENS", "DROPPED"))
     return Answer(result.as_numpy("EMBEDDING"), tokens, dropped)
+
+
+def compute(family: Family, inputs: Mapping[str, np.ndarray], parameters: Mapping[str, object]) -> Answer:
+    """Compute the answer of a request in this process, with the classes that EmbeddingServer uses."""
+    processor = family.processor
+    rows: IdRows | ItemRows
+    if "INPUT_IDS" in inputs:
+        rows = IdRows(processor, parameters, inputs["INPUT_IDS"])
+    else:
+        rows = ItemRows(processor, parameters, inputs["TEXT"], inputs.get("IMAGE"))
+        with ThreadPoolExecutor(1) as pool:
+            rows.decode_images(pool)
+    rows.set_ids(iter(processor.tokenizer.encode(rows.texts())))
+    rows.make_rows(family.serving.max_request_tokens)
+    dims = int(str(parameters.get("dimensions", family.model.dimensions)))
+    vectors = rows.embeddings(family.embedder.embed(rows.rows, [dims] * len(rows.rows))[:, :dims], dims)
+    return Answer(vectors, rows.tokens()[:, 0].tolist(), rows.dropped()[:, 0].tolist())
 
 
 def takes_images(case: Case) -> bool:
@@ -284,7 +316,7 @@ def test_truncated_dimensions_are_normalized_again(served: Served, case: Case) -
 def test_instruction_is_applied_or_refused(served: Served, case: Case) -> None:
     instruction, items = "Find the cat: ", items_of(case.family)[:8]
     if not takes_chat(case) and case.family not in INSTRUCTION_PROMPTS:
-        with pytest.raises(InferenceServerException, match="takes no instruction"):
+        with pytest.raises(REFUSED, match="takes no instruction"):
             embed(served, case, items, instruction=instruction)
         return
     prompt = INSTRUCTION_PROMPTS.get(case.family, "{text}").replace("{instruction}", instruction)
@@ -296,7 +328,7 @@ def test_instruction_is_applied_or_refused(served: Served, case: Case) -> None:
 def test_named_prompts_of_the_checkpoint_are_applied(served: Served, case: Case) -> None:
     items, file = items_of(case.family)[:4], served.directories[case.name] / "config_sentence_transformers.json"
     if not file.is_file():
-        with pytest.raises(InferenceServerException, match="has no prompt_name 'query'"):
+        with pytest.raises(REFUSED, match="has no prompt_name 'query'"):
             embed(served, case, items, prompt_name="query")
         return
     prompts = json.loads(file.read_text())["prompts"]

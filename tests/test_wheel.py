@@ -37,7 +37,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = root / "venv" / "bin" / "python"
     (packages,) = (root / "venv").glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-index", wheel], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--no-compile", "--no-deps", "--no-index", wheel],
+        check=True,
+        capture_output=True,
+    )
     return python.parent
 
 
