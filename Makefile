@@ -85,7 +85,9 @@ serve: $(VENV)/.serve  ## Serve embeddings on http://127.0.0.1:30000 (ARGS='--po
 test: $(VENV)/.test  ## Run all tests (ARGS='-k gateway' and so on: some of those that need no kernels)
 	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(foreach file,$(ALONE) tests/test_web_page.py,--ignore=$(file)))
 	$(if $(ARGS),,$(BIN)/python -m pytest $(ALONE))
-	$(if $(ARGS),,$(MAKE) test-pages conformance test-kernels kernels-gate)
+	$(if $(ARGS),,$(MAKE) -j 2 --output-sync=line test-pages conformance)
+	$(if $(ARGS),,$(MAKE) test-kernels)
+	$(if $(ARGS),,$(MAKE) kernels-gate ARGS=sm90)
 
 test-pages: $(VENV)/.test  ## Test the page at / in a headless browser
 ifeq ($(browser)$(may_install),)
@@ -102,9 +104,9 @@ test-kernels: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Run the kernels in
 	$(call interpreted,3.9.0) $(ARGS)
 	$(if $(ARGS),,$(call interpreted,3.6.0) -k bfloat16)
 
-# The newest Triton compiles every build; whether a kernel can be written in the oldest does not depend on the GPU.
-kernels-gate: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Compile every kernel for every architecture (ARGS='linear norm': these files)
-	$(call with_triton,3.6.0) $(BIN)/python tests/kernels_gate.py $(if $(ARGS),$(ARGS),sm90)
+# `make test` compiles for one architecture; run this for all of them after a change of a kernel or a table.
+kernels-gate: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Compile every kernel for every architecture (ARGS='linear sm90': only these)
+	$(call with_triton,3.6.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
 	$(call with_triton,3.9.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
 
 check: $(VENV)/.test  ## Lint, formatting and types; changes nothing
