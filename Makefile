@@ -85,8 +85,7 @@ serve: $(VENV)/.serve  ## Serve embeddings on http://127.0.0.1:30000 (ARGS='--po
 test: $(VENV)/.test  ## Run all tests (ARGS='-k gateway' and so on: some of those that need no kernels)
 	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(foreach file,$(ALONE) tests/test_web_page.py,--ignore=$(file)))
 	$(if $(ARGS),,$(BIN)/python -m pytest $(ALONE))
-	$(if $(ARGS),,$(MAKE) -j 2 --output-sync=line test-pages conformance)
-	$(if $(ARGS),,$(MAKE) test-kernels)
+	$(if $(ARGS),,$(MAKE) test-pages conformance test-kernels)
 	$(if $(ARGS),,$(MAKE) kernels-gate ARGS=sm90)
 
 test-pages: $(VENV)/.test  ## Test the page at / in a headless browser

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import Any
 
@@ -84,9 +84,12 @@ def create_app(settings: Settings) -> FastAPI:
 
 @router.post("/v1/embeddings", **openapi.EMBEDDINGS)
 @router.post("/embeddings", include_in_schema=False)
+@router.post("/openai/deployments/{model:path}/embeddings", include_in_schema=False)  # Azure's
 async def embeddings(request: Request) -> Response:
     async with _gateway(request).exchange(request) as exchange:
         embedding_request = await exchange.read(parse_embeddings)
+        if deployment := request.path_params.get("model"):
+            embedding_request = replace(embedding_request, model=deployment)
         name, embedding_request, reply = await exchange.embed(embedding_request)
         with exchange.stage("encode"):
             body = embeddings_json(reply, embedding_request, name)
@@ -139,6 +142,7 @@ async def tokenize(request: Request) -> Response:
 
 
 @router.get("/v1/models", **openapi.MODELS)
+@router.get("/models", include_in_schema=False)
 async def models(request: Request) -> Response:
     registry = _gateway(request).registry
     entries = sorted(registry.entries, key=lambda entry: entry.info is None)

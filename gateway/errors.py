@@ -60,7 +60,8 @@ class ApiError(Exception):
     def body(self) -> ErrorBody:
         """Return the object under `error`."""
         kind, code = STATUSES.get(self.status, STATUSES[400 if self.status < 500 else 500])
-        return {"message": self.message, "type": kind, "param": self.param, "code": self.code or code}
+        message = self.message.encode(errors="replace").decode()  # it may quote a string that JSON cannot hold
+        return {"message": message, "type": kind, "param": self.param, "code": self.code or code}
 
     def response(self) -> Response:
         """Return the HTTP response."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import gzip
 import json
 import shutil
 import signal
@@ -235,9 +234,7 @@ def test_invalid_requests(served: Served, body: Any, status: int, param: str | N
     assert error["code"] == code
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"\xff\xfe", b'{"input": "\\ud800", "model": "minilm"}', b"[]", b"[" * 10**5, b'{"input": NaN}']
-)
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[]", b"[" * 10**5, b'{"input": NaN}'])
 def test_malformed_json_is_400(served: Served, body: bytes) -> None:
     response = requests.post(served.url + "/v1/embeddings", data=body, timeout=30)
     assert response.status_code == 400
@@ -814,14 +811,6 @@ def test_disconnect_cancels_pending_work(triton: Triton) -> None:
         assert 'status="499"' in gateway.get("/metrics").text
     finally:
         gateway.stop()
-
-
-def test_compressed_body_error_names_the_encoding(served: Served) -> None:
-    body = gzip.compress(b'{"model": "minilm", "input": "a"}')
-    headers = {"Content-Encoding": "gzip"}
-    response = requests.post(f"{served.url}/v1/embeddings", data=body, headers=headers, timeout=30)
-    assert response.status_code == 400
-    assert "Content-Encoding is 'gzip'" in error_of(response)["message"]
 
 
 def test_disconnects_do_not_affect_other_requests(served: Served) -> None:

@@ -109,6 +109,7 @@ TESTED_ELSEWHERE = {
 }
 TESTS_OF_SEVERAL_FILES = {
     "test_benchmarks.py",
+    "test_checkpoint_keys.py",
     "test_conftest.py",
     "test_cpu_rows.py",
     "test_docs.py",
@@ -124,6 +125,7 @@ TESTS_OF_SEVERAL_FILES = {
     "test_rules.py",
     "test_scheduling_benchmark.py",
     "test_schema.py",
+    "test_spellings.py",
     "test_vectors.py",
     "test_wheel.py",
 }

@@ -349,7 +349,7 @@ def test_checkpoint_with_another_final_token_is_rejected(
     with pytest.raises(ConfigError) as error:
         Family(family, directory)
     assert str(error.value) == (
-        f"{directory / 'tokenizer.json'} ends texts with '{actual}', but the model was trained with '{expected}'"
+        f"{directory}: the tokenizer ends texts with '{actual}', but the model was trained with '{expected}'"
     )
 
 

@@ -229,7 +229,7 @@ def test_input_is_required() -> None:
     [
         ("model", 3, "model must be a string, got an integer"),
         ("model", ["a"], "model must be a string, got a list"),
-        ("dimensions", "3", f"{SIZES}, got a string"),
+        ("dimensions", "3.0", f"{SIZES}, got a string"),
         ("dimensions", 3.0, f"{SIZES}, got a number"),
         ("dimensions", True, f"{SIZES}, got a boolean"),
         ("dimensions", [], f"{SIZES}, got an invalid list"),
@@ -263,7 +263,7 @@ def test_invalid_fields(field: str, value: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"input=a", b"\xff", b'{"input": NaN}', b"[" * 5000, b'{"input": "\\ud800"}', b'{"input": "\\udc00x"}'],
+    [b"", b"{", b"input=a", b"\xff", b'{"input": NaN}', b"[" * 5000],
 )
 def test_body_that_is_not_json(body: bytes) -> None:
     assert parse_error(body).message.startswith("The request body is not valid JSON: ")

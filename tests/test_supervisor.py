@@ -218,7 +218,7 @@ def _send(url: str, body: bytes, session: requests.Session) -> Exchange:
 
 
 def test_shutdown_under_load_answers_every_request(tmp_path: Path) -> None:
-    """Stop with SIGTERM under load: earlier requests get 200 or 503, then no process and no shared memory remains."""
+    """Stop with SIGQUIT under load: earlier requests get 200 or 503, then no process and no shared memory remains."""
     stack = Stack(tmp_path / "log", "--model=minilm", "--workers=2")
     regions, processes = _regions(stack), stack.processes()
     seen: list[Exchange] = []
@@ -249,7 +249,7 @@ def test_shutdown_under_load_answers_every_request(tmp_path: Path) -> None:
         thread.start()
         time.sleep(0.05)
     signalled = time.monotonic()
-    took = stack.stop()
+    took = stack.stop(signal.SIGQUIT)
     done.set()
     for thread in threads:
         thread.join(70)

@@ -75,6 +75,16 @@ def _type_or_empty(value: Any) -> str:
     return "an empty one" if value in ("", []) else json_type(value)
 
 
+def _number(value: Any) -> Any:
+    """Return a number for its digits."""
+    return int(value) if type(value) is str and value.isascii() and value.isdecimal() else value
+
+
+def _lane(value: Any) -> Any:
+    """Return the lane of vLLM's numeric priority, where more than 0 may wait."""
+    return ("batch" if value > 0 else "interactive") if type(value) is int else value
+
+
 Texts = str | list[str]
 TokenIds = Annotated[list[int], Field(description="Token ids of the model's tokenizer, used without changes")]
 Image = Annotated[Texts, Field(description="A data: URI, base64, or http(s) URL; a list: several images in one input")]
@@ -145,7 +155,7 @@ class RequestFields(PromptFields):
     """report: an input that cannot be embedded becomes an error at its index; the others are embedded"""
     token_encoding: Encoding | None = None
     """The tokenizer of the ids, if it is not the model's: the ids are decoded to text first"""
-    dimensions: Annotated[Sizes, accepts(Size | None)] = None
+    dimensions: Annotated[Sizes, BeforeValidator(_number), accepts(Size | None)] = None
     """Return this many leading values, normalized again; only for models trained for it"""
     model: str | None = None
     """Any name of a served model; required if several models are served"""
@@ -158,14 +168,18 @@ class RequestFields(PromptFields):
     """Which end of a too long text is cut off; none: reject the text"""
     long_text: Literal["truncate", "mean"] | None = None
     """mean: embed a too long text as the mean of its chunks, weighted by their token counts"""
-    priority: Literal["interactive", "batch"] | None = None
+    priority: Annotated[
+        Literal["interactive", "batch"] | None,
+        BeforeValidator(_lane),
+        accepts(Literal["interactive", "batch"] | int | None),
+    ] = None
     """batch: processed after interactive requests"""
 
 
 class EmbeddingsBody(RequestFields):
     input: Annotated[Any, accepts(Inputs)]
     """One input or a list of inputs"""
-    dimensions: Sizes = None
+    dimensions: Annotated[Sizes, BeforeValidator(_number)] = None
     """Return this many leading values, normalized again; only for models trained for it. A list: a vector per entry"""
     encoding_format: Annotated[
         FloatEncoding | Annotated[list[FloatEncoding | None], Field(min_length=1, max_length=1, fail_fast=True)] | None,

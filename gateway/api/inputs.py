@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from triton_embed.gateway.api.bodies import INPUT_TYPES, PART_TYPES, ImageLink, ItemFields, PromptFields
-from triton_embed.gateway.api.validation import json_type, validate
+from triton_embed.gateway.api.validation import HALF_CHARACTER, is_text, json_type, validate
 from triton_embed.gateway.errors import ApiError, invalid
 
 PROMPT_FIELDS = tuple(PromptFields.model_fields)
@@ -179,6 +179,9 @@ def _texts(texts: list[str], param: str, errors: InputErrors) -> list[str]:
     for i, text in enumerate(texts):
         if not text or text.isspace():
             errors.add(i, invalid(f"Input at index {i} cannot be empty or whitespace only", param))
+        elif not is_text(text):
+            errors.add(i, invalid(f"Input at index {i} {HALF_CHARACTER}", param))
+            texts[i] = ""  # as NO_ITEM, because it cannot be sent
     return texts
 
 
@@ -209,6 +212,8 @@ def _item(index: int, value: Any, param: str) -> Item:
         item = _parts(where, value, param)
     else:
         raise _wrong_type(index, value, "a string, an object or a list of content parts", param)
+    if not is_text(item.text):
+        raise invalid(f"{where} {HALF_CHARACTER}", param)
     if item.text and not item.text.isspace():
         return item
     if not item.images:
@@ -257,6 +262,8 @@ def _images(where: str, key: str, value: Any, param: str) -> Iterable[str]:
         if type(url) is not str:
             expected = "a data: URI, base64 or an http(s) URL"
             raise invalid(f"{where}: {key} must be {expected}, got {json_type(url)}", param)
+        if not is_text(url):
+            raise invalid(f"{where}: {key} {HALF_CHARACTER}", param)
         if not url or url.isspace():
             raise invalid(f"{where}: {key} cannot be empty", param)
         yield url

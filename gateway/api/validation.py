@@ -1,5 +1,7 @@
 """JSON objects validated by pydantic models, with error messages that name the field and what it must be."""
 
+import codecs
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -7,7 +9,7 @@ from typing import Any, Final, TypeVar
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from triton_embed.gateway.errors import invalid
+from triton_embed.gateway.errors import ApiError, invalid
 
 JSON_TYPES: Final[dict[type, str]] = {
     str: "a string",
@@ -18,6 +20,9 @@ JSON_TYPES: Final[dict[type, str]] = {
     dict: "an object",
     type(None): "null",
 }
+
+# What is wrong with a string that `is_text` refuses.
+HALF_CHARACTER: Final = "holds half of a character: a lone surrogate, as when an emoji is cut in two"
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -48,18 +53,49 @@ DEFAULT_EXPECTED: Final = {"string_type": Expected("a string"), "bool_type": Exp
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Parse a request body into its fields.
+    """Parse a request body into its fields. A string may hold lone surrogates, see `is_text`.
 
     Raises:
         ApiError: 400 if it is not a JSON object.
     """
+    body = body.removeprefix(codecs.BOM_UTF8)
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise invalid(f"The request body is not valid JSON: {error}", None) from None
+        refused = invalid(f"The request body is not valid JSON: {error}", None)
+        if "surrogate" not in str(error):
+            raise refused from None
+        fields = _parse_with_surrogates(body, refused)
     if type(fields) is not dict:
         raise invalid(f"The request body must be a JSON object, got {json_type(fields)}", None)
     return fields
+
+
+def _parse_with_surrogates(body: bytes, refused: ApiError) -> Any:
+    """Parse JSON with lone surrogates, which orjson refuses: one input's fault must not be that of all others.
+
+    Raises:
+        ApiError: `refused`, if something else is wrong too.
+    """
+
+    def refuse(_: str) -> None:
+        raise ValueError  # NaN and Infinity
+
+    try:
+        return json.loads(body.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError):
+        raise refused from None
+
+
+def is_text(value: str) -> bool:
+    """Return whether a string can be encoded: it has no lone surrogates."""
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def validate(model: type[M], fields: dict[str, Any], param: str | None = None, where: str = "") -> M:
@@ -72,6 +108,10 @@ def validate(model: type[M], fields: dict[str, Any], param: str | None = None, w
     Raises:
         ApiError: 400 for the first invalid field, in the order in which the model declares them.
     """
+    for name, value in fields.items():
+        # The readers of fields of any type, which are the inputs, check their strings themselves.
+        if type(value) is str and not is_text(value) and _is_typed(model, name):
+            raise invalid(f"{where}{name} {HALF_CHARACTER}", param or name)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -83,3 +123,7 @@ def validate(model: type[M], fields: dict[str, Any], param: str | None = None, w
         expected = Expected(f"one of {choices}", quoted)
     message = (expected or DEFAULT_EXPECTED[kind]).message(name, fields.get(name))
     raise invalid(where + message, param or name)
+
+
+def _is_typed(model: type[BaseModel], name: str) -> bool:
+    return name in model.model_fields and model.model_fields[name].annotation is not Any

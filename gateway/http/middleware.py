@@ -11,7 +11,10 @@ import logging
 import re
 import secrets
 import time
+import zlib
 from contextlib import suppress
+from typing import Any
+from urllib.parse import quote
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -39,6 +42,9 @@ STOPPING = "The server is stopping"
 CYCLE = "triton_embed.cycle"  # key of the _RequestCycle in a scope
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_SLASHES = re.compile("/{2,}")
+_REPEATED_VERSION = re.compile("(?:/v1){2,}(/.+)")
+COMPRESSIONS = ("gzip", "x-gzip", "deflate")
 
 
 class Drain:
@@ -86,6 +92,7 @@ class GatewayMiddleware:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
+        scope = _canonical(scope)
         cycle = scope[CYCLE] = _RequestCycle(scope, receive, send, self._body_seconds, self._drain)
         token = request_id.set(cycle.id)
         try:
@@ -135,7 +142,10 @@ class GatewayMiddleware:
         path = scope["path"]
         if not self._keys or path in KEYLESS_PATHS or path.startswith(KEYLESS_PREFIXES):
             return True
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if b"api-key" in headers:  # Azure's
+            scheme, key = b"bearer", headers[b"api-key"]
         digest = _digest(key.strip())
         # Compare with every key, so that the response time does not depend on which one matches.
         matches = [secrets.compare_digest(digest, accepted) for accepted in self._keys]
@@ -223,22 +233,35 @@ class _RequestCycle:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Read the whole body, whatever its Content-Type.
+    """Read the whole body, whatever its Content-Type, and decompress it.
 
     Raises:
-        ApiError: 413 as soon as the body is known to exceed `limit` bytes; 400 if it is compressed.
+        ApiError: 413 as soon as the body, decompressed, is known to exceed `limit` bytes; 400 if its compression is
+            unknown or broken.
     """
     body = bytearray()
-    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
-        raise ApiError(400, f"The request body must not be compressed, but its Content-Encoding is '{coding[:100]}'")
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity", *COMPRESSIONS):
+        known = ", ".join(COMPRESSIONS)
+        raise ApiError(400, f"The Content-Encoding of the request body must be one of {known}, got '{coding[:100]}'")
+    decoder = zlib.decompressobj(wbits=47) if coding in COMPRESSIONS else None  # 47: gzip or zlib, told by the header
     if _content_length(request) <= limit:
         async for chunk in request.stream():
-            body += chunk
+            body += chunk if decoder is None else _decompress(decoder, chunk, limit + 1 - len(body), coding)
             if len(body) > limit:
                 break
         else:
+            if decoder is not None and not decoder.eof:
+                raise ApiError(400, f"The request body is not complete {coding}")
             return bytes(body)
     raise ApiError(413, f"The request body is larger than {limit} bytes")
+
+
+def _decompress(decoder: Any, chunk: bytes, max_bytes: int, coding: str) -> bytes:
+    try:
+        return bytes(decoder.decompress(chunk, max_bytes))
+    except zlib.error:
+        raise ApiError(400, f"The request body is not valid {coding}") from None
 
 
 async def api_error(_: Request, error: Exception) -> Response:
@@ -252,7 +275,16 @@ async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
     problem = {404: "Not found:", 405: "Method not allowed:"}.get(error.status_code, "Refused:")
     message = f"{problem} {request.method} {request.url.path[:200]}"
+    if repeated := _REPEATED_VERSION.fullmatch(request.url.path[:200]):
+        message += f"; this server has /v1{repeated[1]}: let the base URL end in /v1 once"
     return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+def _canonical(scope: Scope) -> Scope:
+    """Return the scope with a path without empty segments, and with HEAD as GET: the server sends no body for it."""
+    path = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": path, "raw_path": quote(path).encode(), "method": method}
 
 
 def _content_length(request: Request) -> int:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 MIN_PAUSE, MAX_PAUSE, STEADY_SECONDS = 0.5, 30.0, 30.0
 MAX_WORKER_PAUSE = 2.0  # short, because clients wait in the queue of a worker's socket meanwhile
 GATEWAY_SECONDS = 1.2  # after `drain_seconds`: for the gateway to send its 503 responses
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 CLOSE_SECONDS = 1.0  # for the gateway to end after Triton has ended, because that ends its last calls
 
 
@@ -51,7 +52,7 @@ class Supervisor:
         )
 
     async def run(self) -> None:
-        """Serve until SIGINT or SIGTERM. Leave no process and no shared memory behind.
+        """Serve until a signal of STOP_SIGNALS. Leave no process and no shared memory behind.
 
         Raises:
             ServeError: if a port is taken or tritonserver cannot start at all.
@@ -61,8 +62,9 @@ class Supervisor:
         check_installed(settings)
         check_ports(settings, self._options)
         stopping = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                asyncio.get_running_loop().add_signal_handler(number, stopping.set)
         sockets = listen(settings.host, settings.port, settings.workers)
         gateway: _InProcess | _Workers = (
             _InProcess(settings, sockets[0]) if settings.workers == 1 else _Workers(settings, sockets)

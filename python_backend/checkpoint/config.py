@@ -197,16 +197,20 @@ class ModelConfig:
             raise config.error(
                 "model_type", f"{serving.name}/config.pbtxt serves {', '.join(serving.model_types) or 'none'}"
             )
+        _refuse_derived(directory, config)
         network_config = spec.read_config(config)
-        sentence_config = JsonFile(directory / "sentence_bert_config.json")
-        max_seq_length = sentence_config.positive_int("max_seq_length") if sentence_config.has("max_seq_length") else 0
+        sentence_config = _sentence_config(directory)
         dense = _dense(directory, network_config.hidden_size)
         prompts, default_prompt = _prompts(directory)
         return cls(
             model_type=model_type,
             network_config=network_config,
             pooling=_pooling(directory, serving, spec.pooling),
-            max_tokens=min(limit for limit in (network_config.max_tokens, max_seq_length, serving.max_tokens) if limit),
+            max_tokens=min(
+                limit
+                for limit in (network_config.max_tokens, _max_length(directory, sentence_config), serving.max_tokens)
+                if limit
+            ),
             dense=dense,
             lowercase=sentence_config.get("do_lower_case", bool, False),
             matryoshka=_matryoshka(config, dense[-1].out_features if dense else network_config.hidden_size, serving),
@@ -215,6 +219,48 @@ class ModelConfig:
             image_positions=serving.image_positions,
             image_normalization=spec.image_normalization(directory),
         )
+
+
+def _refuse_derived(directory: Path, config: JsonFile) -> None:
+    """Refuse a checkpoint whose files are not the network's own weights.
+
+    Raises:
+        ConfigError: It is an adapter that is not merged into its base model, or its weights are quantized.
+    """
+    adapter = JsonFile(directory / "adapter_config.json")
+    if adapter.values:
+        base = adapter.get("base_model_name_or_path", str, "its base model")
+        raise ConfigError(
+            f"{adapter.path}: this is an adapter for {base}, and adapters are not applied. Merge it once and serve "
+            "the result: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)"
+        )
+    for key in ("quantization_config", "compression_config"):
+        if config.has(key):
+            method = config.nested(key).get("quant_method", str, "unknown")
+            raise ConfigError(
+                f"{config.path}: {key} has quant_method '{method}'; quantized weights are not implemented: serve the "
+                "original checkpoint, with dtype int8 if that is wanted"
+            )
+
+
+def _sentence_config(directory: Path) -> JsonFile:
+    """Read the config of sentence-transformers' Transformer module, under the first of its names that exists."""
+    networks = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    files = [directory / f"sentence_{network}_config.json" for network in networks]
+    file = JsonFile(next((file for file in files if file.is_file()), files[0]))
+    for key in ("query_length", "document_length", "query_expansion"):
+        if file.has(key):
+            raise file.error(key, "is not implemented")
+    return file
+
+
+def _max_length(directory: Path, sentence_config: JsonFile) -> int:
+    """Return the length of an input in tokens by sentence-transformers' rule: its own limit, else the tokenizer's."""
+    if sentence_config.has("max_seq_length"):
+        return sentence_config.positive_int("max_seq_length")
+    tokenizer = JsonFile(directory / "tokenizer_config.json")
+    key = "model_max_length" if tokenizer.has("model_max_length") else "max_len"  # the latter before transformers 3
+    return int(tokenizer.positive_float(key)) if tokenizer.has(key) else 0
 
 
 def _prompts(directory: Path) -> tuple[dict[str, str], str | None]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import normalizers
 
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
@@ -12,62 +13,52 @@ from triton_embed.python_backend.errors import BadInput, ConfigError
 from triton_embed.python_backend.inputs.row import Ids, Row
 from triton_embed.python_backend.wire import length_error, vocabulary_error
 
+_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a checkpoint has one of these at least
+
 
 class Tokenizer:
-    """The tokenizer of the checkpoint's tokenizer.json.
+    """The tokenizer of the checkpoint, loaded by transformers from all files and keys that belong to it.
 
-    The padding and truncation configured in the file are switched off: this class truncates, and nothing is padded.
+    The padding and truncation configured in the files are switched off: this class truncates, and nothing is padded.
 
     Args:
         eos: The token that must end every text, see `Spec.eos`.
 
     Raises:
-        ConfigError: tokenizer.json is missing or unreadable, has more ids than the network has embeddings, lacks the
-            EOS token, or ends texts with a different token.
+        ConfigError: transformers cannot load the tokenizer, or it lacks the EOS token, or ends texts with another one.
     """
 
     def __init__(self, directory: Path, model: ModelConfig, eos: str | None) -> None:
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing")
-        try:
-            self._fast = FastTokenizer.from_file(str(path))
-            self._fast.no_padding()
-            self._fast.no_truncation()
-            probe = self._fast.encode("a")
-        except Exception as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
-        if (size := self._fast.get_vocab_size()) > model.vocab_size:
-            raise ConfigError(
-                f"{path} has {size} tokens, {directory / 'config.json'} says vocab_size {model.vocab_size}"
-            )
+        config = JsonFile(directory / "tokenizer_config.json", required=eos == "eos_token")
+        if eos == "eos_token":
+            value = config.require("eos_token", (str, dict))
+            eos = value if isinstance(value, str) else str(config.nested("eos_token").require("content", str))
+        self._fast = _load(directory, model.lowercase)
+        # A token that a text may contain but the network has no embedding for.
+        self._has_unknown_ids = max(self._fast.get_vocab().values()) >= model.vocab_size
         self._model = model
+        probe = self._fast.encode("a")
         text_indices = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
         if not text_indices:
-            raise ConfigError(f"{path} produces no token for the letter 'a'")
+            raise ConfigError(f"{directory}: the tokenizer produces no token for the letter 'a'")
         # Number of special tokens that the post-processor adds before and after a text.
         self._leading, self._trailing = text_indices[0], len(probe.ids) - 1 - text_indices[-1]
         self._appended: tuple[int, ...] = ()
         if eos is not None:
-            self._append_eos(directory, eos, probe.tokens[text_indices[-1] + 1 :])
+            self._append_eos(directory, config, eos, probe.tokens[text_indices[-1] + 1 :])
         if model.max_tokens <= self._leading + self._trailing:
-            raise ConfigError(f"{path}: special tokens alone fill the maximum length of {model.max_tokens} tokens")
+            raise ConfigError(f"{directory}: special tokens alone fill the maximum length of {model.max_tokens} tokens")
 
-    def _append_eos(self, directory: Path, eos: str, trailing: list[str]) -> None:
+    def _append_eos(self, directory: Path, config: JsonFile, eos: str, trailing: list[str]) -> None:
         """Append the EOS token to every text, unless the post-processor already adds it (in `trailing`)."""
-        if eos == "eos_token":
-            config = JsonFile(directory / "tokenizer_config.json", required=True)
-            value = config.require("eos_token", (str, dict))
-            eos = value if isinstance(value, str) else config.nested("eos_token").require("content", str)
         eos_id = self._fast.token_to_id(eos)
-        if eos_id is None:
-            raise ConfigError(f"{directory / 'tokenizer.json'} has no token '{eos}', which every text must end with")
+        if eos_id is None or not _is_stored(eos, directory, config):
+            raise ConfigError(f"{directory}: the tokenizer has no token '{eos}', which every text must end with")
         if not trailing:
             self._appended, self._trailing = (eos_id,), 1
         elif trailing[-1] != eos:
             raise ConfigError(
-                f"{directory / 'tokenizer.json'} ends texts with '{trailing[-1]}', "
-                f"but the model was trained with '{eos}'"
+                f"{directory}: the tokenizer ends texts with '{trailing[-1]}', but the model was trained with '{eos}'"
             )
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -75,8 +66,6 @@ class Tokenizer:
 
         Encode many texts in one call: the call uses every core.
         """
-        if self._model.lowercase:
-            texts = [text.lower() for text in texts]
         encodings = self._fast.encode_batch_fast(list(texts))
         return [np.array([*encoding.ids, *self._appended], dtype=np.int32) for encoding in encodings]
 
@@ -93,9 +82,7 @@ class Tokenizer:
         return len(self._fast.encode(text, add_special_tokens=False).ids)
 
     def split_at_tokens(self, text: str) -> list[str]:
-        """Split a text before every token that starts at a new character; joined, the pieces are the encoded text."""
-        if self._model.lowercase:
-            text = text.lower()
+        """Split a text before every token that starts at a new character; joined, the pieces are the text."""
         starts = [0]
         for start, _ in self._fast.encode(text, add_special_tokens=False).offsets:
             if start > starts[-1]:  # several byte-level tokens may belong to one character
@@ -143,9 +130,12 @@ class Tokenizer:
         """
         if not len(ids):
             raise BadInput(index, "empty", "Input cannot be empty")
-        if message := vocabulary_error(ids, ids.min(), ids.max(), self._model.vocab_size):
+        if message := self._vocabulary_error(ids):
             raise BadInput(index, "invalid_token_id", message)
         return ids
+
+    def _vocabulary_error(self, ids: Ids) -> str | None:
+        return vocabulary_error(ids, ids.min(), ids.max(), self._model.vocab_size)
 
     def truncate(self, ids: Ids, truncate: str, index: int, head: int, tail: int) -> Row:
         """Truncate ids to the model's maximum length; keep the first `head` and the last `tail` ids.
@@ -155,8 +145,14 @@ class Tokenizer:
             index: The index of the input in the request, for error messages.
 
         Raises:
-            BadInput: `truncate` is "none", or the ids to keep exceed the maximum length.
+            BadInput: `truncate` is "none", the ids to keep exceed the maximum length, or an id has no embedding.
         """
+        row = self._cut(ids, truncate, index, head, tail)
+        if self._has_unknown_ids and (message := self._vocabulary_error(row.ids)):
+            raise BadInput(index, "invalid_token_id", message)
+        return row
+
+    def _cut(self, ids: Ids, truncate: str, index: int, head: int, tail: int) -> Row:
         limit = self.max_tokens
         message = length_error(len(ids), limit)
         if message is None:
@@ -174,3 +170,42 @@ class Tokenizer:
         start = head if truncate == "end" else head + dropped
         parts = (ids[:head], ids[start : start + limit - head - tail], ids[len(ids) - tail :])
         return Row(np.concatenate(parts), dropped=dropped)
+
+
+def _load(directory: Path, lowercase: bool) -> FastTokenizer:
+    """Load the tokenizer as transformers does, without remote code and without padding and truncation.
+
+    Args:
+        lowercase: Whether texts are lowercased before anything else. As in sentence-transformers 6, special tokens that
+            are typed in a text are not.
+
+    Raises:
+        ConfigError: There is none, or transformers cannot load it.
+    """
+    if not any(next(directory.glob(pattern), None) for pattern in _FILES):
+        raise ConfigError(
+            f"{directory} has no tokenizer: none of {', '.join(_FILES)}"
+        )  # transformers makes up an empty one
+    from transformers import AutoTokenizer  # imported here, because the import takes longer than all others but torch's
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        fast: FastTokenizer = tokenizer.backend_tokenizer
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{directory}: transformers cannot load the tokenizer: {reason}") from error
+    fast.no_padding()
+    fast.no_truncation()
+    normalizer = fast.normalizer
+    if lowercase and (normalizer is None or normalizer.normalize_str("A") != "a"):
+        fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer else [])])
+    return fast
+
+
+def _is_stored(token: str, directory: Path, config: JsonFile) -> bool:
+    """Return whether the checkpoint has a token: transformers adds one that is only named, which is untrained."""
+    file = directory / "tokenizer.json"
+    if not file.is_file() or FastTokenizer.from_file(str(file)).token_to_id(token) is not None:
+        return True
+    added = config.get("added_tokens_decoder", dict, {}).values()
+    return any(isinstance(entry, dict) and entry.get("content") == token for entry in added)

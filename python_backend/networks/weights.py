@@ -30,6 +30,12 @@ class Naming:
     ignored_endings: tuple[str, ...] = ()
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Names before transformers 2, which transformers still renames.
+_OLD_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_GIT_LFS = b"version https://git-lfs"
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor in a file.
@@ -45,10 +51,16 @@ class _Stored:
         """Copy the tensor.
 
         Raises:
-            ConfigError: Its shape is not that of `target`.
+            ConfigError: Its shape is not that of `target`, or its numbers are quantized: they mean nothing without
+                scales.
         """
         with safe_open(self.path, framework="pt") as file:
             tensor = file.get_tensor(self.key)
+            if tensor.dtype not in _FLOATS:
+                raise ConfigError(
+                    f"{self.path}: tensor '{name}' is {str(tensor.dtype).removeprefix('torch.')}; quantized weights "
+                    "are not implemented: serve the original checkpoint, with dtype int8 if that is wanted"
+                )
             if tensor.shape != target.shape:
                 actual, expected = list(tensor.shape), list(target.shape)
                 raise ConfigError(f"{self.path}: tensor '{name}' has shape {actual}, config.json requires {expected}")
@@ -94,6 +106,8 @@ def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
         except (SafetensorError, OSError) as error:
+            if _starts_with(path, _GIT_LFS):
+                raise ConfigError(f"{path} is a git-lfs pointer, not the weights: run git lfs pull") from None
             raise ConfigError(f"{path} cannot be read: {error}") from error
         for key in keys:
             name = _rename(key, naming.renames)
@@ -103,7 +117,18 @@ def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
     return tensors
 
 
+def _starts_with(path: Path, start: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False
+
+
 def _rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for old, new in _OLD_ENDINGS.items():
+        if key.endswith(old):
+            key = key.removesuffix(old) + new
     for stored, renamed in renames:
         if key.startswith(stored):
             return renamed + key.removeprefix(stored)
