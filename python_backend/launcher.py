@@ -42,17 +42,19 @@ def main() -> None:
     environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
     if OFFICIAL.exists():
         binary = OFFICIAL
+        backends = OFFICIAL.parents[1] / "backends"
     else:
         check_libpython()
         wheel = wheel_directory()
         binary = wheel / "bin" / "tritonserver"
+        backends = backend_directory(wheel)
         if not has_flag(arguments, "--backend-directory"):
-            arguments.append(f"--backend-directory={backend_directory(wheel)}")
+            arguments.append(f"--backend-directory={backends}")
         environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", "")])
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(
             filter(None, [sysconfig.get_config_var("LIBDIR"), environment.get("LD_LIBRARY_PATH")])
         )
-    clean_up()
+    clean_up(backends / "python" / STUB)
     os.execve(binary, ["tritonserver", *arguments], environment)  # noqa: S606 - deliberately without a shell
 
 
@@ -109,10 +111,15 @@ def backend_directory(wheel: Path) -> Path:
     return directory
 
 
-def clean_up() -> None:
-    """Kill stubs whose server is gone, then remove shared memory that no process uses."""
+def clean_up(stub: Path) -> None:
+    """Kill the stubs of this installation whose server is gone, then remove shared memory that no process uses.
+
+    Args:
+        stub: The file that this installation runs as a stub. Stubs of other installations and of containers are theirs
+            to end.
+    """
     for process in Path("/proc").glob("[0-9]*"):
-        if (server := _server_of(process)) and not _is_server(server):
+        if _is_orphan(process, stub):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(process.name), signal.SIGKILL)
                 _wait_for_end(process)
@@ -131,18 +138,31 @@ def _wait_for_end(process: Path, seconds: float = 2.0) -> None:
         time.sleep(0.005)
 
 
-def _server_of(process: Path) -> int | None:
-    """Return the pid of the server that started a stub, or None for any other process."""
+def _is_orphan(process: Path, stub: Path) -> bool:
+    """Return whether a process runs `stub` and the server that started it is gone.
+
+    A server, which may be any program with Triton inside, is older than its stubs; a younger process has its pid now.
+    In another pid namespace, a container's, the pid on the command line means another process.
+    """
     words = _command(process)
-    if not words or Path(words[0]).name != STUB:
+    if len(words) < 6 or Path(words[0]).name != STUB or not words[5].isdigit():
+        return False  # stub, model.py, region, its size, its growth, the server's pid, ...
+    try:
+        if not (process / "exe").samefile(stub) or not (process / "ns" / "pid").samefile("/proc/self/ns/pid"):
+            return False
+    except OSError:
+        return False
+    server, own = _start_time(int(words[5])), _start_time(int(process.name))
+    return own is not None and (server is None or server > own)
+
+
+def _start_time(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since the boot, or None if it has ended."""
+    try:
+        state, *fields = Path("/proc", str(pid), "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (OSError, ValueError):
         return None
-    # stub, model.py, region, its size, its growth, the server's pid, ...
-    return int(words[5]) if len(words) > 5 and words[5].isdigit() else None
-
-
-def _is_server(pid: int) -> bool:
-    words = _command(Path("/proc") / str(pid))
-    return bool(words) and Path(words[0]).name == "tritonserver"
+    return None if state in "ZX" else int(fields[18])
 
 
 def _command(process: Path) -> list[str]:

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PosixPath
 from typing import Any
@@ -61,7 +62,7 @@ def execve(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise Replaced
 
     monkeypatch.setattr(launcher.os, "execve", replace)
-    monkeypatch.setattr(launcher, "clean_up", lambda: recorded.append("cleaned"))
+    monkeypatch.setattr(launcher, "clean_up", lambda stub: recorded.append(f"cleaned {stub.name}"))
     monkeypatch.setattr(launcher, "OFFICIAL", Path("/nonexistent/tritonserver"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return recorded
@@ -79,7 +80,7 @@ def test_main_executes_the_wheels_server_with_the_stub_of_this_python(
     monkeypatch.setenv("LD_LIBRARY_PATH", "/their/libraries")
     run_main(monkeypatch, "--model-repository=m")
     cleaned, binary, arguments, environment = execve
-    assert cleaned == "cleaned"
+    assert cleaned == "cleaned triton_python_backend_stub"
     assert os.access(binary, os.X_OK)
     assert arguments[:2] == ["tritonserver", "--model-repository=m"]
     assert set(SAFE) < set(arguments)
@@ -138,7 +139,7 @@ ctypes.CDLL = missing
 os.execve = lambda *_: sys.exit("started anyway")
 from triton_embed.python_backend import launcher
 launcher.OFFICIAL = launcher.Path("/nonexistent")
-launcher.clean_up = lambda: sys.exit("cleaned up first")
+launcher.clean_up = lambda stub: sys.exit("cleaned up first")
 launcher.main()
 """
 
@@ -196,6 +197,12 @@ def test_correct_links_are_kept_and_wrong_links_replaced(wheel: Path) -> None:
     assert after["libtriton_python.so"] == before["libtriton_python.so"]
 
 
+def clean_up() -> None:
+    """Clean up as an installation whose stub is bash or Python, which the processes of these tests run."""
+    for stub in ("/bin/bash", sys.executable):
+        launcher.clean_up(Path(stub))
+
+
 class Processes:
     """Bash processes under other names; a test can kill only processes started here."""
 
@@ -230,6 +237,20 @@ class Processes:
         return self.start(
             launcher.STUB, region, 1048576, 1048576, server, "/backends/python", 336, "minilm_0_0", "DEFAULT", code=code
         )
+
+    def stub_of_a_younger_process(self) -> subprocess.Popen[bytes]:
+        """Start a stub whose server's pid belongs to a process that started later."""
+        words = f"{self._script} region 1048576 1048576 $pid /backends/python 336 minilm_0_0 DEFAULT"
+        script = f"read pid; exec -a /somewhere/{launcher.STUB} bash {words}"
+        stub = subprocess.Popen(["bash", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.mine[stub.pid] = stub
+        time.sleep(0.05)  # start times are in hundredths of a second
+        assert stub.stdin is not None
+        assert stub.stdout is not None
+        stub.stdin.write(b"%d\n" % self.start("another program").pid)
+        stub.stdin.flush()
+        assert stub.stdout.readline() == b"started\n"
+        return stub
 
     def guarded_kill(self, pid: int, number: int) -> None:
         if pid in self.mine:
@@ -285,20 +306,17 @@ def test_only_stubs_of_a_dead_server_are_killed(processes: Processes) -> None:
     unreaped = processes.start("tritonserver")
     processes.kill(unreaped.pid, signal.SIGKILL)
     os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)  # remains a zombie
-    orphans = [
-        processes.stub(dead_pid()),
-        processes.stub(os.getpid()),  # the server's pid was reused by another program
-        processes.stub(unreaped.pid),
-    ]
+    orphans = [processes.stub(dead_pid()), processes.stub(unreaped.pid), processes.stub_of_a_younger_process()]
     alive = [
         server,
         processes.stub(server.pid),
+        processes.stub(os.getpid()),  # a Python program with Triton inside
         processes.stub("not-a-pid"),
         processes.start(launcher.STUB, "too", "few"),
         processes.start("debugger", launcher.STUB, "r", 1, 1, dead_pid()),
         processes.start(f"{launcher.STUB}_wrapper", "region", 1, 1, dead_pid()),
     ]
-    launcher.clean_up()
+    clean_up()
     assert [orphan.wait(10) for orphan in orphans] == [-signal.SIGKILL] * 3
     assert [process.poll() for process in alive] == [None] * len(alive)
 
@@ -309,10 +327,33 @@ def test_live_servers_are_left_alone(processes: Processes) -> None:
     ours = processes.stub(processes.start("tritonserver").pid)
     servers = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "tritonserver"]
     stubs = {child.pid for server in servers for child in server.children()}
-    launcher.clean_up()
+    clean_up()
     assert not stubs & set(processes.spared)
     assert not {server.pid for server in servers} & set(processes.spared)
     assert ours.poll() is None
+
+
+@pytest.mark.usefixtures("shared_memory")
+def test_stub_of_another_installation_is_left_alone(processes: Processes) -> None:
+    orphan = processes.stub(dead_pid())  # runs bash
+    launcher.clean_up(Path(sys.executable))
+    launcher.clean_up(Path("/nonexistent") / launcher.STUB)
+    assert orphan.poll() is None
+
+
+@pytest.mark.usefixtures("shared_memory")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can create a pid namespace")
+def test_stub_of_a_container_is_left_alone(processes: Processes) -> None:
+    """Start a stub in another pid namespace, where the pid of its server means another process than here."""
+    words = f"model.py region {dead_pid()} /backends/python 336 minilm_0_0 DEFAULT"
+    script = f"exec -a /somewhere/{launcher.STUB} bash -c 'echo started; read line' {words}"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as container:
+        assert container.stdout is not None
+        assert container.stdout.readline() == b"started\n"
+        clean_up()
+        container.communicate(b"\n")
+    assert processes.spared == []
 
 
 def test_only_unmapped_regions_are_removed(processes: Processes, shared_memory: Path) -> None:
@@ -322,7 +363,7 @@ def test_only_unmapped_regions_are_removed(processes: Processes, shared_memory: 
     server = processes.start("tritonserver")
     processes.stub(server.pid, held_there.name, code=MAP.format(path=held_there, size=4096))
     with mapped(held_here):
-        launcher.clean_up()
+        clean_up()
     assert not stale.exists()
     assert {path.name for path in shared_memory.iterdir()} == {held_here.name, held_there.name, foreign.name}
 
@@ -338,7 +379,7 @@ region.write(b"x" * {size})
 def test_region_of_a_killed_orphan_is_removed(processes: Processes, shared_memory: Path) -> None:
     held = region(shared_memory, "orphan")
     processes.stub(dead_pid(), held.name, code=MAP.format(path=held, size=4096))
-    launcher.clean_up()
+    clean_up()
     assert not held.exists()
 
 
@@ -354,7 +395,7 @@ def test_region_created_during_clean_up_is_kept(shared_memory: Path, monkeypatch
                 return super().glob(pattern)
 
         monkeypatch.setattr(launcher, "SHARED_MEMORY", Starting(shared_memory))
-        launcher.clean_up()
+        clean_up()
         assert fresh
         assert all(path.exists() for path in fresh)
 
@@ -367,7 +408,7 @@ def test_clean_up_works_for_a_uid_without_a_passwd_entry(shared_memory: Path, mo
     """Run as with `docker run --user 12345`: /etc/passwd has no line for the user."""
     stale = region(shared_memory, "stale")
     monkeypatch.setattr("pwd.getpwuid", no_such_user)
-    launcher.clean_up()
+    clean_up()
     assert not stale.exists()
 
 
@@ -376,7 +417,7 @@ def test_clean_up_works_for_a_uid_without_a_passwd_entry(shared_memory: Path, mo
 def test_regions_of_another_user_are_kept(user: int, shared_memory: Path) -> None:
     theirs = region(shared_memory, "theirs")
     os.chown(theirs, user, user)
-    launcher.clean_up()
+    clean_up()
     assert theirs.exists()
 
 
@@ -391,7 +432,7 @@ def test_servers_can_clean_up_concurrently(shared_memory: Path) -> None:
         except BaseException as error:  # noqa: BLE001 - shown by the assertion below
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(launcher.clean_up,)) for _ in range(3)]
+    threads = [threading.Thread(target=run, args=(clean_up,)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
