@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "query_length": (
         lambda d: write(d / "sentence_bert_config.json", query_length=32),
-        r"sentence_bert_config\.json: query_length is 32; is not implemented",
+        r"sentence_bert_config\.json: query_length is 32; this is not implemented",
     ),
     "no tokenizer": (
         no_tokenizer,

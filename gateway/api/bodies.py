@@ -92,6 +92,7 @@ Image = Annotated[Texts, Field(description="A data: URI, base64, or http(s) URL;
 Size = Annotated[int, Field(json_schema_extra={"minimum": 1})]
 Sizes = Annotated[
     Size | Annotated[list[int], Field(min_length=1, max_length=MAX_SIZES, fail_fast=True)] | None,
+    BeforeValidator(_number),
     Expected(
         f"an integer or a list of 1 to {MAX_SIZES} integers",
         lambda value: "an invalid list" if type(value) is list else json_type(value),
@@ -155,7 +156,7 @@ class RequestFields(PromptFields):
     """report: an input that cannot be embedded becomes an error at its index; the others are embedded"""
     token_encoding: Encoding | None = None
     """The tokenizer of the ids, if it is not the model's: the ids are decoded to text first"""
-    dimensions: Annotated[Sizes, BeforeValidator(_number), accepts(Size | None)] = None
+    dimensions: Annotated[Sizes, accepts(Size | None)] = None
     """Return this many leading values, normalized again; only for models trained for it"""
     model: str | None = None
     """Any name of a served model; required if several models are served"""
@@ -179,7 +180,7 @@ class RequestFields(PromptFields):
 class EmbeddingsBody(RequestFields):
     input: Annotated[Any, accepts(Inputs)]
     """One input or a list of inputs"""
-    dimensions: Annotated[Sizes, BeforeValidator(_number)] = None
+    dimensions: Sizes = None
     """Return this many leading values, normalized again; only for models trained for it. A list: a vector per entry"""
     encoding_format: Annotated[
         FloatEncoding | Annotated[list[FloatEncoding | None], Field(min_length=1, max_length=1, fail_fast=True)] | None,

@@ -250,7 +250,7 @@ def _sentence_config(directory: Path) -> JsonFile:
     file = JsonFile(next((file for file in files if file.is_file()), files[0]))
     for key in ("query_length", "document_length", "query_expansion"):
         if file.has(key):
-            raise file.error(key, "is not implemented")
+            raise file.error(key, "this is not implemented")
     return file
 
 

@@ -182,10 +182,9 @@ def _load(directory: Path, lowercase: bool) -> FastTokenizer:
     Raises:
         ConfigError: There is none, or transformers cannot load it.
     """
+    # Without any file, transformers would make up an empty tokenizer.
     if not any(next(directory.glob(pattern), None) for pattern in _FILES):
-        raise ConfigError(
-            f"{directory} has no tokenizer: none of {', '.join(_FILES)}"
-        )  # transformers makes up an empty one
+        raise ConfigError(f"{directory} has no tokenizer: none of {', '.join(_FILES)}")
     from transformers import AutoTokenizer  # imported here, because the import takes longer than all others but torch's
 
     try:
