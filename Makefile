@@ -1,7 +1,9 @@
 # A virtual environment in .venv is the only thing these targets install; `make clean` removes it.
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what it imports, on the first import; pip would compile ten times as much.
+# Python compiles what it imports, on the first import; pip would compile ten times as much. Many containers set this
+# variable, with which every process would compile all of it again.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/python -m pip install --no-compile
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo ok),$(p))))
 ARGS ?=

@@ -1,7 +1,6 @@
 """Supervision: killed processes are restarted under load, and shutdown answers every request."""
 
 import json
-import os
 import signal
 import socket
 import threading
@@ -44,97 +43,128 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     server.stop()
 
 
+def _command(process: psutil.Process) -> list[str]:
+    """Return the command line; of a process that has ended meanwhile, an empty one."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _victim(stack: Stack, name: str) -> psutil.Process:
-    return next(process for process in stack.processes() if name in process.cmdline()[0])
+    return next(process for process in stack.processes() if name in "".join(_command(process)[:1]))
 
 
 def _workers(stack: Stack) -> list[psutil.Process]:
-    return [process for process in stack.processes() if "triton_embed.gateway.process.server" in process.cmdline()]
+    return [process for process in stack.processes() if "triton_embed.gateway.process.server" in _command(process)]
+
+
+def _has_name(process: psutil.Process, name: str) -> bool:
+    """Return whether the process has the name; one that ended meanwhile has none, and a zombie is not looked for."""
+    try:
+        return process.name() == name and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _regions(stack: Stack) -> list[Path]:
     """Return the shared-memory regions of the stack's model processes."""
-    stubs = (process.cmdline() for process in stack.processes())
+    stubs = map(_command, stack.processes())
     return [SHARED_MEMORY / words[2] for words in stubs if words and words[0].endswith("triton_python_backend_stub")]
 
 
-@pytest.mark.parametrize(("name", "seconds"), [("triton_python_backend_stub", 15), ("tritonserver", 25)])
-def test_killed_process_is_restarted_under_load(stack: Stack, name: str, seconds: float) -> None:
-    """Kill a process while four clients send requests: service recovers, failures are 5xx with a body, none hangs."""
-    done = threading.Event()
-    seen: list[tuple[float, float, int, dict[str, object]]] = []  # start, duration, status, body
+KEY = {"Authorization": "Bearer k3y"}
 
-    def send_until_done() -> None:
-        while not done.is_set():
-            began = time.monotonic()
-            answer = requests.post(f"{stack.url}/v1/embeddings", json={"input": ["hello world"] * 8}, timeout=60)
-            seen.append((began, time.monotonic() - began, answer.status_code, answer.json()))
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request and its outcome: a status, or the name of the connection error."""
+
+    began: float
+    ended: float
+    outcome: int | str
+    message: str
+
+
+def _send(url: str, body: bytes, session: requests.Session) -> Exchange:
+    began = time.monotonic()
+    try:
+        answer = session.post(f"{url}/v1/embeddings", data=body, headers=KEY, timeout=60)
+    except requests.RequestException as error:
+        return Exchange(began, time.monotonic(), type(error).__name__, str(error))
+    message = answer.json().get("error", {}).get("message", "")
+    return Exchange(began, time.monotonic(), answer.status_code, message)
+
+
+class Load:
+    """Four clients that send requests until stopped."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.exchanges: list[Exchange] = []
+        self._stack, self._done = stack, threading.Event()
+        self._threads = [threading.Thread(target=self._send_until_done) for _ in range(4)]
+        for thread in self._threads:
+            thread.start()
+        time.sleep(1)
+
+    def _send_until_done(self) -> None:
+        body = json.dumps({"input": ["hello world"] * 8}).encode()
+        while not self._done.is_set():
+            self.exchanges.append(_send(self._stack.url, body, requests.Session()))
             time.sleep(0.02)
 
+    def await_recovery(self, killed: float, seconds: float) -> None:
+        """Wait until requests succeed again, then stop; check that failures were answered and that none hung."""
+        while time.monotonic() - killed < seconds:
+            time.sleep(0.2)
+            if any(exchange.outcome == 200 for exchange in self.exchanges if exchange.began > killed + 0.5):
+                time.sleep(3)  # let the requests in flight end too
+                break
+        self._done.set()
+        for thread in self._threads:
+            thread.join(70)
+        outcomes = [exchange.outcome for exchange in self.exchanges if exchange.began > killed - 1]
+        assert outcomes[-8:] == [200] * 8, self._stack.output()[-2000:]
+        assert set(outcomes) <= {200, 500, 503}
+        assert any(outcome != 200 for outcome in outcomes)  # the process did die
+        assert all(exchange.message for exchange in self.exchanges if exchange.outcome != 200)
+        assert max(exchange.ended - exchange.began for exchange in self.exchanges) < 10
+
+
+def test_killed_model_process_is_restarted_under_load(stack: Stack) -> None:
     stub = _victim(stack, "triton_python_backend_stub")
     region = SHARED_MEMORY / stub.cmdline()[2]
     assert region.exists()
-    threads = [threading.Thread(target=send_until_done) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    time.sleep(1)
-    os.kill(_victim(stack, name).pid, signal.SIGKILL)
-    killed = time.monotonic()
-    while time.monotonic() - killed < seconds:
-        time.sleep(0.2)
-        if any(status == 200 for began, _, status, _ in seen if began > killed + 0.5):
-            time.sleep(3)  # let the requests in flight end too
-            break
-    done.set()
-    for thread in threads:
-        thread.join(70)
-    statuses = [status for began, _, status, _ in seen if began > killed - 1]
-    assert statuses[-8:] == [200] * 8, stack.output()[-2000:]
-    assert set(statuses) <= {200, 500, 503}
-    assert any(status != 200 for status in statuses)  # the process did die
-    assert all("error" in body for _, _, status, body in seen if status != 200)
+    load = Load(stack)
+    stub.kill()
+    load.await_recovery(time.monotonic(), 15)
     assert not region.exists()
     assert not stub.is_running()
-    assert max(took for _, took, _, _ in seen) < 10
 
 
-def test_tritonserver_killed_while_restarting_is_restarted_again(stack: Stack) -> None:
-    """Restart until it serves again: only a failure of the very first start is final."""
-    first = _victim(stack, "tritonserver").pid
-    os.kill(first, signal.SIGKILL)
-    deadline = time.monotonic() + 25
-    second = first
-    while second == first:
-        assert time.monotonic() < deadline, stack.output()[-2000:]
-        # The process is named python until the launcher replaces itself with tritonserver.
-        servers = [process for process in stack.processes() if process.name() == "tritonserver"]
-        alive = [server for server in servers if server.status() != "zombie"]
-        second = next((server.pid for server in alive if server.pid != first), first)
-        time.sleep(0.02)
-    os.kill(second, signal.SIGKILL)
-    answer = None
-    while answer is None or answer.status_code != 200:
-        assert time.monotonic() < deadline, stack.output()[-2000:]
-        assert stack.process.poll() is None, stack.output()[-2000:]
-        time.sleep(0.2)
-        answer = requests.post(f"{stack.url}/v1/embeddings", json={"input": "hello"}, timeout=60)
-
-
-def test_health_is_unavailable_while_triton_is_down(stack: Stack) -> None:
+def test_killed_tritonserver_is_restarted_under_load_even_if_killed_again(stack: Stack) -> None:
+    """Restart until it serves again, unhealthy meanwhile: only a failure of the very first start is final."""
     assert requests.get(f"{stack.url}/health", timeout=10).json() == {"status": "healthy"}
-    os.kill(_victim(stack, "tritonserver").pid, signal.SIGKILL)
+    (region,) = _regions(stack)
+    stub, first = _victim(stack, "triton_python_backend_stub"), _victim(stack, "tritonserver")
+    load = Load(stack)
+    first.kill()
     time.sleep(0.3)
-    gone = requests.get(f"{stack.url}/health", timeout=10)
-    assert gone.status_code == 503
-    assert gone.json()["status"] == "unavailable"
-    for _ in range(150):
-        if requests.get(f"{stack.url}/health", timeout=10).status_code == 200:
-            return
+    health = requests.get(f"{stack.url}/health", timeout=10)
+    assert (health.status_code, health.json()["status"]) == (503, "unavailable")
+    deadline = time.monotonic() + 15
+    # The process is named python until the launcher replaces itself with tritonserver.
+    while not (named := [child for child in stack.processes() if _has_name(child, "tritonserver")]) or first in named:
+        assert time.monotonic() < deadline, stack.output()[-2000:]
+        time.sleep(0.02)
+    named[0].kill()
+    load.await_recovery(time.monotonic(), 25)
+    assert stack.process.poll() is None
+    assert not region.exists()
+    assert not stub.is_running()
+    while requests.get(f"{stack.url}/health", timeout=10).json() != {"status": "healthy"}:
+        assert time.monotonic() < deadline + 25, stack.output()[-2000:]
         time.sleep(0.2)
-    raise AssertionError(stack.output()[-2000:])
-
-
-KEY = {"Authorization": "Bearer k3y"}
 
 
 def test_workers_share_the_port_and_each_reports_summed_metrics(crew: Stack) -> None:
@@ -197,30 +227,12 @@ def _is_running(process: psutil.Process) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """One request and its outcome: a status, or the name of the connection error."""
+def test_shutdown_under_load_answers_every_request(crew: Stack) -> None:
+    """Stop with SIGQUIT under load: earlier requests get 200 or 503, then no process and no shared memory remains.
 
-    began: float
-    ended: float
-    outcome: int | str
-    message: str
-
-
-def _send(url: str, body: bytes, session: requests.Session) -> Exchange:
-    began = time.monotonic()
-    try:
-        answer = session.post(f"{url}/v1/embeddings", data=body, timeout=60)
-    except requests.RequestException as error:
-        return Exchange(began, time.monotonic(), type(error).__name__, str(error))
-    message = answer.json().get("error", {}).get("message", "")
-    return Exchange(began, time.monotonic(), answer.status_code, message)
-
-
-def test_shutdown_under_load_answers_every_request(tmp_path: Path) -> None:
-    """Stop with SIGQUIT under load: earlier requests get 200 or 503, then no process and no shared memory remains."""
-    stack = Stack(tmp_path / "log", "--model=minilm", "--workers=2")
-    regions, processes = _regions(stack), stack.processes()
+    The last test of `crew`.
+    """
+    regions, processes = _regions(crew), crew.processes()
     seen: list[Exchange] = []
     done = threading.Event()
     quick = json.dumps({"input": ["hello world"] * 4}).encode()
@@ -233,10 +245,10 @@ def test_shutdown_under_load_answers_every_request(tmp_path: Path) -> None:
         with requests.Session() as session:
             while not done.is_set():
                 if keep_alive:
-                    seen.append(_send(stack.url, body, session))
+                    seen.append(_send(crew.url, body, session))
                 else:
                     with requests.Session() as new_session:
-                        seen.append(_send(stack.url, body, new_session))
+                        seen.append(_send(crew.url, body, new_session))
                 if isinstance(seen[-1].outcome, str):
                     return  # the server no longer listens
 
@@ -249,7 +261,7 @@ def test_shutdown_under_load_answers_every_request(tmp_path: Path) -> None:
         thread.start()
         time.sleep(0.05)
     signalled = time.monotonic()
-    took = stack.stop(signal.SIGQUIT)
+    took = crew.stop(signal.SIGQUIT)
     done.set()
     for thread in threads:
         thread.join(70)
@@ -258,16 +270,16 @@ def test_shutdown_under_load_answers_every_request(tmp_path: Path) -> None:
     rejections = {exchange.message for exchange in before if exchange.outcome == 503}
     assert len(in_flight) >= 3
     assert {exchange.outcome for exchange in before} == {200, 503}, in_flight
-    assert rejections == {"The server is stopping"}, stack.output()
+    assert rejections == {"The server is stopping"}, crew.output()
     assert any(exchange.outcome == 200 for exchange in in_flight)
     assert all(exchange.ended - signalled < DRAIN_SECONDS + 1.5 for exchange in in_flight)
     assert "reset" not in " ".join(exchange.message for exchange in before).lower()
     assert took < DRAIN_SECONDS + 6
-    assert stack.process.returncode == 0
+    assert crew.process.returncode == 0
     assert [process for process in processes if _is_running(process)] == []
     assert regions
     assert [region for region in regions if region.exists()] == []
-    assert "Traceback" not in stack.output(), stack.output()
+    assert "Traceback" not in crew.output(), crew.output()
 
 
 def test_every_worker_answers_once_ready_and_shutdown_without_load_is_quick(tmp_path: Path) -> None:
