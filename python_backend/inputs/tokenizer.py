@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import normalizers
 
 from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
 from triton_embed.python_backend.errors import BadInput, ConfigError
+from triton_embed.python_backend.inputs import tokenizer_files
 from triton_embed.python_backend.inputs.row import Ids, Row
 from triton_embed.python_backend.wire import length_error, vocabulary_error
-
-_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a checkpoint has one of these at least
 
 
 class Tokenizer:
@@ -33,7 +30,7 @@ class Tokenizer:
         if eos == "eos_token":
             value = config.require("eos_token", (str, dict))
             eos = value if isinstance(value, str) else str(config.nested("eos_token").require("content", str))
-        self._fast = _load(directory, model.lowercase)
+        self._fast = tokenizer_files.load(directory, model.lowercase)
         # A token that a text may contain but the network has no embedding for.
         self._has_unknown_ids = max(self._fast.get_vocab().values()) >= model.vocab_size
         self._model = model
@@ -52,7 +49,7 @@ class Tokenizer:
     def _append_eos(self, directory: Path, config: JsonFile, eos: str, trailing: list[str]) -> None:
         """Append the EOS token to every text, unless the post-processor already adds it (in `trailing`)."""
         eos_id = self._fast.token_to_id(eos)
-        if eos_id is None or not _is_stored(eos, directory, config):
+        if eos_id is None or not tokenizer_files.is_stored(eos, directory, config):
             raise ConfigError(f"{directory}: the tokenizer has no token '{eos}', which every text must end with")
         if not trailing:
             self._appended, self._trailing = (eos_id,), 1
@@ -170,41 +167,3 @@ class Tokenizer:
         start = head if truncate == "end" else head + dropped
         parts = (ids[:head], ids[start : start + limit - head - tail], ids[len(ids) - tail :])
         return Row(np.concatenate(parts), dropped=dropped)
-
-
-def _load(directory: Path, lowercase: bool) -> FastTokenizer:
-    """Load the tokenizer as transformers does, without remote code and without padding and truncation.
-
-    Args:
-        lowercase: Whether texts are lowercased before anything else. As in sentence-transformers 6, special tokens that
-            are typed in a text are not.
-
-    Raises:
-        ConfigError: There is none, or transformers cannot load it.
-    """
-    # Without any file, transformers would make up an empty tokenizer.
-    if not any(next(directory.glob(pattern), None) for pattern in _FILES):
-        raise ConfigError(f"{directory} has no tokenizer: none of {', '.join(_FILES)}")
-    from transformers import AutoTokenizer  # imported here, because the import takes longer than all others but torch's
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        fast: FastTokenizer = tokenizer.backend_tokenizer
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{directory}: transformers cannot load the tokenizer: {reason}") from error
-    fast.no_padding()
-    fast.no_truncation()
-    normalizer = fast.normalizer
-    if lowercase and (normalizer is None or normalizer.normalize_str("A") != "a"):
-        fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer else [])])
-    return fast
-
-
-def _is_stored(token: str, directory: Path, config: JsonFile) -> bool:
-    """Return whether the checkpoint has a token: transformers adds one that is only named, which is untrained."""
-    file = directory / "tokenizer.json"
-    if not file.is_file() or FastTokenizer.from_file(str(file)).token_to_id(token) is not None:
-        return True
-    added = config.get("added_tokens_decoder", dict, {}).values()
-    return any(isinstance(entry, dict) and entry.get("content") == token for entry in added)
