@@ -1,8 +1,8 @@
 """Every family against transformers, with tiny checkpoints.
 
-The first two checkpoints of a family are served by tritonserver, one is requested over HTTP and one over gRPC. The
-others are loaded into this process, because each would need a process that imports torch for longer than its tests
-take. They get the same tensors and parameters, which EmbeddingServer's own classes turn into rows.
+The first checkpoint of a family is served by tritonserver, and requested over HTTP and over gRPC. The others are
+loaded into this process, because each would need a process that imports torch for longer than its tests take. They get
+the same tensors and parameters, which EmbeddingServer's own classes turn into rows.
 """
 
 import io
@@ -36,7 +36,6 @@ WORDS = (1, 90, 2, 3, 3, 3, 13, 1, 5, 8, 21, 34, 55, 2, 4, 6, 1, 1, 9, 27, 40, 7
 SIZES = ((60, 40), (24, 130), (150, 37), (48, 48), (70, 71), (9, 33), (200, 180), (31, 30))  # width, height in pixels
 UNKNOWN_WORDS = ("zebra", "Ωmega", "emoji🙂", "日本語", "x\ty", "two  spaces", "A\nB", "3.14", "'s")
 
-SERVED = 2  # checkpoints of each family that tritonserver serves
 REFUSED = (InferenceServerException, BadRequest)
 
 ERRORS: list[float] = []  # the largest error of each vector of the running test
@@ -88,9 +87,9 @@ class Servers:
             case.name: {"threads": "1", "is_matryoshka": "true", **case.parameters, "checkpoint": str(directory)}
             for case, directory in zip(cases, directories.values(), strict=True)
         }
-        for case in cases[:SERVED]:
-            repository.write_model(REPOSITORY, family, root / "models", case.name, parameters[case.name])
-        loaded = {case.name: Family(family, directories[case.name], **parameters[case.name]) for case in cases[SERVED:]}
+        first, *others = cases
+        repository.write_model(REPOSITORY, family, root / "models", first.name, parameters[first.name])
+        loaded = {case.name: Family(family, directories[case.name], **parameters[case.name]) for case in others}
         return Served(Triton(root / "models", root / "log"), loaded, directories)
 
     def _stop_current(self) -> None:
@@ -207,19 +206,30 @@ def embed(served: Served, case: Case, items: Sequence[Item], **parameters: objec
 
 
 def infer(served: Served, case: Case, inputs: Mapping[str, np.ndarray], parameters: Mapping[str, object]) -> Answer:
-    """Send a request to the case, over HTTP if it is the first of its family."""
+    """Send a request to the case: over HTTP and over gRPC, if tritonserver serves it."""
     if case.name in served.loaded:
         return compute(served.loaded[case.name], inputs, parameters)
-    over_http = next(first for first in CASES if first.family == case.family) is case
-    module: Any = tritonclient.http if over_http else tritonclient.grpc
-    client = module.InferenceServerClient(served.triton.http if over_http else served.triton.grpc)
-    sent = []
+    over_http, over_grpc = (
+        send(module, address, case.name, inputs, parameters)
+        for module, address in ((tritonclient.http, served.triton.http), (tritonclient.grpc, served.triton.grpc))
+    )
+    np.testing.assert_allclose(over_http.vectors, over_grpc.vectors, atol=2e-6)
+    assert (over_http.tokens, over_http.dropped) == (over_grpc.tokens, over_grpc.dropped)
+    return over_http
+
+
+def send(
+    module: Any, address: str, model: str, inputs: Mapping[str, np.ndarray], parameters: Mapping[str, object]
+) -> Answer:
+    """Send a request with a client of tritonclient's `module`."""
+    client = module.InferenceServerClient(address)
+    tensors = []
     for name, values in inputs.items():
         kind = "BYTES" if values.dtype == np.object_ else "INT32"
-        sent.append(module.InferInput(name, list(values.shape), kind))
-        sent[-1].set_data_from_numpy(values)
+        tensors.append(module.InferInput(name, list(values.shape), kind))
+        tensors[-1].set_data_from_numpy(values)
     try:
-        result = client.infer(case.name, sent, parameters=dict(parameters) or None)
+        result = client.infer(model, tensors, parameters=dict(parameters) or None)
     finally:
         client.close()
     tokens, dropped = (result.as_numpy(name)[:, 0].tolist() for name in ("TOKENS", "DROPPED"))
