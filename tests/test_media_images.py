@@ -49,6 +49,8 @@ def message_of(result: list[list[bytes]] | ApiError) -> str:
         f"data:image/gif;base64,{BASE64}",
         f"data:;base64,{BASE64}",
         f"DATA:IMAGE/PNG;charset=utf-8;BASE64,{BASE64}",  # the declared type is wrong and is ignored
+        BASE64.rstrip("="),
+        f"data:image/gif;base64,{BASE64.rstrip('=')}",
     ],
 )
 def test_base64_images_are_decoded(reference: str) -> None:
@@ -61,12 +63,19 @@ def test_base64_images_are_decoded(reference: str) -> None:
         "/etc/passwd", "./a.png", "a.png", "file:///etc/passwd", "FILE:/etc/passwd", "C:\\a.png", "~/a.png",
         "//host/a.png", "ftp://example.com/a.png", "gopher://x", "javascript:1", "http:/example.com/a.png",
         "data:", "data:,a", "data:image/svg+xml,<svg/>", f"data:image/gif,{BASE64}", "data:image/gif;base64,?",
-        f"image/gif;base64,{BASE64}", BASE64[:-1], BASE64 + "=", BASE64.replace("A", "-"), "日本", "\x00",
+        f"image/gif;base64,{BASE64}", BASE64[:-1], BASE64 + "=", "-" + BASE64[1:-8] + "+/8=", "日本", "\x00",
     ],
 )  # fmt: skip
 def test_invalid_image_references(reference: str) -> None:
     message = "Input at index 1: image must be base64, a data: URI in base64 or an http(s) URL"
     assert message_of(run(lambda: load([[BASE64], [BASE64, reference]]))) == message
+
+
+def test_url_safe_base64_is_decoded() -> None:
+    image = bytes(range(256)) * 4
+    reference = base64.urlsafe_b64encode(image).decode()
+    assert {"-", "_"} < set(reference)
+    assert run(lambda: load([[reference], [reference.rstrip("=")]])) == [[image], [image]]
 
 
 def test_long_base64_is_decoded_outside_the_event_loop() -> None:

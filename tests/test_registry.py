@@ -80,11 +80,24 @@ def resolve_error(client: TritonClient, name: str | None, served_name: str = "")
     return caught.value
 
 
-@pytest.mark.parametrize("name", ["a", "A", "Org/Some-Model", "org/some-model", "SOME-MODEL", "first", "second"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a", "A", "Org/Some-Model", "org/some-model", "SOME-MODEL", "first", "second"),
+        *("openai/a", "OpenAI/Org/Some-Model", "a:latest", "openai/first:latest"),
+    ],
+)
 def test_every_name_resolves_to_its_model(name: str) -> None:
     client = ScriptedTriton(a=None, b=None)
     client.configs = {"a": {"checkpoint": "Org/Some-Model", "aliases": "first, Second,,"}}
     assert resolve(client, name) == "a"
+
+
+def test_model_named_like_a_spelling_beats_the_spelling() -> None:
+    client = ScriptedTriton(a=None, b=None)
+    client.configs = {"a": {"aliases": "clip"}, "b": {"aliases": "openai/clip, clip:latest"}}
+    assert [resolve(client, name) for name in ("clip", "openai/clip", "clip:latest")] == ["a", "b", "b"]
+    assert resolve_error(client, "azure/clip").status == 404
 
 
 def test_checkpoint_path_is_not_a_name() -> None:

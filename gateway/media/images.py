@@ -15,6 +15,8 @@ Refuse = Callable[[int, str], None]  # called with the index of an invalid input
 MAX_FETCHES = 8  # concurrent fetches per request, so that a long request leaves slots to others
 # Longer base64 is decoded in pieces in a thread, because decoding holds the interpreter lock (more than 1 ms per MiB).
 PIECE_CHARACTERS = 2**18  # a multiple of 4
+MIN_UNPADDED = 40  # characters; what is shorter and not padded is a file's name, not an image
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 class Media:
@@ -143,11 +145,15 @@ def _payload(reference: str) -> str:
 
 
 def _from_base64(text: str) -> bytes:
-    """Decode base64, ignoring line breaks, because tools wrap it.
+    """Decode base64, also with the URL-safe alphabet or without padding, ignoring line breaks: tools differ.
 
     Raises:
         ValueError: if it is not base64.
     """
     text = "".join(text.split())
+    if "+" not in text and "/" not in text:
+        text = text.translate(_URL_SAFE)
+    if not text.endswith("=") and len(text) >= MIN_UNPADDED:
+        text += "=" * (-len(text) % 4)
     pieces = (text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS))
     return b"".join(binascii.a2b_base64(piece, strict_mode=True) for piece in pieces)

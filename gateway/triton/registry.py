@@ -129,8 +129,9 @@ class Registry:
     def _entry(self, name: str | None) -> ModelEntry:
         if name is None:
             return self._only_model()
-        if (directory := self._names.get(name.lower())) is not None:
-            return self._entries[directory]
+        for spelling in _spellings(name.lower()):
+            if (directory := self._names.get(spelling)) is not None:
+                return self._entries[directory]
         if name.lower() in ("default", self._served_name.lower()):
             return self._only_model()
         if self._outage:
@@ -223,6 +224,15 @@ def _configured(entry: ModelEntry, parameters: dict[str, str], version: str) -> 
     names = [checkpoint, checkpoint.partition("/")[2]] if is_id else []
     names += [alias.strip() for alias in parameters.get("aliases", "").split(",") if alias.strip()]
     return replace(entry, version=version, aliases=tuple(names), checkpoint=checkpoint if is_id else None)
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Yield a name, then as it is without what LiteLLM puts before it and Ollama behind it."""
+    yield name
+    bare = name.removeprefix("openai/")
+    yield bare
+    yield name.removesuffix(":latest")
+    yield bare.removesuffix(":latest")
 
 
 def _names(entries: Iterable[ModelEntry]) -> dict[str, str]:
