@@ -323,6 +323,13 @@ def tiled_tiff(tile: int, kind: int = 4) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4) + packed
 
 
+def scans_repeated(count: int) -> bytes:
+    """Create a progressive JPEG whose last scan is repeated until it has `count` scans."""
+    data = encode(WIDE, "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
 EXACTLY_50_MEGAPIXELS = png(10_000, 5_000)
 TOO_MANY = "of more than 50,000,000 pixels"
 UNREADABLE = "that cannot be read: the file is truncated or broken"
@@ -350,6 +357,7 @@ REJECTED: dict[str, tuple[Callable[[], bytes], str]] = {
     "1x5000": (lambda: encode(Image.new("RGB", (1, 5000))), "of 1x5000 pixels; each side must have at least 2"),
     "width of 0": (lambda: png(0, 9), UNKNOWN),
     "2x401": (lambda: encode(Image.new("L", (2, 401))), "of 2x401 pixels; one side may be at most 200 times the other"),
+    "41 scans": (lambda: scans_repeated(41), "of more than 40 progressive scans"),
     "NaN pixels": (lambda: encode(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), UNREADABLE),
     **{
         f"half a {kind.lower()}": (lambda kind=kind: encode(WIDE, kind)[: len(encode(WIDE, kind)) // 2], UNREADABLE)  # type: ignore[misc]
@@ -373,9 +381,15 @@ def test_size_limits_are_checked_before_decoding(monkeypatch: pytest.MonkeyPatch
         pytest.fail("decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    for name in ("60 megapixels", "a tile of 64 megapixels", "1x1", "1x5000", "2x401"):
+    for name in ("60 megapixels", "a tile of 64 megapixels", "1x1", "1x5000", "2x401", "41 scans"):
         with pytest.raises(BadRequest):
             decode(REJECTED[name][0](), INDEX)
+
+
+def test_ordinary_progressive_jpeg_is_decoded(clip: Path) -> None:
+    assert encode(WIDE, "JPEG", progressive=True).count(b"\xff\xda") > 5
+    assert_same_as_clip(clip, encode(WIDE, "JPEG", progressive=True))
+    assert decode(scans_repeated(40), INDEX).size == WIDE.size
 
 
 def test_tile_with_byte_sides_allocates_no_memory() -> None:

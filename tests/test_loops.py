@@ -331,6 +331,18 @@ def test_loop_works_with_a_damaged_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert runs(double)
 
 
+def test_cache_that_others_may_write_to_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    assert runs(double)
+    assert runs(double)  # from the cache
+    assert caplog.messages == []
+    Path(loops.config.CACHE_DIR).chmod(0o777)
+    assert runs(double)
+    assert f"others may write to {loops.config.CACHE_DIR}" in caplog.text
+
+
 GATE = """
 import logging
 

@@ -17,7 +17,7 @@ import pytest
 
 from conftest import free_port
 from triton_embed.gateway.media import safe_fetch as fetch_module
-from triton_embed.gateway.media.safe_fetch import NOT_PUBLIC, Fetcher, FetchError, is_public
+from triton_embed.gateway.media.safe_fetch import NOT_PUBLIC, Fetcher, FetchError, is_of_this_machine, is_public
 
 T = TypeVar("T")
 Page = bytes | Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -246,6 +246,20 @@ def test_invalid_hosts(names: Names, host: str) -> None:
 def test_unknown_and_internal_hosts_give_the_same_error(names: Names) -> None:
     names.answers = {"inside.test": [["10.1.2.3"]], "nowhere.test": [[]]}
     assert run(lambda: fetched("http://inside.test/")) == run(lambda: fetched("http://nowhere.test/")) == NOT_PUBLIC
+
+
+def test_public_address_of_this_machine_is_rejected(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loopback address pass for a public one of this machine, where services for it alone may listen."""
+    monkeypatch.setattr("triton_embed.gateway.media.safe_fetch.is_public", lambda address: True)
+    names.answers["own.test"] = [[PUBLIC, "127.0.0.1"]]
+
+    async def use() -> None:
+        async with serving({"/": reply(b"secret")}) as site:
+            assert await fetched(f"http://own.test:{site.port}/") == NOT_PUBLIC
+            assert site.connections == 0
+
+    run(use)
+    assert not is_of_this_machine(ip_address(PUBLIC))
 
 
 def test_one_internal_address_among_public_ones_is_rejected(names: Names, wire: Wire) -> None:

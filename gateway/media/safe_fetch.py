@@ -121,7 +121,7 @@ class PublicNetwork(httpcore2.AsyncNetworkBackend):
         name = f"[{host}]" if ":" in host else host
         addresses = await _resolve(host, port)
         allowed = name in self._allowed or f"{name}:{port}" in self._allowed
-        if not addresses or not (allowed or all(map(is_public, addresses))):
+        if not addresses or not (allowed or all(is_public(a) and not is_of_this_machine(a) for a in addresses)):
             raise FetchError(NOT_PUBLIC)
         for address in addresses[:-1]:
             try:
@@ -139,6 +139,16 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     if address.version == 6 and address not in GLOBAL_UNICAST:
         return False
     return address.is_global and not address.is_multicast and not any(address in network for network in RESERVED)
+
+
+def is_of_this_machine(address: IPv4Address | IPv6Address) -> bool:
+    """Return whether an address is one of this machine's: only then would packets to it have it as their source."""
+    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((str(address), 9))  # looks up the route; nothing is sent
+        except OSError:
+            return False  # and it cannot be reached either
+        return ip_address(probe.getsockname()[0]) == address
 
 
 async def _resolve(host: str, port: int) -> list[IPv4Address | IPv6Address]:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import stat
 import struct
 import threading
 import time
@@ -92,7 +93,7 @@ class _Compiled:
             with _lock(f"{self._body.__module__}.{self._body.__name__}"):
                 compiled = cfunc(c_signature, cache=True, error_model="numpy")(entry)
         except (RuntimeError, OSError, EOFError, pickle.PickleError) as error:
-            log.warning("Cannot cache compiled loops for the next start: %s", type(error).__name__)
+            log.warning("Cannot cache compiled loops for the next start: %s", error or type(error).__name__)
             compiled = cfunc(c_signature, error_model="numpy")(entry)
         done = "Loaded" if compiled.cache_hits else "Compiled"
         log.info("%s the loop %s in %.1f s", done, self._body.__name__, time.monotonic() - began)
@@ -133,10 +134,13 @@ def _lock(name: str) -> Iterator[None]:
     """Let one process at a time compile a loop. Those that waited, often one per model, find it in the cache.
 
     Raises:
-        OSError: The cache directory is not writable.
+        OSError: The cache directory is not writable, or not for this user alone: what is read from it is run.
     """
     directory = Path(config.CACHE_DIR)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"others may write to {directory}")
     with (directory / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

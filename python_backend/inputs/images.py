@@ -25,6 +25,9 @@ MAX_PIXELS = 50_000_000
 MIN_SIDE = 2  # pixels; rejects tracking pixels, which have no content
 # Limit of Qwen2-VL. CLIP's shortest-edge rule would enlarge a more extreme image to hundreds of megabytes.
 MAX_ASPECT = 200
+# Of a progressive JPEG: each takes a walk through all pixels, of a few bytes if need be. Encoders write about 10.
+MAX_SCANS = 40
+_SCAN_MARKER = b"\xff\xda"  # not in a scan's data, where 0xFF is followed by zero
 # Raster formats that Pillow decodes in this process; EPS, for example, would start another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
@@ -57,7 +60,7 @@ def decode(data: bytes, index: int) -> Image.Image:
 
     Raises:
         BadInput: The file is not one of FORMATS, is truncated or broken, has more than MAX_PIXELS pixels, a side
-            below MIN_SIDE, or an aspect ratio above MAX_ASPECT.
+            below MIN_SIDE, an aspect ratio above MAX_ASPECT, or more than MAX_SCANS scans.
     """
     refuse = partial(BadInput, index, "invalid_image")
     if not data:
@@ -80,6 +83,8 @@ def decode(data: bytes, index: int) -> Image.Image:
         raise refuse(f"Input has an image of {size}; each side must have at least {MIN_SIDE}")
     if max(image.size) / min(image.size) > MAX_ASPECT:
         raise refuse(f"Input has an image of {size}; one side may be at most {MAX_ASPECT} times the other")
+    if image.format in ("JPEG", "MPO") and data.count(_SCAN_MARKER) > MAX_SCANS:
+        raise refuse(f"Input has an image of more than {MAX_SCANS} progressive scans")
     try:
         rgb = _to_rgb(image)
         transpose = _upright_transpose(image)
