@@ -218,6 +218,35 @@ def test_translation_of_grpc_errors(status: str, details: str, expected: int, me
     assert error.headers is None
 
 
+@pytest.mark.parametrize(
+    ("details", "status", "message"),
+    [
+        (
+            "Failed to increase the shared memory pool size for key 'triton_python_backend_shm_region_1' to 68157440 "
+            "bytes. If you are running Triton inside docker, use '--shm-size' flag to control the shared memory region "
+            "size. Error: No space left on device",
+            503,
+            "Model 'm' has no memory for this request now",
+        ),
+        ("std::bad_alloc", 503, "Model 'm' has no memory for this request now"),
+        ("Failed to process", 500, "Model 'm' failed to answer"),
+    ],
+)
+def test_cause_of_a_failure_is_logged(
+    details: str, status: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def use(client: TritonClient, script: Scripted) -> ApiError:
+        script.failure = (grpc.StatusCode.INTERNAL, details)
+        with pytest.raises(ApiError) as caught:
+            await embed(client, "m", texts("a"))
+        return caught.value
+
+    error = with_scripted(use)
+    assert (error.status, error.message) == (status, message)
+    assert (error.headers or {}).get("Retry-After") == ("1" if status == 503 else None)
+    assert f"Triton failed a call of model 'm' with INTERNAL: {details}" in caplog.messages
+
+
 @pytest.mark.parametrize("report", [False, True])
 def test_errors_have_the_index_in_the_request(report: bool) -> None:
     async def use(client: TritonClient, script: Scripted) -> Sequence[str]:

@@ -6,6 +6,8 @@ tritonclient's class, because they report the status code apart from the text an
 """
 
 import asyncio
+import logging
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,11 +22,15 @@ from triton_embed.gateway.errors import ApiError, invalid
 from triton_embed.python_backend import wire
 from triton_embed.python_backend.wire import InputError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Metadata = Sequence[tuple[str, str]]
 
 CONTROL_SECONDS = 2.0  # for calls without compute
 DRAIN_SECONDS = 3.0
+# What Triton, its Python backend and C++ say when memory runs out, /dev/shm included. Later it may suffice.
+_NO_MEMORY = re.compile(r"shared memory|out of memory|bad_alloc|No space left", re.IGNORECASE)
 FLOAT32, INT32 = np.dtype("<f4"), np.dtype("<i4")
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -290,5 +296,11 @@ def _translate(error: grpc.aio.AioRpcError, model: str) -> ApiError:
             return ApiError(503, f"Model '{model}' is not loaded", code="model_not_ready")
         case grpc.StatusCode.UNAVAILABLE:
             return ApiError(503, "The inference server cannot be reached")
-        case _:
+        case code:
+            # Callers do not see Triton's words, so the operator must.
+            log.error("Triton failed a call of model '%s' with %s: %s", model, code.name, details)
+            if _NO_MEMORY.search(details):
+                return ApiError(
+                    503, f"Model '{model}' has no memory for this request now", headers={"Retry-After": "1"}
+                )
             return ApiError(500, f"Model '{model}' failed to answer" if model else "The inference server failed")
