@@ -10,12 +10,14 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from triton_embed.gateway.http import logs
 from triton_embed.gateway.locations import CHECKPOINTS, FAMILIES, MODELS
+from triton_embed.gateway.process.scratch import scratch_directory
 from triton_embed.gateway.verify import command as verify
 from triton_embed.python_backend.checkpoint import repository
 from triton_embed.python_backend.checkpoint.repository import Checkpoint, RepositoryError
@@ -56,9 +58,11 @@ def serve(options: argparse.Namespace) -> int:
     except SettingsError as error:
         sys.exit(f"triton-embed: {error}")
     logs.configure(settings.log_level, settings.log_format)
-    with tempfile.TemporaryDirectory(prefix="triton-embed-") as scratch:
-        source, models = _models(options, Path(scratch))
-        repository.check_path(source)
+    with scratch_directory() as scratch:
+        repository.check_path(options.model_repository)
+        repository.check_path(scratch)
+        repository.check_is_ascii(options.checkpoints)
+        source = _repository(options, scratch / "models")
         # These imports take a second, so errors of the command line come first.
         import uvloop
 
@@ -67,7 +71,6 @@ def serve(options: argparse.Namespace) -> int:
 
         triton = TritonOptions(
             repository=source,
-            models=models,
             http_port=options.triton_http_port,
             grpc_port=options.triton_grpc_port,
             metrics_port=options.triton_metrics_port,
@@ -145,27 +148,32 @@ def _serving_commands(name: str, models: Path, checkpoints: Path | None) -> tupl
     return shlex.join(gateway), triton
 
 
-def _models(options: argparse.Namespace, scratch: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return (repository, models to load).
+def _repository(options: argparse.Namespace, scratch: Path) -> Path:
+    """Return the repository to serve, all of it.
 
-    The repository is --model-repository itself, or `scratch` with generated models if there is a --model-path or a
-    parameter is overridden.
+    It is --model-repository itself, or `scratch` with copies of models if some are selected or a parameter is
+    overridden, or with a new model for --model-path.
+
+    Raises:
+        RepositoryError, ConfigError: if a model does not exist or cannot be served.
     """
     overrides = _overrides(options)
-    if options.model_path is None and not overrides:
-        return options.model_repository, tuple(options.model) or ("*",)
     if options.model_path is None:
-        names = options.model or repository.model_names(options.model_repository)
-        for name in names:
+        names = repository.model_names(options.model_repository)
+        if not options.model and not overrides:
+            return Path(options.model_repository)
+        if unknown := sorted({*options.model} - {*names}):
+            raise RepositoryError(f"{options.model_repository} has no model '{unknown[0]}'; it has {', '.join(names)}")
+        for name in dict.fromkeys(options.model or names):
             repository.write_model(options.model_repository, name, scratch, name, overrides)
-        return scratch, tuple(names)
+        return scratch
     if options.model:
         raise RepositoryError("--model selects from --model-repository and cannot be combined with --model-path")
     checkpoint = _checkpoint(options.model_path, options.checkpoints)
     name = repository.model_name(checkpoint.title)
     family, _ = _write(checkpoint, options.model_repository, scratch, name, overrides)
     logging.info("%s is served as %s", checkpoint.directory, family)
-    return scratch, (name,)
+    return scratch
 
 
 def _checkpoint(name: str, root: Path) -> Checkpoint:
@@ -173,6 +181,7 @@ def _checkpoint(name: str, root: Path) -> Checkpoint:
     directory = Path(name).expanduser()
     if directory.is_dir():
         directory = directory.resolve()
+        repository.check_is_ascii(directory)
         return Checkpoint(directory, str(directory), _id_of(directory, root.resolve()))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise RepositoryError(f"{name} is neither a directory nor an id like Qwen/Qwen3-Embedding-0.6B")
@@ -214,7 +223,8 @@ def _model_config(checkpoint: Path, model: Path) -> "ModelConfig":
     """Return the configuration that the engine would read from a checkpoint and its model directory.
 
     Raises:
-        ConfigError: if the checkpoint and the model directory disagree.
+        ConfigError: if the checkpoint and the model directory disagree, or the engine would refuse its tokenizer or
+            image processor.
     """
     from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
 
@@ -225,7 +235,11 @@ def _model_config(checkpoint: Path, model: Path) -> "ModelConfig":
     parameters = {key: {"string_value": value.string_value} for key, value in declared.items()}
     config = json.dumps({"name": model.name, "parameters": parameters})
     serving = ServingConfig.from_triton({"model_config": config, "model_repository": str(model)})
-    return ModelConfig.from_checkpoint(checkpoint, serving, family.spec)
+    model_config = ModelConfig.from_checkpoint(checkpoint, serving, family.spec)
+    if find_spec("transformers"):  # else the engine, and so the check, needs another environment
+        processor = family.spec.load(family.spec.processor)
+        processor(checkpoint, model_config, model_config.network_config, serving, family.spec.eos, family.prompt)
+    return model_config
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
@@ -292,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--served-model-name", metavar="NAME", help="name of the model for clients")
     command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16", "int8", *DTYPES))
     command.add_argument(
-        "--cache-mb", type=int, metavar="N", help="memory for vectors of repeated inputs, per model (default 0)"
+        "--cache-mb", type=_megabytes, metavar="N", help="memory for vectors of repeated inputs, per model (default 0)"
     )
     command.add_argument(
         "--kernels",
@@ -327,6 +341,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=verify.run)
     verify.add_arguments(command)
     return parser
+
+
+def _megabytes(text: str) -> int:
+    """Parse a size; argparse turns the error into its message."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of megabytes, got {text!r}")
+    return int(text)
 
 
 class _NoRemoteCode(argparse.Action):

@@ -38,6 +38,8 @@ def main() -> None:
     """Become tritonserver, or exit with one sentence if it cannot run."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("tritonserver: TRITON_INTERPRET=1 runs kernels in a slow interpreter; unset it to serve")
+    if not sys.prefix.isascii():  # the Python inside Triton's stub encodes paths as ASCII
+        sys.exit(f"tritonserver: Triton's Python backend cannot import from {sys.prefix}: install into a path of ASCII")
     arguments = with_defaults(sys.argv[1:])
     environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
     if OFFICIAL.exists():

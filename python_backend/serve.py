@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -44,6 +45,7 @@ class EmbeddingServer:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the checkpoint. Without one, answer requests with UNAVAILABLE: an exception would stop the server."""
+        _hide_shared_memory()
         self._serving = serving = ServingConfig.from_triton(args)
         logging.basicConfig(handlers=[_TritonLog()], level=logging.INFO, format="%(message)s", force=True)
         self._sender = Sender()
@@ -302,3 +304,14 @@ class _TritonLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         write = {logging.WARNING: pb_utils.Logger.log_warn, logging.ERROR: pb_utils.Logger.log_error}
         write.get(record.levelno, pb_utils.Logger.log_info)(self.format(record))
+
+
+def _hide_shared_memory() -> None:
+    """Remove the name of the memory that this process shares with tritonserver, which holds what callers send.
+
+    Both have it open. By its name, which every user of this machine can list, others could read it, and Triton's
+    shared-memory API would read and write it for them. Without a name it also ends with its processes.
+    """
+    stub, _, region, *_ = Path("/proc/self/cmdline").read_text(errors="replace").split("\0") + [""] * 3
+    if stub.endswith("triton_python_backend_stub") and region:
+        Path("/dev/shm", region).unlink(missing_ok=True)  # noqa: S108 - where Triton's Python backend puts its regions

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,20 +39,25 @@ def _options(*arguments: str, checkpoints: Path = Path("/nonexistent")) -> objec
 
 
 def test_without_flags_all_checked_in_models_are_served(tmp_path: Path) -> None:
-    assert cli._models(_options(), tmp_path) == (REPOSITORY, ("*",))  # type: ignore[arg-type]
+    assert cli._repository(_options(), tmp_path) == REPOSITORY  # type: ignore[arg-type]
 
 
 def test_model_flag_selects_models_of_the_repository(tmp_path: Path) -> None:
     options = _options("--model=minilm", "--model=bge")
-    assert cli._models(options, tmp_path) == (REPOSITORY, ("minilm", "bge"))  # type: ignore[arg-type]
+    assert cli._repository(options, tmp_path) == tmp_path  # type: ignore[arg-type]
+    assert repository.model_names(tmp_path) == ["bge", "minilm"]
+    for name in ("bge", "minilm"):
+        expected = repository.read_config(REPOSITORY, name)
+        expected.name = name
+        assert repository.read_config(tmp_path, name) == expected
 
 
 def test_overrides_are_written_to_a_generated_repository(tmp_path: Path) -> None:
     options = _options(
         "--model=minilm", "--dtype=bf16", "--kernels=torch", "--json-model-override-args", '{"is_matryoshka": true}'
     )
-    source, models = cli._models(options, tmp_path)  # type: ignore[arg-type]
-    assert (source, models) == (tmp_path, ("minilm",))
+    assert cli._repository(options, tmp_path) == tmp_path  # type: ignore[arg-type]
+    assert repository.model_names(tmp_path) == ["minilm"]
     parameters = repository.read_config(tmp_path, "minilm").parameters
     assert parameters["dtype"].string_value == "bfloat16"
     assert parameters["kernels"].string_value == "torch"
@@ -61,9 +67,9 @@ def test_overrides_are_written_to_a_generated_repository(tmp_path: Path) -> None
 
 def test_model_path_names_the_model_after_its_directory(tmp_path: Path) -> None:
     checkpoint = write_bert(tmp_path / "my bge (v2)")
-    source, models = cli._models(_options(f"--model-path={checkpoint}"), tmp_path / "generated")  # type: ignore[arg-type]
-    assert (source, models) == (tmp_path / "generated", ("my-bge--v2-",))
-    parameters = repository.read_config(source, models[0]).parameters
+    source = cli._repository(_options(f"--model-path={checkpoint}"), tmp_path / "generated")  # type: ignore[arg-type]
+    assert repository.model_names(source) == ["my-bge--v2-"]
+    parameters = repository.read_config(source, "my-bge--v2-").parameters
     assert parameters["checkpoint"].string_value == str(checkpoint)
 
 
@@ -76,7 +82,9 @@ def test_model_path_names_the_model_after_its_directory(tmp_path: Path) -> None:
         (["serve", "--json-model-override-args={"], "is not a JSON object"),
         (["serve", '--json-model-override-args={"rope": 1}'], "'rope' cannot be overridden"),
         (["serve", "--model-repository=/nonexistent", "--dtype=fp32"], "contains no model directory"),
-        (["serve", "--model=nosuch", "--dtype=fp32"], "nosuch/config.pbtxt cannot be read"),
+        (["serve", "--model-repository=/nonexistent"], "contains no model directory"),
+        (["serve", "--model=nosuch", "--dtype=fp32"], "has no model 'nosuch'; it has bge, clip, "),
+        (["serve", "--model=minilm", "--model=nosuch"], "has no model 'nosuch'; it has bge, clip, "),
     ],
 )
 def test_invalid_flags_give_a_one_line_error(
@@ -104,7 +112,8 @@ def test_overrides_apply_to_model_path_and_too_many_dimensions_are_ignored(tmp_p
     checkpoint = write_decoder(tmp_path / "qwen3", "qwen3")
     sizes = '{"matryoshka_dimensions": [13, 26, 512, 1024, 1536]}'
     options = _options(f"--model-path={checkpoint}", "--json-model-override-args", sizes)
-    source, (name,) = cli._models(options, tmp_path / "generated")  # type: ignore[arg-type]
+    source = cli._repository(options, tmp_path / "generated")  # type: ignore[arg-type]
+    (name,) = repository.model_names(source)
     assert _parameters(source / name)["matryoshka_dimensions"] == "13,26,512,1024,1536"
     assert cli._model_config(checkpoint, source / name).matryoshka == (13, 26)
 
@@ -112,7 +121,7 @@ def test_overrides_apply_to_model_path_and_too_many_dimensions_are_ignored(tmp_p
 def test_gme_chat_template_is_accepted(tmp_path: Path) -> None:
     checkpoint = write_qwen2_vl(tmp_path / "gme")
     options = _options(f"--model-path={checkpoint}", "--chat-template=gme-qwen2-vl", "--is-embedding")
-    assert cli._models(options, tmp_path / "generated") == (tmp_path / "generated", ("gme",))  # type: ignore[arg-type]
+    assert repository.model_names(cli._repository(options, tmp_path / "generated")) == ["gme"]  # type: ignore[arg-type]
 
 
 def _add(*arguments: object) -> object:
@@ -255,6 +264,18 @@ def test_repository_path_with_a_space_is_rejected(command: str, tmp_path: Path) 
     checkpoint = [str(write_bert(tmp_path / "tiny"))] if command == "add-model" else []
     with pytest.raises(SystemExit, match="path that contains a space"):
         cli.main([command, *checkpoint, f"--model-repository={tmp_path}/my models"])
+
+
+@pytest.mark.parametrize("place", ["model_repository", "checkpoint", "checkpoints", "scratch"])
+def test_path_outside_ascii_is_rejected(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python inside Triton's stub could not open it."""
+    foreign = tmp_path / "модель"
+    write_bert(foreign)
+    flag = {"checkpoint": "--model-path", "scratch": "--port"}.get(place, f"--{place.replace('_', '-')}")
+    if place == "scratch":
+        monkeypatch.setattr(tempfile, "tempdir", str(foreign))
+    with pytest.raises(SystemExit, match=r"модель.*: Triton's Python backend opens paths in ASCII only; move it"):
+        cli.main(["serve", f"{flag}={1 if place == 'scratch' else foreign}"])
 
 
 def test_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,13 @@ def test_main_executes_the_wheels_server_with_the_stub_of_this_python(
     assert "pytriton" not in sys.modules
 
 
+def test_environment_outside_ascii_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(launcher.sys, "prefix", "/home/José/.venv")
+    with pytest.raises(SystemExit, match=r"cannot import from /home/José/\.venv: install into a path of ASCII"):
+        launcher.main()
+
+
 def test_openmp_spin_count_is_limited(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     run_main(monkeypatch)

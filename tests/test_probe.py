@@ -76,7 +76,7 @@ def result(
     }
     repository.write_model(REPOSITORY, "gme_qwen2_vl", models, "gme", parameters)
     inputs = [TEXT, INSTRUCTED, PICTURE, FUSED, UNFETCHED, TEXT]
-    return probe(TritonOptions(models, ("gme",)), "gme", inputs, images)
+    return probe(TritonOptions(models), "gme", inputs, images)
 
 
 def test_card_inputs_are_embedded(result: ProbeResult, checkpoint: Path, picture: Image.Image) -> None:
@@ -114,8 +114,8 @@ def test_model_that_does_not_load_is_reported(tmp_path: Path) -> None:
     checkpoint = write_bert(tmp_path / "checkpoint")
     (checkpoint / "tokenizer.json").unlink()
     repository.write_model(REPOSITORY, "bge", tmp_path / "models", "bge", {"checkpoint": str(checkpoint)})
-    with pytest.raises(ProbeError, match=r"^model 'bge' did not load"):
-        probe(TritonOptions(tmp_path / "models", ("bge",)), "bge", [], None)
+    with pytest.raises(ProbeError, match=r"^no model can be served \(bge: .*/checkpoint has no tokenizer: none of "):
+        probe(TritonOptions(tmp_path / "models"), "bge", [], None)
 
 
 def test_model_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,4 +133,4 @@ def test_model_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(probe_module, "_probe", wait_and_kill)
     with pytest.raises(ProbeError, match=r"^the process of model bge died"):
-        probe(TritonOptions(tmp_path / "models", ("bge",)), "bge", [], None)
+        probe(TritonOptions(tmp_path / "models"), "bge", [], None)

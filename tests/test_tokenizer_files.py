@@ -28,8 +28,8 @@ print(json.dumps({"ids": ids, "imported": "transformers" in sys.modules}))
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "triton-embed" / "tokenizers"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / ".cache" / "triton-embed" / "tokenizers"
 
 
 @pytest.fixture

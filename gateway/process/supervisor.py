@@ -11,14 +11,15 @@ import logging
 import signal
 import socket
 import sys
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 
 from triton_embed.gateway.http.tracing import check_installed
+from triton_embed.gateway.process.scratch import scratch_directory
 from triton_embed.gateway.process.server import GatewayServer, announcement, raise_file_limit
 from triton_embed.gateway.process.triton_process import TritonOptions, TritonProcess, tied_to_this_process
 from triton_embed.gateway.settings import Settings, dump_settings, environment
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # The pause before a restart doubles each time. A process that ran for STEADY_SECONDS is restarted immediately again.
 MIN_PAUSE, MAX_PAUSE, STEADY_SECONDS = 0.5, 30.0, 30.0
+LOAD_ATTEMPTS = 3  # for a model whose process dies while it loads; each restarts all models
 MAX_WORKER_PAUSE = 2.0  # short, because clients wait in the queue of a worker's socket meanwhile
 GATEWAY_SECONDS = 1.2  # after `drain_seconds`: for the gateway to send its 503 responses
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -46,7 +48,6 @@ class Supervisor:
         self._settings = settings.model_copy(
             update={
                 "triton_grpc": f"{triton.address}:{triton.grpc_port}",
-                "triton_repository_header": triton.repository_header,
                 "triton_metrics": f"{triton.address}:{triton.metrics_port}",
             }
         )
@@ -93,14 +94,23 @@ class Supervisor:
 
     async def _keep_triton_up(self) -> None:
         pause, was_up = 0.0, False
+        deaths: Counter[str] = Counter()  # of models while they loaded
         while True:
             started = time.monotonic()
+            given_up = {model for model, count in deaths.items() if count >= LOAD_ATTEMPTS}
             self._triton = await TritonProcess.start(self._options)
-            reason = await self._triton.wait_for_end()
+            reason = await self._triton.wait_for_end(given_up)
             self._triton.kill()
             was_up = was_up or self._triton.was_up
             if not was_up:  # most likely a configuration error; later failures may be temporary
                 raise ServeError(f"{reason} before it was ready; --log-level debug shows its whole log")
+            died = self._triton.died_loading
+            if died is not None and died not in given_up:
+                deaths[died] += 1
+            elif self._triton.serves_nothing:
+                raise ServeError(reason)
+            else:
+                deaths.clear()
             if time.monotonic() - started > STEADY_SECONDS:
                 pause = 0.0
             log.error("%s, restarting%s", reason, f" in {pause:g} s" if pause else "")
@@ -155,10 +165,10 @@ class _Workers:
 
     async def serve(self) -> None:
         """Serve until stopped and all workers have ended."""
-        with tempfile.TemporaryDirectory(prefix="triton-embed-metrics-") as metrics_directory:
+        with scratch_directory("metrics-") as metrics_directory:
             announcing = asyncio.create_task(self._announce())
             try:
-                await asyncio.gather(*(self._keep_up(i, metrics_directory) for i in range(len(self._sockets))))
+                await asyncio.gather(*(self._keep_up(i, str(metrics_directory)) for i in range(len(self._sockets))))
             finally:
                 announcing.cancel()
 

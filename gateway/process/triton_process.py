@@ -10,11 +10,10 @@ import contextlib
 import logging
 import os
 import re
-import secrets
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -30,6 +29,10 @@ STUB = "triton_python_backend_stub"
 _PROGRESS = re.compile(r"^(tritonserver: .+)|(loading: [\w.-]+)|^[IE].*serve\.py:\d+\] \"(.+)\"$")
 _NOISE = re.compile(r"CudaDriverHelper|NVML")
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
+# A model that did not load, and one that loaded without a checkpoint: its name and the reason.
+_FAILED = re.compile(r"failed to load '([^']+)' version \d+: (?:Internal: )?(?:\w+Error: )?(.+?)(?:\\n\\nAt:|\"$|$)")
+_NO_CHECKPOINT = re.compile(r"\"Model '([^']+)' has (no checkpoint\. .+?)\\n")
+_DIED = re.compile(r"[Ss]tub process.* (not healthy|exited|died)")
 
 
 # Sets PR_SET_PDEATHSIG, which survives execv. Not in `preexec_fn`: Python code between fork and exec can crash in a
@@ -49,24 +52,15 @@ def tied_to_this_process(command: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How to start tritonserver: which models of which repository, on which loopback ports."""
+    """How to start tritonserver: all models of which repository, on which loopback ports."""
 
     repository: Path
-    models: tuple[str, ...] = ("*",)
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
     address: str = "127.0.0.1"
     verbose: bool = False
     checkpoints: Path | None = None
-    # Required by the model-repository API, because loading a model runs its Python code. tritonserver accepts the key
-    # only on its command line, where other users of this machine can read it.
-    key: str = field(default_factory=lambda: secrets.token_hex(16))
-
-    @property
-    def repository_header(self) -> str:
-        """`name=value` of the header that unlocks the model-repository API."""
-        return f"triton-embed={self.key}"
 
     @property
     def ports(self) -> dict[str, int]:
@@ -74,18 +68,18 @@ class TritonOptions:
         return {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
 
     def command(self) -> list[str]:
-        """Return the command line. `tritonserver` is our launcher, in the directory of this Python."""
-        restricted = f"model-repository:{self.repository_header}"
+        """Return the command line. `tritonserver` is our launcher, in the directory of this Python.
+
+        Without model control nothing can be loaded through the ports: loading a model runs the Python code in the
+        request, and a key to restrict it would stand on the command line, which every user of the machine can read.
+        """
         return [
             str(Path(sys.executable).with_name("tritonserver")),
             f"--model-repository={self.repository}",
-            "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in self.models),
+            "--model-control-mode=none",
             "--exit-on-error=false",
             *(f"--{service}-address={self.address}" for service in self.ports),
             *(f"--{service}-port={port}" for service, port in self.ports.items()),
-            f"--http-restricted-api={restricted}",
-            f"--grpc-restricted-protocol={restricted}",
             f"--exit-timeout-secs={STOP_SECONDS:.0f}",
         ]
 
@@ -96,14 +90,27 @@ class TritonOptions:
 
 
 class TritonProcess:
-    """A running tritonserver. Create it with `start`, then await `wait_for_end`."""
+    """A running tritonserver. Create it with `start`, then await `wait_for_end`.
+
+    Attributes:
+        was_up: Whether all models were loaded or had failed to load, and the server answered.
+        failures: Why each of the other models cannot serve.
+        died_loading: The model whose process died while it loaded, which may succeed when it is tried again.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process, verbose: bool) -> None:
         self.was_up = False
+        self.failures: dict[str, str] = {}
+        self.died_loading: str | None = None
         self._process = process
         self._verbose = verbose
         self._loaded: set[str] = set()
         self._regions: set[str] = set()  # shared memory of its stubs
+
+    @property
+    def serves_nothing(self) -> bool:
+        """Whether the server is up and no model can serve."""
+        return self.was_up and not self._loaded - self.failures.keys()
 
     @classmethod
     async def start(cls, options: TritonOptions) -> "TritonProcess":
@@ -117,8 +124,15 @@ class TritonProcess:
         )
         return cls(process, options.verbose)
 
-    async def wait_for_end(self) -> str:
-        """Wait until the server or the stub of a loaded model ends. Return what happened, as a clause for a message."""
+    async def wait_for_end(self, given_up: Collection[str] = ()) -> str:
+        """Wait until the server or the stub of a model ends, or no model can serve.
+
+        Args:
+            given_up: Models that may die while they load without an end of the server.
+
+        Returns:
+            What happened, as a clause for a message.
+        """
         relay = asyncio.create_task(self._relay())
         ended = asyncio.create_task(self._process.wait())
         try:
@@ -126,6 +140,11 @@ class TritonProcess:
             while (code := self._process.returncode) is None:
                 if (model := self._dead_model()) is not None and self._process.returncode is None:
                     return f"the process of model {model} died"
+                if self.was_up and self.died_loading not in (None, *given_up):
+                    return f"the process of model {self.died_loading} died while it loaded"
+                if self.serves_nothing:
+                    reasons = "; ".join(f"{model}: {reason}" for model, reason in self.failures.items())
+                    return f"no model can be served ({reasons})"
                 await asyncio.wait([relay, ended], timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             return f"tritonserver ended with code {code}"
         finally:
@@ -156,10 +175,20 @@ class TritonProcess:
         assert self._process.stderr is not None  # noqa: S101 - `start` requests a pipe
         while line := await self._process.stderr.readline():
             text = line.decode(errors="replace").rstrip()
-            self.was_up = self.was_up or "Started GRPCInferenceService" in text
             self._loaded.update(_LOADED.findall(text))
+            self.failures.update(_NO_CHECKPOINT.findall(text))
+            if failed := _FAILED.search(text):
+                self.failures[failed[1]] = failed[2]
+                if _DIED.search(failed[2]):
+                    self.died_loading = failed[1]
+            if "Started GRPCInferenceService" in text:
+                self.was_up = True
+                if missing := sorted(self.failures.keys() & self._loaded):
+                    log.info("not served, because they have no checkpoint: %s", ", ".join(missing))
             if self._verbose:
                 log.info("%s", text)
+            elif failed:
+                log.error("model %s cannot be served: %s", *failed.groups())
             elif match := _PROGRESS.search(text):
                 log.info("%s", next(group for group in match.groups() if group))
             elif text.startswith("E") and not _NOISE.search(text):

@@ -9,13 +9,13 @@ import json
 import logging
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from triton_embed.gateway.locations import FAMILIES
+from triton_embed.gateway.process.scratch import scratch_directory
 from triton_embed.python_backend.checkpoint import repository
 from triton_embed.python_backend.checkpoint.repository import Checkpoint, RepositoryError
 
@@ -60,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         RepositoryError, ConfigError: if the model does not exist, its checkpoint is missing, or it does not load.
     """
-    with tempfile.TemporaryDirectory(prefix="triton-embed-") as scratch:
+    with scratch_directory() as scratch:
         subject = _find_subject(options)
         model = repository.write_model(
-            options.model_repository, subject.family, Path(scratch), subject.name, subject.parameters
+            options.model_repository, subject.family, scratch / "models", subject.name, subject.parameters
         )
         serving, directory = _checkpoint(options, model)
         log.info("%s is served as %s", directory, subject.family)
@@ -87,7 +87,6 @@ def _compare(
         raise RepositoryError(f"--card {options.card}: there is no such card; there are {ids}")
     triton = TritonOptions(
         repository=model.parent,
-        models=(model.name,),
         verbose=options.log_level == "debug",
         checkpoints=options.checkpoints,
     )

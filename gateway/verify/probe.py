@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -76,10 +76,7 @@ async def _serve_and_probe(
     options: TritonOptions, model: str, inputs: Sequence[Input], folder: Path | None
 ) -> ProbeResult:
     process = await TritonProcess.start(options)
-    client = TritonClient(
-        f"{options.address}:{options.grpc_port}",
-        repository_header=options.repository_header,
-    )
+    client = TritonClient(f"{options.address}:{options.grpc_port}")
     ended = asyncio.create_task(process.wait_for_end())
     probing = asyncio.create_task(_probe(client, model, inputs, folder))
     try:
@@ -112,16 +109,12 @@ async def _probe(client: TritonClient, model: str, inputs: Sequence[Input], fold
 
 
 async def _wait_until_loaded(client: TritonClient, model: str) -> None:
-    """Wait until Triton answers, which it does once its models are loaded."""
+    """Wait until the model is loaded. If it cannot be, `TritonProcess.wait_for_end` says so."""
     while True:
-        try:
-            states = {entry.name: entry.state for entry in await client.index()}
-        except ApiError:
-            await asyncio.sleep(POLL_SECONDS)
-            continue
-        if states.get(model) != "READY":
-            raise ProbeError(f"model '{model}' did not load: the reason is in the log above")
-        return
+        with suppress(ApiError):  # Triton does not answer before its models are loaded
+            if any(entry.name == model and entry.state == "READY" for entry in await client.index()):
+                return
+        await asyncio.sleep(POLL_SECONDS)
 
 
 async def _image_files(urls: set[str], folder: Path | None) -> dict[str, bytes]:

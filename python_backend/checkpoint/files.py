@@ -1,5 +1,6 @@
 """Find, download and check the files of a checkpoint."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,9 +21,16 @@ def locate(serving: ServingConfig) -> Path | None:
     """Return the directory of the checkpoint: under the root, else in its Python package, else None.
 
     Raises:
-        ConfigError: The directory under the root has no config.json.
+        ConfigError: The directory under the root has no config.json, or this Python, in Triton's stub, cannot encode
+            its path.
     """
     directory = directory_of(serving.checkpoint, serving.checkpoint_root)
+    try:
+        os.fsencode(directory)
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{directory}: Triton's Python backend opens paths in ASCII only; move it, or name a link to it"
+        ) from None
     if (directory / "config.json").is_file():
         return directory
     if serving.checkpoint_package:

@@ -149,10 +149,23 @@ def check_path(repository: Path) -> None:
 
     Raises:
         RepositoryError: It contains a space: the Python backend splits the stub's command line there, and tritonserver
-            hangs.
+            hangs. Or the engine cannot open it.
     """
     if " " in str(repository):
         raise RepositoryError(f"{repository}: Triton cannot load models from a path that contains a space")
+    check_is_ascii(repository)
+
+
+def check_is_ascii(path: Path) -> None:
+    """Check that the engine can open a path: the Python inside Triton's stub encodes paths as ASCII.
+
+    Raises:
+        RepositoryError: It cannot.
+    """
+    if not str(path).isascii():
+        raise RepositoryError(
+            f"{path}: Triton's Python backend opens paths in ASCII only; move it, or name a link to it (ln -s)"
+        )
 
 
 def loaded_by(checkpoint: Checkpoint, repository: Path) -> list[str]:

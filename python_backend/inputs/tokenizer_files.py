@@ -84,8 +84,7 @@ def _cache_file(directory: Path) -> Path:
             content = path.read_bytes()
             digest.update(f"{path.name} {len(content)}\n".encode())
             digest.update(content)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "triton-embed" / "tokenizers" / f"{digest.hexdigest()}.json"
+    return Path.home() / ".cache" / "triton-embed" / "tokenizers" / f"{digest.hexdigest()}.json"
 
 
 def _save(tokenizer: Tokenizer, file: Path) -> None:
