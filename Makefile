@@ -88,7 +88,7 @@ test: $(VENV)/.test  ## Run all tests (ARGS='-k gateway' and so on: some of thos
 	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(foreach file,$(ALONE) tests/test_web_page.py,--ignore=$(file)))
 	$(if $(ARGS),,$(BIN)/python -m pytest $(ALONE))
 	$(if $(ARGS),,$(MAKE) test-pages conformance test-kernels)
-	$(if $(ARGS),,$(MAKE) kernels-gate ARGS=sm90)
+	$(if $(ARGS),,$(call with_triton,3.6.0) $(BIN)/python tests/kernels_gate.py sm90)
 
 test-pages: $(VENV)/.test  ## Test the page at / in a headless browser
 ifeq ($(browser)$(may_install),)
@@ -105,7 +105,7 @@ test-kernels: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Run the kernels in
 	$(call interpreted,3.9.0) $(ARGS)
 	$(if $(ARGS),,$(call interpreted,3.6.0) -k bfloat16)
 
-# `make test` compiles for one architecture; run this for all of them after a change of a kernel or a table.
+# `make test` compiles with one Triton for one architecture; run this for all after a change of a kernel or a table.
 kernels-gate: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Compile every kernel for every architecture (ARGS='linear sm90': only these)
 	$(call with_triton,3.6.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
 	$(call with_triton,3.9.0) $(BIN)/python tests/kernels_gate.py $(ARGS)

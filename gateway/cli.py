@@ -20,6 +20,7 @@ from triton_embed.gateway.locations import CHECKPOINTS, FAMILIES, MODELS
 from triton_embed.gateway.process.scratch import scratch_directory
 from triton_embed.gateway.verify import command as verify
 from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.checkpoint.network_folder import network_directory
 from triton_embed.python_backend.checkpoint.repository import Checkpoint, RepositoryError
 from triton_embed.python_backend.errors import ConfigError
 
@@ -116,7 +117,8 @@ def add_model(options: argparse.Namespace) -> int:
         if target == MODELS:
             target.parent.mkdir(parents=True, exist_ok=True)  # the user's data directory may not exist yet
         with tempfile.TemporaryDirectory(prefix="triton-embed-", dir=target.parent) as scratch:
-            family, model = _write(checkpoint, FAMILIES, Path(scratch), name, {})
+            overrides = {"pooling": options.pooling} if options.pooling else {}
+            family, model = _write(checkpoint, FAMILIES, Path(scratch), name, overrides)
             directory = repository.install(Path(scratch) / name, target)
     except OSError as error:
         raise RepositoryError(f"{target / name} cannot be written: {error.strerror or error}") from None
@@ -211,9 +213,9 @@ def _write(
 
     if checkpoint.parameter == checkpoint.id:
         files.download(checkpoint.id, checkpoint.directory.parent.parent)
-    family = repository.family_of(checkpoint.directory, source)
+    family = repository.family_of(checkpoint.directory, source, overrides.get("pooling", ""))
     repository.check_weights(checkpoint)
-    files.weight_files(checkpoint.directory)
+    files.weight_files(network_directory(checkpoint.directory))
     parameters = repository.checkpoint_parameters(checkpoint, family, source, name)
     directory = repository.write_model(source, family, target, name, {**parameters, **overrides})
     return family, _model_config(checkpoint.directory, directory)
@@ -238,7 +240,8 @@ def _model_config(checkpoint: Path, model: Path) -> "ModelConfig":
     model_config = ModelConfig.from_checkpoint(checkpoint, serving, family.spec)
     if find_spec("transformers"):  # else the engine, and so the check, needs another environment
         processor = family.spec.load(family.spec.processor)
-        processor(checkpoint, model_config, model_config.network_config, serving, family.spec.eos, family.prompt)
+        directory, network_config = model_config.directory, model_config.network_config
+        processor(directory, model_config, network_config, serving, family.spec.eos, family.prompt)
     return model_config
 
 
@@ -249,6 +252,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
         parameters["dtype"] = DTYPES.get(options.dtype, options.dtype)
     if options.kernels:
         parameters["kernels"] = options.kernels
+    if options.pooling:
+        parameters["pooling"] = options.pooling
     if options.cache_mb:
         parameters["cache_bytes"] = str(options.cache_mb * 2**20)
     try:
@@ -303,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--model-path", metavar="DIR_OR_ID", help="serve this checkpoint: a directory, or an id to download"
     )
+    _add_pooling(command)
     command.add_argument("--served-model-name", metavar="NAME", help="name of the model for clients")
     command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16", "int8", *DTYPES))
     command.add_argument(
@@ -334,6 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("add-model", parents=[common], help="add a checkpoint to a model repository")
     command.set_defaults(run=add_model)
     command.add_argument("checkpoint", metavar="ID_OR_DIR", help="a directory, or an id to download")
+    _add_pooling(command)
     command.add_argument("--name", help="name of the new model (default: from the checkpoint)")
     command.add_argument("--model-repository", type=Path, default=MODELS, metavar="DIR", help="repository to write to")
 
@@ -341,6 +348,11 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=verify.run)
     verify.add_arguments(command)
     return parser
+
+
+def _add_pooling(command: argparse.ArgumentParser) -> None:
+    choices = sorted(set(repository.POOLING.values()))
+    command.add_argument("--pooling", choices=choices, help="for a checkpoint that says nothing of pooling")
 
 
 def _megabytes(text: str) -> int:

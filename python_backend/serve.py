@@ -70,7 +70,7 @@ class EmbeddingServer:
         self._model = self._embedder.model
         processor_class = self.spec.load(self.spec.processor)
         self._processor: TextProcessor = processor_class(
-            directory, self._model, self._model.network_config, serving, self.spec.eos, self.prompt
+            self._model.directory, self._model, self._model.network_config, serving, self.spec.eos, self.prompt
         )
         # Pillow releases the interpreter lock while it decodes and resizes.
         self._pool = ThreadPoolExecutor(serving.thread_count, thread_name_prefix="image")

@@ -107,7 +107,7 @@ class Family:
         self.model = ModelConfig.from_checkpoint(directory, self.serving, self.spec)
         processor = self.spec.load(self.spec.processor)
         self.processor: TextProcessor = processor(
-            directory, self.model, self.model.network_config, self.serving, self.spec.eos, declared.prompt
+            self.model.directory, self.model, self.model.network_config, self.serving, self.spec.eos, declared.prompt
         )
 
     @cached_property

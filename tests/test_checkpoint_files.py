@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from conftest import MINILM, free_port, serving
 from triton_embed.python_backend.checkpoint import files as checkpoint
@@ -276,6 +279,18 @@ def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "pytorch_model.bin", "model.safetensors.index")
     with pytest.raises(ConfigError, match=rf"{tmp_path} has no \*\.safetensors file"):
         checkpoint.weight_files(tmp_path)
+
+
+def test_pickle_of_a_module_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0).view(2, 3).T  # not contiguous
+    torch.save({"linear.weight": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="pickles are never loaded") as caught:
+        checkpoint.weight_files(tmp_path)
+    python, *arguments = shlex.split(str(caught.value).partition("convert it once: ")[2])
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
+    (converted,) = checkpoint.weight_files(tmp_path)
+    assert torch.equal(load_file(converted)["linear.weight"], tensor)
 
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:

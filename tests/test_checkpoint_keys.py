@@ -123,7 +123,19 @@ def unused_token(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
+def in_sub_folder(directory: Path) -> None:
+    """Move all that belongs to the network to a folder of its own, as sentence-transformers did before version 2."""
+    folder = directory / "0_Transformer"
+    folder.mkdir()
+    for path in [path for path in directory.iterdir() if path.is_file() and path.name != "modules.json"]:
+        path.rename(folder / path.name)
+    modules = json.loads((directory / "modules.json").read_text())
+    modules[0]["path"] = folder.name
+    (directory / "modules.json").write_text(json.dumps(modules))
+
+
 HONORED: dict[str, Change] = {
+    "network in a sub-folder": in_sub_folder,
     "nothing changed": lambda directory: None,
     "added_tokens_decoder": add_token,
     "model_max_length": tokenizer_length("model_max_length"),

@@ -10,16 +10,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import CASES, Case, write_clip, write_decoder, write_qwen2_vl
 from google.protobuf import text_format
+from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig
 from tritonclient.grpc import model_config_pb2
 
-from conftest import MINILM, REPOSITORY, free_port, write_bert
+from conftest import MINILM, REPOSITORY, Family, free_port, write_bert
 from test_checkpoint_files import Hub, hub
 from triton_embed.gateway import cli
 from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.inputs.parameters import Item
 
 __all__ = ["hub"]  # a fixture
 KINDS = [
@@ -71,6 +74,27 @@ def test_model_path_names_the_model_after_its_directory(tmp_path: Path) -> None:
     assert repository.model_names(source) == ["my-bge--v2-"]
     parameters = repository.read_config(source, "my-bge--v2-").parameters
     assert parameters["checkpoint"].string_value == str(checkpoint)
+
+
+def test_pooling_flag_serves_a_checkpoint_that_has_none(tmp_path: Path) -> None:
+    """Compare with sentence-transformers, which takes the mean for such a checkpoint."""
+    checkpoint = write_bert(tmp_path / "bare")
+    shutil.rmtree(checkpoint / "1_Pooling")
+    source = cli._repository(_options(f"--model-path={checkpoint}", "--pooling=mean"), tmp_path / "generated")  # type: ignore[arg-type]
+    assert _parameters(source / "bare")["pooling"] == "mean"
+    family = Family("minilm", checkpoint, pooling="mean")
+    texts = ["the cat", "hello world, the dog"]
+    vectors = family.embedder.embed(family.rows(*map(Item, texts)), [60] * len(texts))
+    expected = SentenceTransformer(str(checkpoint), device="cpu").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(vectors, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("command", ["serve", "add-model"])
+def test_pooling_flag_does_not_change_that_of_a_checkpoint(command: str, tmp_path: Path) -> None:
+    checkpoint = write_bert(tmp_path / "pooled", pooling="cls")
+    argument = f"--model-path={checkpoint}" if command == "serve" else str(checkpoint)
+    with pytest.raises(SystemExit, match=r"1_Pooling/config\.json says pooling 'cls', .*config\.pbtxt says 'mean'"):
+        cli.main([command, argument, "--pooling=mean", *([f"--model-repository={tmp_path}/r"] * (command != "serve"))])
 
 
 @pytest.mark.parametrize(

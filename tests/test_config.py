@@ -190,6 +190,7 @@ def test_minimal_checkpoint_has_defaults(checkpoint: Path) -> None:
         network_config=EncoderConfig.read(JsonFile(checkpoint / CONFIG)),
         pooling="cls",
         max_tokens=77,
+        directory=checkpoint,
     )
     assert (config.vocab_size, config.dimensions) == (97, 60)
     assert (config.dense, config.lowercase, config.matryoshka, config.prompts) == ((), False, None, {})

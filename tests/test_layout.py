@@ -45,7 +45,7 @@ ORDER = {
     ),
     "python_backend": (
         "wire errors",
-        "checkpoint/json_file checkpoint/hf_config",
+        "checkpoint/json_file checkpoint/network_folder checkpoint/hf_config",
         "inputs/row inputs/images",
         "spec",
         "checkpoint/config checkpoint/files checkpoint/repository",
@@ -80,6 +80,7 @@ ORDER = {
 TESTED_ELSEWHERE = {
     "python_backend/errors.py": "every test that expects an error",
     "python_backend/spec.py": "test_config.py",
+    "python_backend/checkpoint/network_folder.py": "test_checkpoint_keys.py",
     "python_backend/inputs/row.py": "test_vectors.py",
     "python_backend/networks/layers.py": "test_vectors.py",
     "python_backend/networks/decoder.py": "test_vectors.py",

@@ -337,7 +337,7 @@ def test_cache_that_others_may_write_to_is_not_read(
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
     assert runs(double)
     assert runs(double)  # from the cache
-    assert caplog.messages == []
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     Path(loops.config.CACHE_DIR).chmod(0o777)
     assert runs(double)
     assert f"others may write to {loops.config.CACHE_DIR}" in caplog.text

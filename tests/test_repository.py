@@ -77,7 +77,11 @@ def test_added_models_are_not_families(tmp_path: Path) -> None:
     ("model_type", "pooling", "message"),
     [
         ("t5", None, "model_type 't5' belongs to no family; supported: bert, clip, llama"),
-        ("bert", None, "has pooling 'nothing'; families of model_type 'bert': bge (cls) and minilm (mean)"),
+        (
+            "bert",
+            None,
+            "has pooling 'nothing'; families of model_type 'bert': bge (cls) and minilm (mean); --pooling",
+        ),
         ("bert", {"pooling_mode_max_tokens": False}, "has pooling 'nothing'"),
     ],
 )

@@ -98,6 +98,14 @@ def test_cache_that_cannot_be_written_is_no_error(minilm: Path, cache: Path) -> 
     assert ids(minilm, TEXTS) == ids_of_transformers(MINILM, TEXTS)
 
 
+def test_user_without_a_home_directory_has_no_cache(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert ids(minilm, TEXTS) == ids_of_transformers(MINILM, TEXTS)
+
+
 def test_special_tokens_that_are_split_are_split_at_every_start(minilm: Path) -> None:
     config = json.loads((minilm / "tokenizer_config.json").read_text())
     (minilm / "tokenizer_config.json").write_text(json.dumps({**config, "split_special_tokens": True}))

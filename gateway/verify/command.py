@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from triton_embed.gateway.locations import FAMILIES
 from triton_embed.gateway.process.scratch import scratch_directory
 from triton_embed.python_backend.checkpoint import repository
+from triton_embed.python_backend.checkpoint.network_folder import network_directory
 from triton_embed.python_backend.checkpoint.repository import Checkpoint, RepositoryError
 
 if TYPE_CHECKING:
@@ -98,16 +99,19 @@ def _compare(
     if not cards:
         log.info("there is no card for %s; --card ID uses the card of another id", card_name)
     image_tokens = (serving.min_image_tokens, serving.max_image_tokens)
-    facts = CheckpointFacts(directory, result.info, serving.image_positions, image_tokens)
+    network = network_directory(directory)
+    facts = CheckpointFacts(directory, result.info, serving.image_positions, image_tokens, network)
     return report.conclude(result, cards, facts)
 
 
 def _find_subject(options: argparse.Namespace) -> Subject:
     """Return the model that MODEL names, searched as a directory, a model of the repository, and a downloaded id."""
+    from triton_embed.python_backend.checkpoint import files
+
     name_or_path, source = options.model, options.model_repository
     parameters = dict(map(_parameter, options.parameter))
     directory = Path(name_or_path).expanduser()
-    if (directory / "config.json").is_file():
+    if files.is_checkpoint(directory):
         directory = directory.resolve()
         return _subject_of(Checkpoint(directory, str(directory)), source, parameters)
     for name in repository.model_names(source):
@@ -121,7 +125,7 @@ def _find_subject(options: argparse.Namespace) -> Subject:
             f"nor a model of {source}"
         )
     directory = options.checkpoints.absolute() / name_or_path
-    if not (directory / "config.json").is_file():
+    if not files.is_checkpoint(directory):
         raise _missing(name_or_path, directory, options.checkpoints)
     return _subject_of(Checkpoint(directory, name_or_path, name_or_path), source, parameters)
 
@@ -158,7 +162,7 @@ def _checkpoint(options: argparse.Namespace, model: Path) -> tuple["ServingConfi
         expected = files.directory_of(serving.checkpoint, serving.checkpoint_root)
         raise _missing(serving.checkpoint, expected, options.checkpoints)
     repository.check_weights(Checkpoint(directory, serving.checkpoint))
-    files.weight_files(directory)
+    files.weight_files(network_directory(directory))
     return serving, directory
 
 

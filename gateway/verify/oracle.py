@@ -62,6 +62,7 @@ class CheckpointFacts:
     info: ModelInfo
     image_positions: str  # for qwen2_vl: mrope or sequential
     image_tokens: tuple[int, int]  # for qwen2_vl: minimum and maximum per image
+    network: Path | None = None  # the sub-folder of its network, if it is in one
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def compute(facts: CheckpointFacts, texts: Sequence[str], images: Sequence[bytes
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # it warns about weights that embedding does not use
     directory, family = facts.directory, facts.info.family
-    _check_memory(directory)
+    _check_memory(facts.network or directory)
     files = [Image.open(io.BytesIO(image)) for image in images]
     if family == "qwen2_vl":
         items: list[Mapping[str, Any]] = [*({"text": text} for text in texts), *({"images": [file]} for file in files)]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from triton_embed.python_backend.checkpoint.hf_config import NetworkConfig
 from triton_embed.python_backend.checkpoint.json_file import JsonFile, read_json
+from triton_embed.python_backend.checkpoint.network_folder import network_directory
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.inputs.row import Channels
 from triton_embed.python_backend.spec import Spec
@@ -174,6 +175,7 @@ class ModelConfig:
     default_prompt: str | None = None  # name of the prompt for requests that select none
     image_positions: str = "mrope"
     image_normalization: tuple[Channels, ...] = ()  # per-channel mean and standard deviation of the pixels
+    directory: Path = Path()  # of the network, see `network_directory`
 
     @cached_property
     def vocab_size(self) -> int:
@@ -191,15 +193,16 @@ class ModelConfig:
         Raises:
             ConfigError: A value is missing, not supported or contradicts config.pbtxt; names file, key and values.
         """
-        config = JsonFile(directory / "config.json", required=True)
+        network = network_directory(directory)
+        config = JsonFile(network / "config.json", required=True)
         model_type = config.require("model_type", str)
         if model_type not in serving.model_types:
             raise config.error(
                 "model_type", f"{serving.name}/config.pbtxt serves {', '.join(serving.model_types) or 'none'}"
             )
-        _refuse_derived(directory, config)
+        _refuse_derived(network, config)
         network_config = spec.read_config(config)
-        sentence_config = _sentence_config(directory)
+        sentence_config = _sentence_config(network)
         dense = _dense(directory, network_config.hidden_size)
         prompts, default_prompt = _prompts(directory)
         return cls(
@@ -208,7 +211,7 @@ class ModelConfig:
             pooling=_pooling(directory, serving, spec.pooling),
             max_tokens=min(
                 limit
-                for limit in (network_config.max_tokens, _max_length(directory, sentence_config), serving.max_tokens)
+                for limit in (network_config.max_tokens, _max_length(network, sentence_config), serving.max_tokens)
                 if limit
             ),
             dense=dense,
@@ -217,7 +220,8 @@ class ModelConfig:
             prompts=prompts,
             default_prompt=default_prompt,
             image_positions=serving.image_positions,
-            image_normalization=spec.image_normalization(directory),
+            image_normalization=spec.image_normalization(network),
+            directory=network,
         )
 
 

@@ -1,6 +1,7 @@
 """Find, download and check the files of a checkpoint."""
 
 import os
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,11 @@ def directory_of(checkpoint: str, root: Path) -> Path:
     return root / checkpoint  # pathlib: an absolute right side wins
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Return whether a directory has a checkpoint, whose network may be in a sub-folder."""
+    return any((directory / name).is_file() for name in ("config.json", "modules.json"))
+
+
 def locate(serving: ServingConfig) -> Path | None:
     """Return the directory of the checkpoint: under the root, else in its Python package, else None.
 
@@ -31,7 +37,7 @@ def locate(serving: ServingConfig) -> Path | None:
         raise ConfigError(
             f"{directory}: Triton's Python backend opens paths in ASCII only; move it, or name a link to it"
         ) from None
-    if (directory / "config.json").is_file():
+    if is_checkpoint(directory):
         return directory
     if serving.checkpoint_package:
         package = find_spec(serving.checkpoint_package)
@@ -46,11 +52,21 @@ def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files, sharded or single.
 
     Raises:
-        ConfigError: There is none, or a shard named in the index is missing.
+        ConfigError: There is none, or a shard named in the index is missing. If there is a pickle, the message has the
+            command that converts it.
     """
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{directory} has no *.safetensors file")
+        pickled = directory / "pytorch_model.bin"
+        convert = (
+            "import torch; from safetensors.torch import save_file; "
+            f"tensors = torch.load({str(pickled)!r}, weights_only=True); "
+            "save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, "
+            f"{str(directory / 'model.safetensors')!r})"
+        )
+        advice = ", and pickles are never loaded. If you trust it, convert it once: "
+        advice += shlex.join(["python", "-c", convert])
+        raise ConfigError(f"{directory} has no *.safetensors file{advice if pickled.is_file() else ''}")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index, dict).get("weight_map")

@@ -13,6 +13,8 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from triton_embed.python_backend.checkpoint.network_folder import network_directory
+
 FAMILY_TAG = "family"  # metric tag of a generated model directory: the family it was copied from
 HEADING = "# Parameters set by the operator. Every parameter and its default: python_backend/checkpoint/config.py\n"
 # Keys of 1_Pooling/config.json -> values of `pooling` in config.pbtxt; the engine refuses other keys by name.
@@ -73,16 +75,20 @@ def family_names(repository: Path) -> list[str]:
     return names
 
 
-def family_of(checkpoint: Path, repository: Path) -> str:
+def family_of(checkpoint: Path, repository: Path, pooling: str = "") -> str:
     """Return the family that serves a checkpoint, by model_type in config.json, then by pooling.
 
     If several families serve the model_type and none of them has the pooling, return the one without a query
     instruction.
 
+    Args:
+        pooling: Taken if the checkpoint has none.
+
     Raises:
         RepositoryError: No family serves the model_type, several families fit, or a file cannot be read.
     """
-    model_type = _read(checkpoint / "config.json", required=True).get("model_type")
+    config = network_directory(checkpoint) / "config.json"
+    model_type = _read(config, required=True).get("model_type")
     candidates: dict[str, Any] = {}  # family -> its parameters
     all_types: set[str] = set()
     for family in family_names(repository):
@@ -93,13 +99,12 @@ def family_of(checkpoint: Path, repository: Path) -> str:
             candidates[family] = parameters
     if not candidates:
         raise RepositoryError(
-            f"{checkpoint / 'config.json'}: model_type '{model_type}' belongs to no family; "
-            f"supported: {', '.join(sorted(all_types))}"
+            f"{config}: model_type '{model_type}' belongs to no family; supported: {', '.join(sorted(all_types))}"
         )
     if len(candidates) == 1:
         return next(iter(candidates))
     poolings = {family: parameters["pooling"].string_value for family, parameters in candidates.items()}
-    pooling = checkpoint_pooling(checkpoint)
+    pooling = checkpoint_pooling(checkpoint) or pooling
     plain = [family for family, parameters in candidates.items() if "query_instruction" not in parameters]
     matching = [family for family, value in poolings.items() if value == pooling] or plain
     if not pooling or len(matching) != 1:
@@ -107,6 +112,7 @@ def family_of(checkpoint: Path, repository: Path) -> str:
             f"{checkpoint / '1_Pooling' / 'config.json'} has pooling '{pooling or 'nothing'}'; "
             f"families of model_type '{model_type}': "
             + " and ".join(f"{family} ({value})" for family, value in poolings.items())
+            + ("" if pooling else "; --pooling sets it")
         )
     return matching[0]
 
@@ -181,10 +187,12 @@ def check_weights(checkpoint: Checkpoint) -> None:
     Raises:
         RepositoryError: It has none; the message has the command that converts its weights.
     """
-    if any(checkpoint.directory.glob("*.safetensors")):
+    network = network_directory(checkpoint.directory)
+    if any(network.glob("*.safetensors")):
         return
-    load = f"AutoModel.from_pretrained({checkpoint.parameter!r})"
-    convert = f"from transformers import AutoModel; {load}.save_pretrained({str(checkpoint.directory)!r})"
+    source = checkpoint.parameter if network == checkpoint.directory else str(network)
+    load = f"AutoModel.from_pretrained({source!r})"
+    convert = f"from transformers import AutoModel; {load}.save_pretrained({str(network)!r})"
     raise RepositoryError(
         f"{checkpoint.parameter} has no *.safetensors file, and pickles (pytorch_model.bin) are never loaded. "
         f"If you trust it, convert it once, then try again: {shlex.join([sys.executable, '-c', convert])}"

@@ -120,7 +120,7 @@ class Embedder:
     def _load(self, spec: Spec, directory: Path) -> None:
         self._network, self._head = self._build(spec, self._ops)
         self._layers = [module for module in self._network.modules() if isinstance(module, Linear)]
-        weights.load(self._network, self._network.naming, directory, self.dtype, self.device)
+        weights.load(self._network, self._network.naming, self.model.directory, self.dtype, self.device)
         for dense, config in zip(self._head.dense, self.model.dense, strict=True):
             weights.load(dense, weights.Naming(), config.directory, self.dtype, self.device)
 

@@ -50,7 +50,10 @@ def is_stored(token: str, directory: Path, config: JsonFile) -> bool:
 
 
 def _load_cached(directory: Path) -> Tokenizer:
-    file = _cache_file(directory)
+    try:
+        file = _cache_file(directory)
+    except RuntimeError:  # this user has no home directory
+        return _load_with_transformers(directory)
     if file.is_file():
         try:
             return Tokenizer.from_file(str(file))
