@@ -103,12 +103,13 @@ conformance: $(VENV)/.test $(VENV)/clients/.ready  ## Try the clients people use
 
 test-kernels: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Run the kernels in Triton's interpreter (ARGS='-k linear' and so on)
 	$(call interpreted,3.9.0) $(ARGS)
-	$(if $(ARGS),,$(call interpreted,3.6.0) -k bfloat16)
 
-# `make test` compiles with one Triton for one architecture; run this for all after a change of a kernel or a table.
+# `make test` interprets with one Triton and compiles with the other, for one architecture. Run this for all after a change
+# of a kernel or a table.
 kernels-gate: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Compile every kernel for every architecture (ARGS='linear sm90': only these)
 	$(call with_triton,3.6.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
 	$(call with_triton,3.9.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
+	$(if $(ARGS),,$(call interpreted,3.6.0) -k bfloat16)
 
 check: $(VENV)/.test  ## Lint, formatting and types; changes nothing
 	$(BIN)/ruff check .

@@ -210,7 +210,7 @@ def test_hub_id_is_downloaded_and_served_under_it(hub: Hub, tmp_path: Path, monk
 
 def test_full_queue_is_429_and_other_requests_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Test a Triton queue of two calls, which one large request fills, and a small queue in the gateway."""
-    monkeypatch.setenv("TRITON_EMBED_MAX_WAITING_TOKENS", "40000")
+    monkeypatch.setenv("TRITON_EMBED_MAX_WAITING_TOKENS", "15000")
     models = tmp_path / "models"
     shutil.copytree(ROOT / "model_repository" / "minilm", models / "minilm", ignore=shutil.ignore_patterns("__pyc*"))
     config = models / "minilm" / "config.pbtxt"
@@ -218,14 +218,14 @@ def test_full_queue_is_429_and_other_requests_succeed(tmp_path: Path, monkeypatc
     assert small != config.read_text()
     config.write_text(small)
     server = Stack(tmp_path / "log", f"--model-repository={models}")
-    body = {"input": [f"{i} {'many words ' * 40}" for i in range(24)], "encoding_format": "base64"}
+    body = {"input": [f"{i} {'many words ' * 40}" for i in range(16)], "encoding_format": "base64"}
 
     def send(_: int) -> requests.Response:
         return requests.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
 
     try:
-        with ThreadPoolExecutor(24) as pool:
-            responses = list(pool.map(send, range(24)))
+        with ThreadPoolExecutor(16) as pool:
+            responses = list(pool.map(send, range(16)))
     finally:
         server.stop()
     assert {response.status_code for response in responses} == {200, 429}
@@ -234,4 +234,4 @@ def test_full_queue_is_429_and_other_requests_succeed(tmp_path: Path, monkeypatc
             assert int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["type"] == "rate_limit_error"
         else:
-            assert len(response.json()["data"]) == 24
+            assert len(response.json()["data"]) == 16

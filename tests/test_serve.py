@@ -316,7 +316,7 @@ def test_request_past_its_deadline_is_dropped_before_compute(client: Client, tri
     ids = client.ids([7] * 200, [8] * 200)
     assert client.infer("minilm", ids, timeout_ms=60_000).as_numpy("EMBEDDING") is not None
     other = Client(tritonclient.grpc, triton.grpc)
-    work = other.ids(*[[10 + i] * 200 for i in range(150)])
+    work = other.ids(*[[10 + i] * 200 for i in range(50)])
     busy = threading.Thread(target=other.infer, args=("minilm", work))
     busy.start()
     time.sleep(0.2)
