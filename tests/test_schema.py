@@ -27,7 +27,7 @@ from triton_embed.gateway.app import create_app
 from triton_embed.gateway.settings import read_settings
 
 DOCUMENT: dict[str, Any] = create_app(read_settings()).openapi()
-EXAMPLES = 40  # per route, in addition to those of the document and those at the bounds of each field
+EXAMPLES = 60  # per route, in addition to those of the document and those at the bounds of each field
 CHECKED = [
     not_a_server_error,
     status_code_conformance,
