@@ -61,9 +61,9 @@ def serve(options: argparse.Namespace) -> int:
     logs.configure(settings.log_level, settings.log_format)
     with scratch_directory() as scratch:
         repository.check_path(options.model_repository)
-        repository.check_path(scratch)
         repository.check_is_ascii(options.checkpoints)
         source = _repository(options, scratch / "models")
+        repository.check_path(source)  # scratch is wherever TMPDIR says
         # These imports take a second, so errors of the command line come first.
         import uvloop
 

@@ -295,11 +295,11 @@ def test_path_outside_ascii_is_rejected(place: str, tmp_path: Path, monkeypatch:
     """The Python inside Triton's stub could not open it."""
     foreign = tmp_path / "модель"
     write_bert(foreign)
-    flag = {"checkpoint": "--model-path", "scratch": "--port"}.get(place, f"--{place.replace('_', '-')}")
+    flag = {"checkpoint": "--model-path", "scratch": "--model"}.get(place, f"--{place.replace('_', '-')}")
     if place == "scratch":
         monkeypatch.setattr(tempfile, "tempdir", str(foreign))
     with pytest.raises(SystemExit, match=r"модель.*: Triton's Python backend opens paths in ASCII only; move it"):
-        cli.main(["serve", f"{flag}={1 if place == 'scratch' else foreign}"])
+        cli.main(["serve", f"{flag}={'minilm' if place == 'scratch' else foreign}"])
 
 
 def test_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
