@@ -22,6 +22,11 @@ KEEP_ALIVE_SECONDS = 2.0
 CONNECTION_ERRORS = (EOFError, OSError, ValueError)
 
 
+def content_length(head: bytes) -> int:
+    """Return the size of the body that follows the head of a response."""
+    return int(head.lower().partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0])
+
+
 class HttpConnection:
     """One HTTP/1.1 connection to a loopback server."""
 
@@ -42,11 +47,9 @@ class HttpConnection:
     async def receive(self) -> tuple[bytes, bytes]:
         """Read one response; return its head and body."""
         head = await self.reader.readuntil(b"\r\n\r\n")
-        fields = head.lower()
-        length = int(fields.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0])
-        body = await self.reader.readexactly(length)
+        body = await self.reader.readexactly(content_length(head))
         self.last_used = time.monotonic()
-        self.keep_alive = b"\r\nconnection: close" not in fields
+        self.keep_alive = b"\r\nconnection: close" not in head.lower()
         return head, body
 
     async def exchange(self, request: bytes) -> tuple[bytes, bytes]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton import admission as lanes_module
 from triton_embed.gateway.triton.admission import (
+    ACCEPTED_SHARE,
     CALL_SMALL_JOBS,
     INTERACTIVE_TURNS,
     SMALL_CALLS,
@@ -43,6 +44,18 @@ def new_admission(
     return Admission("m", budget, small_tokens, max_pending_tokens=max_pending_tokens, gateway_count=gateway_count)
 
 
+async def send(admission: Admission, tokens: int, *, batch: bool = False, seconds: float = 60) -> Callable[[], None]:
+    """Send a request in one call. Return the function that ends the call."""
+    with admission.admit(tokens, asyncio.get_running_loop().time() + seconds, batch=batch) as request:
+        return await admission.acquire(request, tokens)
+
+
+def fits(admission: Admission, tokens: int) -> bool:
+    """Return whether a request would be sent at once."""
+    with admission.admit(tokens, asyncio.get_running_loop().time() + 60, batch=False) as request:
+        return admission.can_send_now(request)
+
+
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
@@ -51,11 +64,11 @@ async def settle() -> None:
 def test_large_window_bounds_tokens_in_flight() -> None:
     async def use() -> None:
         admission = new_admission()
-        releases = [await admission.acquire(100, batch=False) for _ in range(WINDOW_BUDGETS)]
-        late = asyncio.create_task(admission.acquire(100, batch=False))
+        releases = [await send(admission, 100) for _ in range(WINDOW_BUDGETS)]
+        late = asyncio.create_task(send(admission, 100))
         await settle()
         assert not late.done()
-        assert not admission.can_send_now(MAX_SMALL_TOKENS + 1)
+        assert not fits(admission, MAX_SMALL_TOKENS + 1)
         releases[0]()
         await settle()
         assert late.done()
@@ -66,8 +79,8 @@ def test_large_window_bounds_tokens_in_flight() -> None:
 def test_call_larger_than_window_is_sent_alone() -> None:
     async def use() -> None:
         admission = new_admission()
-        release = await admission.acquire(10**6, batch=False)
-        next_call = asyncio.create_task(admission.acquire(MAX_SMALL_TOKENS + 1, batch=False))
+        release = await send(admission, 10**6)
+        next_call = asyncio.create_task(send(admission, MAX_SMALL_TOKENS + 1))
         await settle()
         assert not next_call.done()
         release()
@@ -80,12 +93,12 @@ def test_call_larger_than_window_is_sent_alone() -> None:
 def test_small_call_does_not_wait_for_large_calls() -> None:
     async def use() -> None:
         admission = new_admission()
-        await admission.acquire(10**6, batch=False)
-        large = asyncio.create_task(admission.acquire(MAX_SMALL_TOKENS + 1, batch=False))
-        bulk = asyncio.create_task(admission.acquire(MAX_SMALL_TOKENS, batch=True))
+        await send(admission, 10**6)
+        large = asyncio.create_task(send(admission, MAX_SMALL_TOKENS + 1))
+        bulk = asyncio.create_task(send(admission, MAX_SMALL_TOKENS, batch=True))
         await settle()
-        assert admission.can_send_now(MAX_SMALL_TOKENS)
-        small = asyncio.create_task(admission.acquire(MAX_SMALL_TOKENS, batch=False))
+        assert fits(admission, MAX_SMALL_TOKENS)
+        small = asyncio.create_task(send(admission, MAX_SMALL_TOKENS))
         await settle()
         # A call of the batch lane is never small.
         assert [task.done() for task in (large, bulk, small)] == [False, False, True]
@@ -98,16 +111,16 @@ def test_small_call_does_not_wait_for_large_calls() -> None:
 def test_small_window_is_bounded_and_served_in_order() -> None:
     async def use() -> None:
         admission, order = new_admission(), list[int]()
-        release_large = await admission.acquire(100, batch=False)
-        releases = [await admission.acquire(tokens, batch=False) for tokens in [10] * (SMALL_CALLS - 1) + [5]]
+        release_large = await send(admission, 100)
+        releases = [await send(admission, tokens) for tokens in [10] * (SMALL_CALLS - 1) + [1]]
 
         async def late(number: int) -> None:
-            await admission.acquire(10, batch=False)
+            await send(admission, 10)
             order.append(number)
 
         tasks = [asyncio.create_task(late(number)) for number in range(3)]
         await settle()
-        assert not admission.can_send_now(1)  # it would overtake the waiting calls
+        assert not fits(admission, 6)  # it would overtake the waiting calls, which are less than twice as large
         release_large()
         await settle()
         assert order == []  # small calls cannot use the large window
@@ -124,12 +137,12 @@ def test_small_calls_do_not_use_the_large_window() -> None:
     async def use() -> None:
         admission = new_admission()
         for _ in range(SMALL_CALLS):
-            await admission.acquire(10, batch=False)
-        waiting = [asyncio.create_task(admission.acquire(10, batch=False)) for _ in range(5)]
+            await send(admission, 10)
+        waiting = [asyncio.create_task(send(admission, 10)) for _ in range(5)]
         await settle()
         for _ in range(WINDOW_BUDGETS):
-            assert admission.can_send_now(100)
-            await admission.acquire(100, batch=False)
+            assert fits(admission, 100)
+            await send(admission, 100)
         assert not any(task.done() for task in waiting)
         for task in waiting:
             task.cancel()
@@ -141,7 +154,7 @@ def test_small_calls_do_not_use_the_large_window() -> None:
 def test_gateways_of_one_triton_share_the_windows(gateway_count: int, large: int, small: int) -> None:
     async def use() -> None:
         admission = new_admission(gateway_count=gateway_count)
-        calls = [asyncio.create_task(admission.acquire(tokens, batch=False)) for tokens in (100, 10) for _ in range(30)]
+        calls = [asyncio.create_task(send(admission, tokens)) for tokens in (100, 10) for _ in range(30)]
         await settle()
         assert [sum(task.done() for task in tasks) for tasks in (calls[:30], calls[30:])] == [large, small]
         for task in calls:
@@ -153,8 +166,8 @@ def test_gateways_of_one_triton_share_the_windows(gateway_count: int, large: int
 def test_cancelled_small_call_frees_its_window() -> None:
     async def use() -> None:
         admission = new_admission()
-        releases = [await admission.acquire(10, batch=False) for _ in range(SMALL_CALLS)]
-        waiting = [asyncio.create_task(admission.acquire(10, batch=False)) for _ in range(3)]
+        releases = [await send(admission, 10) for _ in range(SMALL_CALLS)]
+        waiting = [asyncio.create_task(send(admission, 10)) for _ in range(3)]
         await settle()
         waiting[0].cancel()
         releases[0]()  # grants a call that is cancelled at this moment, or has not resumed yet
@@ -162,7 +175,7 @@ def test_cancelled_small_call_frees_its_window() -> None:
         await settle()
         assert waiting[2].done()
         releases[1]()
-        assert admission.can_send_now(10)
+        assert fits(admission, 10)
 
     run(use)
 
@@ -174,10 +187,10 @@ def test_number_of_calls_in_flight_is_bounded(monkeypatch: pytest.MonkeyPatch, s
     async def use() -> None:
         admission = new_admission(budget=10**6, small_tokens=SMALL_DIVISOR * 10**5)
         for _ in range(8):
-            assert admission.can_send_now(size)
-            await admission.acquire(size, batch=False)
-        assert not admission.can_send_now(size)
-        assert admission.can_send_now(10**5 + 2 - size)  # a call of the other window
+            assert fits(admission, size)
+            await send(admission, size)
+        assert not fits(admission, size)
+        assert fits(admission, 10**5 + 2 - size)  # a call of the other window
 
     run(use)
 
@@ -185,10 +198,10 @@ def test_number_of_calls_in_flight_is_bounded(monkeypatch: pytest.MonkeyPatch, s
 def test_interactive_lane_overtakes_but_does_not_starve_batch_lane() -> None:
     async def use() -> list[str]:
         admission, order = new_admission(), []
-        release = await admission.acquire(10**6, batch=False)
+        release = await send(admission, 10**6)
 
         async def call(name: str, batch: bool) -> None:
-            release = await admission.acquire(300, batch=batch)
+            release = await send(admission, 300, batch=batch)
             order.append(name)
             await asyncio.sleep(0)
             release()
@@ -211,11 +224,10 @@ def test_interactive_lane_overtakes_but_does_not_starve_batch_lane() -> None:
 def test_batch_lane_uses_at_most_half_of_the_window() -> None:
     async def use() -> None:
         admission = new_admission()
-        bulk = [asyncio.create_task(admission.acquire(100, batch=True)) for _ in range(WINDOW_BUDGETS)]
+        bulk = [asyncio.create_task(send(admission, 100, batch=True)) for _ in range(WINDOW_BUDGETS)]
         await settle()
         assert sum(task.done() for task in bulk) == WINDOW_BUDGETS // 2
-        assert not admission.can_send_now(100)  # calls of the batch lane wait, but an interactive call is sent at once
-        query = asyncio.create_task(admission.acquire(100, batch=False))
+        query = asyncio.create_task(send(admission, 100))
         await settle()
         assert query.done()
         for task in bulk:
@@ -227,8 +239,8 @@ def test_batch_lane_uses_at_most_half_of_the_window() -> None:
 def test_cancelled_waiting_call_is_skipped() -> None:
     async def use() -> None:
         admission = new_admission()
-        release = await admission.acquire(10**6, batch=False)
-        waiting = [asyncio.create_task(admission.acquire(400, batch=False)) for _ in range(3)]
+        release = await send(admission, 10**6)
+        waiting = [asyncio.create_task(send(admission, 400)) for _ in range(3)]
         await settle()
         waiting[0].cancel()
         await settle()
@@ -246,14 +258,14 @@ def test_cancelled_waiting_call_is_skipped() -> None:
 def test_call_cancelled_when_granted_releases_its_tokens() -> None:
     async def use() -> None:
         admission = new_admission()
-        release = await admission.acquire(10**6, batch=False)
-        caller = asyncio.create_task(admission.acquire(400, batch=False))
+        release = await send(admission, 10**6)
+        caller = asyncio.create_task(send(admission, 400))
         await settle()
         release()  # grants the call, whose task has not resumed yet
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
-        assert admission.can_send_now(400)
+        assert fits(admission, 400)
 
     run(use)
 
@@ -261,16 +273,31 @@ def test_call_cancelled_when_granted_releases_its_tokens() -> None:
 def test_refused_call_waits_only_if_another_call_is_in_flight() -> None:
     async def use() -> None:
         admission = new_admission()
-        assert not await admission.wait_for_call_end()
-        releases = [await admission.acquire(10, batch=False) for _ in range(2)]
-        refused = [asyncio.create_task(admission.wait_for_call_end()) for _ in range(3)]
+        deadline = asyncio.get_running_loop().time() + 60
+        with admission.admit(10, deadline, batch=False) as request:
+            (await admission.acquire(request, 10))()
+            assert not await admission.put_back(request, 10)
+        releases = [await send(admission, 10) for _ in range(2)]
+
+        all_refused = asyncio.Event()
+
+        async def refused() -> None:
+            with admission.admit(10, deadline, batch=False) as request:
+                (await admission.acquire(request, 10))()
+                await all_refused.wait()
+                assert await admission.put_back(request, 10)
+                await admission.acquire(request, 10)
+
+        tasks = [asyncio.create_task(refused()) for _ in range(3)]
+        await settle()
+        all_refused.set()
         await settle()
         releases[0]()
         await settle()
-        assert [task.done() for task in refused] == [True, False, False]  # each end wakes one call
+        assert [task.done() for task in tasks] == [True, False, False]  # each end wakes one call
         releases[1]()
         await settle()
-        assert all(task.done() for task in refused)  # no call in flight remains to wait for
+        assert [task.done() for task in tasks] == [True, True, False]
 
     run(use)
 
@@ -278,12 +305,12 @@ def test_refused_call_waits_only_if_another_call_is_in_flight() -> None:
 def test_release_counts_once() -> None:
     async def use() -> None:
         admission = new_admission()
-        first, second = await admission.acquire(200, batch=False), await admission.acquire(200, batch=False)
+        first, second = await send(admission, 200), await send(admission, 200)
         first()
         first()
-        assert not admission.can_send_now(300)
+        assert not fits(admission, 300)
         second()
-        assert admission.can_send_now(300)
+        assert fits(admission, 300)
 
     run(use)
 
@@ -312,7 +339,7 @@ def test_random_load_respects_windows_and_serves_every_call(seed: int, cancelled
             assert fits
 
         async def call(tokens: int, batch: bool) -> None:
-            release = await admission.acquire(tokens, batch=batch)
+            release = await send(admission, tokens, batch=batch)
             sent.add(task := asyncio.create_task(compute(tokens, batch, release)))
             await asyncio.shield(task)
 
@@ -325,44 +352,168 @@ def test_random_load_respects_windows_and_serves_every_call(seed: int, cancelled
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
         await asyncio.gather(*sent)
-        assert admission.can_send_now(WINDOW_BUDGETS * 100)
-        releases = [await admission.acquire(10, batch=False) for _ in range(SMALL_CALLS) if admission.can_send_now(10)]
+        assert fits(admission, WINDOW_BUDGETS * 100)
+        releases = [await send(admission, 10) for _ in range(SMALL_CALLS) if fits(admission, 10)]
         assert len(releases) == SMALL_CALLS
 
     run(use)
 
 
-def test_retry_after_is_the_time_to_compute_the_excess() -> None:
+async def saturate(admission: Admission, tokens: int = 100) -> Callable[[], None]:
+    """Let calls that fill the large window wait and end every 0.1 s for 0.7 s. Return what ends the last one."""
+    release = await send(admission, WINDOW_BUDGETS * tokens)
+    waiting = [asyncio.create_task(send(admission, WINDOW_BUDGETS * tokens)) for _ in range(8)]
+    await settle()
+    for task in waiting[:-1]:
+        await asyncio.sleep(0.1)
+        release()
+        release = await task
+    waiting[-1].cancel()
+    await settle()
+    return release
+
+
+def test_measured_speed_decides_what_is_accepted() -> None:
     async def use() -> None:
-        admission = new_admission(max_pending_tokens=1000)
-        release = await admission.acquire(400, batch=False)
-        await asyncio.sleep(0.2)
-        release()  # 400 tokens in 0.2 s
-        with admission.admit(900), pytest.raises(ApiError) as caught, admission.admit(4100):
+        admission = new_admission()
+        end = await saturate(admission)
+        now = asyncio.get_running_loop().time()
+        speed = admission._interactive.window.speed.tokens_per_second
+        assert speed is not None
+        accepted = int(ACCEPTED_SHARE * 10 * speed) - 400  # in 10 s, after the call in flight
+        with pytest.raises(ApiError) as caught, admission.admit(accepted + int(2.5 * speed), now + 10, batch=False):
             pass
-        assert caught.value.status == 429
-        assert caught.value.headers is not None
-        # 4,000 tokens too many, at nearly 2,000 tokens per second.
-        assert int(caught.value.headers["Retry-After"]) in (2, 3)
-        with admission.admit(10**6):  # a request of any size is admitted if nothing is pending
-            assert admission.pending_tokens == 10**6
-        assert admission.pending_tokens == 0
+        assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "3"})
+        with admission.admit(accepted - int(speed), now + 10, batch=False):
+            with pytest.raises(ApiError), admission.admit(2 * int(speed), now + 10, batch=False):
+                pass
+            with admission.admit(2 * int(speed), now + 20, batch=False):  # a later deadline
+                pass
+        end()
+        with admission.admit(100 * int(speed), now + 10, batch=False):  # nothing is ahead of it
+            pass
 
     run(use)
 
 
-def test_speed_counts_busy_time_only() -> None:
-    speed = lanes_module._Speed()
-    assert speed.tokens_per_second == 0
-    speed.start()
-    time.sleep(0.1)
-    speed.add_computed(1000)
-    speed.stop()
-    time.sleep(0.3)
-    speed.start()
-    time.sleep(0.1)
-    speed.add_computed(1000)
-    assert 7_000 < speed.tokens_per_second < 10_100
+async def send_all(
+    admission: Admission, calls: int, name: str, order: list[str], *, deadline: float = 60, batch: bool = False
+) -> None:
+    """Send a request of `calls` calls of 100 tokens, each of which takes 50 ms."""
+    loop = asyncio.get_running_loop()
+    with admission.admit(100 * calls, loop.time() + deadline, batch=batch) as request:
+
+        async def call() -> None:
+            release = await admission.acquire(request, 100)
+            order.append(name)
+            loop.call_later(0.05, release)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(calls):
+                    group.create_task(call())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+
+def test_requests_are_sent_completely_one_after_the_other() -> None:
+    async def use() -> None:
+        admission, order = new_admission(), list[str]()
+        await asyncio.gather(*(send_all(admission, 9, name, order) for name in "abc"))
+        assert "".join(order) == 9 * "a" + 9 * "b" + 9 * "c"
+
+    run(use)
+
+
+def test_small_requests_overtake_a_large_one_within_limits() -> None:
+    async def use() -> None:
+        admission, order = new_admission(), list[str]()
+        end = await send(admission, WINDOW_BUDGETS * 100)
+        large = asyncio.create_task(send_all(admission, 10, "L", order))
+        await settle()
+        others = [asyncio.create_task(send_all(admission, 4, "s", order)) for number in range(12)]
+        await settle()
+        end()
+        await asyncio.gather(large, *others)
+        # Ten of them are as many tokens as four times those of the large one.
+        assert "".join(order).index("L") == 4 * 10
+        assert "".join(order)[40:50] == 10 * "L"
+
+    run(use)
+
+
+def test_request_that_will_be_late_leaves_the_queue() -> None:
+    async def use() -> None:
+        admission, order = new_admission(), list[str]()
+        # Nothing is known about the speed yet: 8,000 tokens per second.
+        first = asyncio.create_task(send_all(admission, 80, "a", order))
+        late = asyncio.create_task(send_all(admission, 160, "b", order, deadline=2))
+        last = asyncio.create_task(send_all(admission, 8, "c", order, deadline=2))
+        with pytest.raises(ApiError) as caught:
+            await late
+        assert caught.value.status == 429
+        assert not first.done()
+        await asyncio.gather(first, last)
+        assert sorted(order) == 80 * ["a"] + 8 * ["c"]
+
+    run(use)
+
+
+def test_batch_request_is_computed_before_its_deadline() -> None:
+    async def use() -> None:
+        admission, order = new_admission(), list[str]()
+        (await saturate(admission))()
+        batch = asyncio.create_task(send_all(admission, 40, "b", order, batch=True, deadline=3))
+        await settle()
+        interactive = [asyncio.create_task(send_all(admission, 300, "i", order)) for _ in range(2)]
+        start = time.monotonic()
+        await batch
+        assert 1.5 < time.monotonic() - start < 3.8  # with one turn in nine it would take 4.5 s
+        for task in interactive:
+            task.cancel()
+
+    run(use)
+
+
+def test_small_requests_wait_for_a_second_only_while_more_arrive_than_can_be_computed() -> None:
+    async def use() -> None:
+        admission = new_admission()
+        accepted: list[asyncio.Task[None]] = []
+
+        async def query() -> None:
+            release = await send(admission, 10)
+            asyncio.get_running_loop().call_later(0.1, release)
+
+        async def burst(count: int) -> int:
+            tasks = [asyncio.create_task(query()) for _ in range(count)]
+            await settle()
+            accepted.extend(tasks)
+            return sum(task.done() and task.exception() is not None for task in tasks)
+
+        # 160 queries per second are computed. A burst of 600 is accepted, and waits for 3.7 s.
+        assert await burst(600) == 0
+        await asyncio.sleep(2.3)
+        assert await burst(100) == 100
+        await asyncio.sleep(0.9)
+        assert 0 < await burst(100) < 100
+        await asyncio.gather(*accepted, return_exceptions=True)
+
+    run(use)
+
+
+def test_pending_tokens_are_bounded() -> None:
+    async def use() -> None:
+        admission = new_admission(max_pending_tokens=1000)
+        later = asyncio.get_running_loop().time() + 60
+        with admission.admit(10**6, later, batch=False):  # any size is accepted if nothing is pending
+            assert admission.pending_tokens == 10**6
+            with pytest.raises(ApiError, match="Too much work"), admission.admit(1, later, batch=False):
+                pass
+        assert admission.pending_tokens == 0
+        with admission.admit(900, later, batch=False), pytest.raises(ApiError), admission.admit(101, later, batch=True):
+            pass
+
+    run(use)
 
 
 @given(

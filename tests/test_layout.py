@@ -66,7 +66,7 @@ ORDER = {
         "triton/model_info",
         "media/safe_fetch media/images",
         "http/metrics",
-        "triton/admission triton/client triton/dispatch triton/registry",
+        "triton/window triton/request_queue triton/admission triton/client triton/dispatch triton/registry",
         "http/middleware http/web_page http/protocol",
         "handler",
         "api/responses api/embeddings api/rerank api/openapi",
@@ -78,6 +78,7 @@ ORDER = {
 }
 # Files without a test file of the same name, and where they are tested.
 TESTED_ELSEWHERE = {
+    "gateway/triton/request_queue.py": "test_admission.py",
     "python_backend/errors.py": "every test that expects an error",
     "python_backend/spec.py": "test_config.py",
     "python_backend/checkpoint/network_folder.py": "test_checkpoint_keys.py",

@@ -1,35 +1,47 @@
-"""Admission control: a bounded window of tokens in flight at Triton, and the queues in front of it.
+"""Admission control: which requests are accepted, and when their calls are sent to Triton.
 
-Triton gets enough work to stay busy and no more. The rest waits here, where a call can be dropped at no cost when its
-caller disconnects or its deadline passes, where a single query can overtake a bulk load, and where the length of the
-queue is known. A call that was sent is never cancelled: its tokens leave the window when the call has really ended.
+Triton gets enough work to stay busy and no more. The rest waits here, where a request can be dropped at no cost when
+its caller disconnects, where a single query can overtake a bulk load, and where it can be predicted when a request will
+be computed: one that would be late is refused when it arrives, or leaves the queue when that becomes known. A call that
+was sent is never cancelled: its tokens leave the window when the call has really ended.
 
-Small calls have a separate window. The engine computes them between the layers of a large forward pass, so they need
-not wait here for a large call to end. Free room in one window is never used by calls of the other kind.
+Small requests have a separate window. The engine computes them between the layers of a large forward pass, so they need
+not wait here for a large call to end. Free room in one window is never used by requests of the other kind.
 """
 
 import asyncio
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from triton_embed.gateway.errors import ApiError
+from triton_embed.gateway.triton.request_queue import QueuedRequest, RequestQueue
+from triton_embed.gateway.triton.window import Window
 
 # Size of the large window, in forward passes: the one in progress, the next one, and those being tokenized.
 WINDOW_BUDGETS = 4
-# A call counts as small up to 1/2 of `small_tokens`, the engine's limit for small jobs: its tokens are only estimated.
+# A request counts as small up to 1/2 of `small_tokens`, the engine's limit for small jobs: its tokens are estimates.
 SMALL_DIVISOR = 2
-# Size of the small window, in calls of the largest size that counts as small. Both windows together hold fewer forward
-# passes than the engine admits (8).
+# Size of the small window, in requests of the largest size that counts as small. Both windows together hold fewer
+# forward passes than the engine admits (8).
 SMALL_CALLS = 16
 # Calls of either kind in flight at Triton. Its queue holds 256 (max_queue_size), and other clients may use it too.
 MAX_CALLS = 112
 CALL_SMALL_JOBS = 4  # size of each call of a request that is split, in units of `small_tokens`
-INTERACTIVE_TURNS = 8  # calls of the interactive lane per call of the batch lane, if both wait
-MEMORY_SECONDS = 10.0  # time constant of the average speed, in seconds of computing
+INTERACTIVE_TURNS = 8  # interactive calls per batch call, if both wait
+BATCH_SHARE = 0.5  # of the large window: enough to keep a model busy; the rest stays free for interactive calls
 MAX_PADDED_IDS = 2**20  # cells of one call's token ids, padded to the longest row: 4 MiB
+# A request is accepted if it is predicted to be computed in this share of the time until its deadline. The rest is for
+# errors of the prediction.
+ACCEPTED_SHARE = 0.8
+BATCH_ACCEPTED_SHARE = 0.4  # half of it, so that interactive requests are still accepted
+URGENT_SHARE = 0.7  # of that time: a batch request that needs as much is sent before interactive ones
+# Small requests are there to be fast. Once some have waited for BURST_SECONDS without a pause, more of them arrive than
+# can be computed, and one is accepted only if it is predicted to be computed in SMALL_SECONDS.
+BURST_SECONDS = 2.0
+SMALL_SECONDS = 1.0
+SHED_SECONDS = 0.1  # between two searches for requests that will be late
 
 
 class Admission:
@@ -48,72 +60,106 @@ class Admission:
         self._model = model
         self._max_small_tokens = small_tokens // SMALL_DIVISOR
         max_calls = max(8, MAX_CALLS // gateway_count)
-        self._small = _Window(max(8, SMALL_CALLS // gateway_count) * self._max_small_tokens, max_calls)
-        self._large = _Window(max(2, WINDOW_BUDGETS // gateway_count) * batch_tokens, max_calls)
+        small = Window(max(8, SMALL_CALLS // gateway_count) * self._max_small_tokens, max_calls)
+        large = Window(max(2, WINDOW_BUDGETS // gateway_count) * batch_tokens, max_calls)
+        self._small, self._interactive = RequestQueue(small), RequestQueue(large)
+        self._batch = RequestQueue(large, BATCH_SHARE)
         self._max_pending_tokens = max_pending_tokens
-        self._small_lane: _Lane = deque()
-        self._interactive_lane: _Lane = deque()
-        self._batch_lane: _Lane = deque()
-        self._interactive_turns = 0  # calls since the last one of the batch lane
+        self._interactive_turns = 0  # calls since the last batch call
         self._waiting_for_call_end: deque[asyncio.Future[None]] = deque()
+        self._next_shed = 0.0  # time
         self.pending_tokens = 0  # of requests without an answer
-        self._speed = _Speed()
 
     @contextmanager
-    def admit(self, tokens: int) -> Iterator[None]:
-        """Count a request as pending while the context lasts.
+    def admit(self, tokens: int, deadline: float, *, batch: bool) -> Iterator[QueuedRequest]:
+        """Accept a request, which is pending while the context lasts.
+
+        Args:
+            deadline: On the clock of the event loop.
 
         Raises:
-            ApiError: 429 with Retry-After if too much is waiting.
+            ApiError: 429 with Retry-After if the request would be late, or if too much is waiting.
         """
-        if self.pending_tokens and self.pending_tokens + tokens > self._max_pending_tokens:
-            raise self.overloaded(self.pending_tokens + tokens - self._max_pending_tokens)
+        queue = self._batch if batch else self._small if tokens <= self._max_small_tokens else self._interactive
+        request, overtaken = QueuedRequest(tokens, deadline, queue), queue.overtaken_by(tokens)
+        spare = self._spare_tokens(request, sum(other.unsent for other in overtaken))
+        if self.pending_tokens:
+            spare = min(spare, self._max_pending_tokens - self.pending_tokens - tokens)
+        if spare < 0:
+            raise self._overloaded(queue, -spare)
+        queue.insert(request, overtaken, spare)
         self.pending_tokens += tokens
         try:
-            yield
+            yield request
         finally:
             self.pending_tokens -= tokens
+            queue.remove(request)
+            self._send_waiting()
 
-    def overloaded(self, excess_tokens: int | None = None) -> ApiError:
-        """Return a 429 whose Retry-After is the time to compute `excess_tokens`, or everything pending."""
-        tokens = self.pending_tokens if excess_tokens is None else excess_tokens
-        seconds = tokens / (self._speed.tokens_per_second or math.inf)
+    def _spare_tokens(self, request: QueuedRequest, overtaken: int) -> float:
+        """Return how many tokens of others can be computed before a request without making it late.
+
+        Returns:
+            Less than 0 if it will be late, but at least 0 if nothing is ahead of it.
+        """
+        queue, window = request.queue, request.queue.window
+        # A batch request that becomes urgent is sent before interactive ones, so both count as ahead of each other.
+        queues = [self._small] if queue is self._small else [self._interactive, self._batch]
+        ahead = sum(other.unsent for other in queues) - overtaken
+        speed = window.speed.tokens_per_second
+        if speed is None:
+            return math.inf
+        share = BATCH_ACCEPTED_SHARE if queue is self._batch else ACCEPTED_SHARE
+        seconds = share * (request.deadline - asyncio.get_running_loop().time())
+        if queue is self._small and window.speed.waiting_seconds > BURST_SECONDS:
+            seconds = min(seconds, SMALL_SECONDS)
+        spare = seconds * speed - request.unsent - window.tokens - ahead
+        return spare if ahead or not window.fits(request.unsent) else max(0.0, spare)
+
+    def overloaded(self, request: QueuedRequest) -> ApiError:
+        """Return a 429 whose Retry-After is the time to compute everything pending."""
+        return self._overloaded(request.queue, self.pending_tokens)
+
+    def _overloaded(self, queue: RequestQueue, excess_tokens: float) -> ApiError:
+        """Return a 429 whose Retry-After is the time to compute `excess_tokens`."""
+        seconds = excess_tokens / (queue.window.speed.tokens_per_second or math.inf)
         headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
         return ApiError(429, f"Too much work is waiting for model '{self._model}', try again later", headers=headers)
 
-    def can_send_now(self, tokens: int) -> bool:
-        """Return whether a call of this size would be sent without waiting."""
-        if tokens <= self._max_small_tokens:
-            return not self._small_lane and self._small.fits(tokens)
-        return not self._interactive_lane and not self._batch_lane and self._large.fits(tokens)
+    def can_send_now(self, request: QueuedRequest) -> bool:
+        """Return whether a request in one call would be sent without waiting."""
+        queue = request.queue
+        return queue.requests[0] is request and queue.window.fits(request.unsent, queue.share)
 
-    async def acquire(self, tokens: int, *, batch: bool) -> Callable[[], None]:
-        """Wait until a gRPC call may be sent. Return the function that frees its room, for when the call has ended."""
-        small = tokens <= self._max_small_tokens and not batch
-        window = self._small if small else self._large
-        if self.can_send_now(tokens) and not batch:
-            self._start(tokens, window)
-        else:
-            granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            lane = self._small_lane if small else self._batch_lane if batch else self._interactive_lane
-            lane.append((tokens, granted))
-            self._grant_waiting()
-            try:
-                await granted
-            except asyncio.CancelledError:
-                if granted.done() and not granted.cancelled():  # granted and cancelled at the same moment
-                    self._end(tokens, window)
-                raise
+    async def acquire(self, request: QueuedRequest, tokens: int) -> Callable[[], None]:
+        """Wait until a gRPC call may be sent. Return the function that frees its room, for when the call has ended.
+
+        Raises:
+            ApiError: 429 if the request will be late and none of its calls was sent.
+        """
+        if request.error is not None:
+            raise request.error
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request.calls.append((tokens, granted))
+        self._send_waiting()
+        window = request.queue.window
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled() and granted.exception() is None:  # granted at the same moment
+                self._end(tokens, window)
+            raise
         return self._release(tokens, window)
 
-    async def wait_for_call_end(self) -> bool:
-        """Wait until one of our calls ends, after Triton refused one because its queue is full.
+    async def put_back(self, request: QueuedRequest, tokens: int) -> bool:
+        """Count a call as not sent, because Triton refused it, and wait until one of our calls ends.
 
         Returns:
             False, at once, if we have no call at Triton: waiting would not help.
         """
         if not self._calls_in_flight:
             return False
+        request.queue.put_back(request, tokens)
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting_for_call_end.append(ended)
         await ended
@@ -121,126 +167,70 @@ class Admission:
 
     @property
     def _calls_in_flight(self) -> int:
-        return self._small.calls + self._large.calls
+        return self._small.window.calls + self._interactive.window.calls
 
-    def _release(self, tokens: int, window: "_Window") -> Callable[[], None]:
+    def _release(self, tokens: int, window: Window) -> Callable[[], None]:
         """Return a function that frees the room of a gRPC call. Running it again has no effect."""
         unreleased = [tokens]
 
         def release() -> None:
             if unreleased:
-                self._speed.add_computed(unreleased[0])
                 self._end(unreleased.pop(), window)
 
         return release
 
-    def _start(self, tokens: int, window: "_Window") -> None:
-        if not self._calls_in_flight:
-            self._speed.start()
-        window.add(tokens)
-
-    def _end(self, tokens: int, window: "_Window") -> None:
+    def _end(self, tokens: int, window: Window) -> None:
         window.remove(tokens)
-        if not self._calls_in_flight:
-            self._speed.stop()
         while self._waiting_for_call_end:
             ended = self._waiting_for_call_end.popleft()
             if not ended.done():
                 ended.set_result(None)
                 if self._calls_in_flight:  # one slot is free; the end of another call wakes the next waiter
                     break
-        self._grant_waiting()
+        self._send_waiting()
 
-    def _grant_waiting(self) -> None:
+    def _send_waiting(self) -> None:
         """Let the waiting calls that fit be sent."""
-        for lane in (self._small_lane, self._interactive_lane, self._batch_lane):
-            _drop_cancelled(lane)
-        while self._small_lane and self._grant_first(self._small_lane, self._small):
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_shed:
+            self._next_shed = now + SHED_SECONDS
+            for queue in (self._small, self._interactive, self._batch):
+                self._shed_late(queue, now)
+        while self._small.send_next():
             pass
-        while True:
-            batch_turn = bool(self._batch_lane) and (
-                not self._interactive_lane or self._interactive_turns >= INTERACTIVE_TURNS
-            )
-            lane = self._batch_lane if batch_turn else self._interactive_lane
-            # Half of the window keeps a model busy; the other half stays free for interactive calls.
-            if not lane or not self._grant_first(lane, self._large, 0.5 if batch_turn else 1.0):
-                return
-            self._interactive_turns = 0 if batch_turn else self._interactive_turns + 1
+        while (queue := self._next_large(now)).send_next():
+            if queue is self._batch:
+                self._interactive_turns = 0
+            elif self._batch.requests:
+                self._interactive_turns += 1
+        self._small.window.speed.set_waiting(bool(self._small.requests))
+        self._interactive.window.speed.set_waiting(bool(self._interactive.requests or self._batch.requests))
 
-    def _grant_first(self, lane: "_Lane", window: "_Window", share: float = 1.0) -> bool:
-        """Let the first call of a lane be sent if it fits, and drop cancelled ones after it. Return whether it fits."""
-        tokens, granted = lane[0]
-        if not window.fits(tokens, share):
-            return False
-        lane.popleft()
-        self._start(tokens, window)
-        granted.set_result(None)
-        _drop_cancelled(lane)
-        return True
+    def _next_large(self, now: float) -> RequestQueue:
+        """Return the queue whose turn it is in the large window."""
+        batch = self._batch.next()
+        if batch is None:
+            return self._interactive
+        speed = self._batch.window.speed.tokens_per_second or math.inf
+        urgent = batch.unsent > URGENT_SHARE * (batch.deadline - now) * speed
+        self._batch.share = 1.0 if urgent else BATCH_SHARE
+        if urgent or self._interactive_turns >= INTERACTIVE_TURNS or self._interactive.next() is None:
+            return self._batch
+        return self._interactive
 
-
-class _Window:
-    """Tokens and calls in flight at Triton, and their limits."""
-
-    def __init__(self, max_tokens: int, max_calls: int) -> None:
-        self._max_tokens = max_tokens
-        self._max_calls = max_calls
-        self._tokens = 0
-        self.calls = 0
-
-    def fits(self, tokens: int, share: float = 1.0) -> bool:
-        """Return whether a call fits into a share of the window. The only call always fits."""
-        if not self.calls:
-            return True
-        return self.calls < self._max_calls and self._tokens + tokens <= self._max_tokens * share
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-        self.calls += 1
-
-    def remove(self, tokens: int) -> None:
-        self._tokens -= tokens
-        self.calls -= 1
-
-
-_Lane = deque[tuple[int, asyncio.Future[None]]]  # (tokens of a call, set when it may be sent)
-
-
-def _drop_cancelled(lane: _Lane) -> None:
-    """Drop calls at the head of a lane whose callers have gone."""
-    while lane and lane[0][1].done():
-        lane.popleft()
-
-
-class _Speed:
-    """Tokens per second while there was work, as an average in which recent seconds weigh most."""
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self._since = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The average, or 0 before anything was computed."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    def start(self) -> None:
-        self._since = time.monotonic()
-
-    def stop(self) -> None:
-        self._advance()
-
-    def add_computed(self, tokens: int) -> None:
-        self._advance()
-        self._tokens += tokens
-
-    def _advance(self) -> None:
-        now = time.monotonic()
-        elapsed, self._since = now - self._since, now
-        decay = math.exp(-elapsed / MEMORY_SECONDS)
-        self._tokens *= decay
-        self._seconds = self._seconds * decay + elapsed
+    def _shed_late(self, queue: RequestQueue, now: float) -> None:
+        """Refuse requests that will be late, as far as none of their calls was sent."""
+        speed = queue.window.speed.tokens_per_second
+        if speed is None:
+            return
+        tokens = queue.window.tokens
+        for request in [*queue.requests]:
+            excess = tokens + request.unsent - (request.deadline - now) * speed
+            if excess > 0 and not request.started:
+                queue.remove(request)
+                request.fail(self._overloaded(queue, excess))
+            else:
+                tokens += request.unsent
 
 
 def split(costs: Sequence[int], batch_tokens: int, small_tokens: int) -> list[Sequence[int]]:

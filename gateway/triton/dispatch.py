@@ -1,7 +1,6 @@
 """Split a request into Triton calls, queue them, and merge the results."""
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +11,7 @@ from triton_embed.gateway.api.requests import EmbeddingRequest, Embeddings
 from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton.admission import Admission, split
 from triton_embed.gateway.triton.client import Metadata, TritonClient
+from triton_embed.gateway.triton.request_queue import QueuedRequest
 from triton_embed.python_backend.wire import ModelInfo
 
 T = TypeVar("T")
@@ -70,11 +70,11 @@ class Dispatcher:
         costs = estimate(request, images, model)
         calls = split(costs, model.batch_tokens, model.small_tokens)
         admission = self._admission_of(model)
-        with admission.admit(sum(costs)):
-            if len(calls) == 1 and not request.batch and admission.can_send_now(sum(costs)):
-                return await self._call(admission, sum(costs), model, request, calls[0], images, context)
-            queued = self._call_all(admission, costs, calls, model, request, images, context)
-            return await _unless_disconnected(context.disconnected, queued)
+        with admission.admit(sum(costs), context.deadline, batch=request.batch) as queued:
+            if len(calls) == 1 and admission.can_send_now(queued):
+                return await self._call(admission, queued, sum(costs), model, request, calls[0], images, context)
+            embeddings = self._call_all(admission, queued, costs, calls, model, request, images, context)
+            return await _unless_disconnected(context.disconnected, embeddings)
 
     def _admission_of(self, model: ModelInfo) -> Admission:
         key = (model.name, model.batch_tokens, model.small_tokens)
@@ -87,6 +87,7 @@ class Dispatcher:
     async def _call_all(
         self,
         admission: Admission,
+        queued: QueuedRequest,
         costs: Sequence[int],
         calls: Sequence[Sequence[int]],
         model: ModelInfo,
@@ -94,11 +95,9 @@ class Dispatcher:
         images: Images | None,
         context: CallContext,
     ) -> Embeddings:
-        lock = asyncio.Lock()  # one call of a request waits in a lane at a time, so that other requests get their turn
-
         async def call(rows: Sequence[int]) -> Embeddings:
             cost = sum(costs[i] for i in rows)
-            return await self._call(admission, cost, model, request, rows, images, context, lock)
+            return await self._call(admission, queued, cost, model, request, rows, images, context)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -110,17 +109,16 @@ class Dispatcher:
     async def _call(
         self,
         admission: Admission,
+        queued: QueuedRequest,
         cost: int,
         model: ModelInfo,
         request: EmbeddingRequest,
         rows: Sequence[int],
         images: Images | None,
         context: CallContext,
-        lock: asyncio.Lock | None = None,
     ) -> Embeddings:
         while True:
-            async with lock or contextlib.nullcontext():
-                release = await admission.acquire(cost, batch=request.batch)
+            release = await admission.acquire(queued, cost)
             seconds = context.deadline - asyncio.get_running_loop().time()
             try:
                 return await self._client.embed(
@@ -130,8 +128,8 @@ class Dispatcher:
                 if error.status != 429:
                     raise
                 # Triton's queue is full. When a call of ours ends, try again; if we have none, others fill the queue.
-                if not await admission.wait_for_call_end():
-                    raise admission.overloaded() from None
+                if not await admission.put_back(queued, cost):
+                    raise admission.overloaded(queued) from None
             except Exception:
                 release()  # the client may have failed before it could call `ended`
                 raise
