@@ -19,14 +19,17 @@ import pytest
 import requests
 import uvloop
 from starlette.requests import Request
+from starlette.responses import Response
 
 from conftest import free_port
+from triton_embed.gateway.http import protocol
 from triton_embed.gateway.http.middleware import read_body
 from triton_embed.gateway.process import server as worker
 from triton_embed.gateway.process.supervisor import listen
 from triton_embed.gateway.settings import dump_settings, read_settings
 
 LIMIT = 1000
+LARGE = 30 * 2**20  # bytes of a response: more than the kernel's buffers take
 HEAD = b"POST /size HTTP/1.1\r\nHost: test\r\n"
 
 
@@ -41,6 +44,7 @@ class WorkerThread:
         self.gateway = worker.GatewayServer(self.settings)
         self.gateway.app.add_api_route("/size", self._size, methods=["POST"])
         self.gateway.app.add_api_route("/slow/{seconds}", self._slow)
+        self.gateway.app.add_api_route("/large", lambda: Response(b"x" * LARGE))
         self._loop = uvloop.new_event_loop()
         self.thread = threading.Thread(target=self._run, args=(sockets,))
         self.thread.start()
@@ -253,6 +257,25 @@ def test_endless_head_is_rejected(start_worker: Callable[..., WorkerThread], ope
             pass
     assert sent < 1_500_000  # part of it fills the kernel's buffers
     assert requests.get(f"{server.url}/slow/0", timeout=10).json() == "done"
+
+
+def test_response_that_nobody_reads_is_dropped(
+    start_worker: Callable[..., WorkerThread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "UNREAD_SECONDS", 0.3)
+    server = start_worker()
+    request = b"GET /large HTTP/1.1\r\nHost: test\r\n\r\n"
+    with server.connection(request) as stalled, server.connection(request) as slow:
+        received = 0
+        while received < LARGE and (data := slow.recv(2**20)):  # for two seconds
+            received += len(data)
+            time.sleep(0.05)
+        assert received > LARGE
+        received = 0
+        with suppress(ConnectionResetError):
+            while data := stalled.recv(2**20):
+                received += len(data)
+        assert received < LARGE
 
 
 def test_head_of_40_kb_is_accepted(start_worker: Callable[..., WorkerThread]) -> None:

@@ -8,15 +8,18 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from triton_embed.gateway.errors import ApiError
 
 HEAD_BYTES = 64 * 2**10
+UNREAD_SECONDS = 30.0  # after which a response of which nothing was read is dropped
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's protocol with a time limit and a size limit for request heads, and JSON error bodies.
+    """uvicorn's protocol with limits of time and size for request heads, limits for readers, and JSON error bodies.
 
-    uvicorn itself waits for a head forever, accepts a head of any size, and rejects requests in plain text.
+    uvicorn itself waits for a head forever, accepts a head of any size, keeps a response until it is read, and rejects
+    requests in plain text.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
     _declining_upgrade = False
     _head_bytes = 0  # received since the last complete head or part of a body
 
@@ -26,7 +29,16 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
+        self._stop_unread_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_unread_timer()
+
+    def resume_writing(self) -> None:
+        self._stop_unread_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
@@ -118,3 +130,19 @@ class Protocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _start_unread_timer(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self._check_reader, unread)
+
+    def _check_reader(self, unread: int) -> None:
+        """Drop the connection if its reader has read nothing since the last check."""
+        if self.transport.get_write_buffer_size() < unread:
+            self._start_unread_timer()
+        else:
+            self.transport.abort()
+
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
