@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -34,6 +35,7 @@ class Gateway:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
+        self._body_bytes = 0  # of the requests that are being answered
         self.client = TritonClient(settings.triton_grpc, repository_header=settings.triton_repository_header)
         self.dispatcher = Dispatcher(
             self.client, max_pending_tokens=settings.max_waiting_tokens, gateway_count=settings.workers
@@ -62,11 +64,28 @@ class Gateway:
         """
         seconds = _timeout_seconds(request.headers.get(TIMEOUT_HEADER), self.settings)
         deadline = asyncio.get_running_loop().time() + seconds
+        exchange = Exchange(self, request, deadline)
         try:
             async with asyncio.timeout_at(deadline):
-                yield Exchange(self, request, deadline)
+                yield exchange
         except TimeoutError:
             raise ApiError(504, f"No answer within {seconds:g} s") from None
+        finally:
+            self._body_bytes -= exchange.body_bytes
+
+    def hold(self, exchange: "Exchange", size: int) -> None:
+        """Count bytes of a body until its exchange ends.
+
+        Raises:
+            ApiError: 429 if all bodies together are too large.
+        """
+        others = self._body_bytes - exchange.body_bytes
+        if others and self._body_bytes + size > self.settings.max_pending_body_bytes:
+            raise ApiError(
+                429, "Too many large requests are being answered, try again later", headers={"Retry-After": "1"}
+            )
+        self._body_bytes += size
+        exchange.body_bytes += size
 
     async def images(self, embedding_request: EmbeddingRequest, model: ModelInfo) -> Sequence[Sequence[bytes]] | None:
         """Return the image files of each input, or None for a model that takes no images.
@@ -135,16 +154,17 @@ class Exchange:
         self._request = request
         self._deadline = deadline
         self._stages: list[str] = []
+        self.body_bytes = 0  # held by this exchange
         self._reply: Embeddings | None = None
 
     async def read(self, parse: Callable[[bytes, Settings], T]) -> T:
         """Read and parse the body.
 
         Raises:
-            ApiError: 400 or 413.
+            ApiError: 400 or 413; 429 if the bodies of all requests are too large.
         """
         settings = self._gateway.settings
-        body = await read_body(self._request, settings.max_body_bytes)
+        body = await read_body(self._request, settings.max_body_bytes, partial(self._gateway.hold, self))
         with self.stage("parse"):
             return parse(body, settings)
 

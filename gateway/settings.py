@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     max_inputs: int = Field(2048, ge=1, le=2048)  # not above the max_batch_size of any config.pbtxt
     max_request_tokens: int = Field(300_000, ge=1)
     max_body_bytes: int = Field(32 * 2**20, ge=1)
+    max_pending_body_bytes: int = Field(512 * 2**20, ge=1)  # bodies of all requests that are being answered
     max_waiting_tokens: int = Field(1_000_000, ge=1)  # beyond this, new requests are refused
     body_timeout: float = Field(30.0, gt=0, allow_inf_nan=False)  # for the whole body of a request to arrive
     request_timeout: float = Field(60.0, gt=0, allow_inf_nan=False)

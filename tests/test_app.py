@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import http.client
 import json
 import shutil
 import signal
@@ -770,6 +771,28 @@ def test_full_queue_is_429_with_retry_after(triton: Triton) -> None:
         for reply in replies:
             if reply.status_code == 200:
                 assert np.allclose(vectors_of(reply)[0], expected, atol=1e-6)
+    finally:
+        gateway.stop()
+
+
+def test_bodies_of_all_requests_are_bounded_together(triton: Triton) -> None:
+    """Send a large body slowly and a request meanwhile, which gets a 429. The first one is still answered."""
+    gateway = Served(triton_grpc=triton.grpc, max_pending_body_bytes=100_000)
+    body = json.dumps({"model": "minilm", "input": "word " * 30_000}).encode()
+    small = {"model": "minilm", "input": "hello"}
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+        connection.putrequest("POST", "/v1/embeddings")
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders()
+        connection.send(body[:-1_000])  # more than the bound, but nothing else is held
+        time.sleep(0.3)
+        refused = gateway.post(small)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        connection.send(body[-1_000:])
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert gateway.post(small).status_code == 200
     finally:
         gateway.stop()
 

@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
@@ -232,8 +233,12 @@ class _RequestCycle:
                     await self._next()
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int, count: Callable[[int], None] | None = None) -> bytes:
     """Read the whole body, whatever its Content-Type, and decompress it.
+
+    Args:
+        limit: Bytes of the body, decompressed.
+        count: Called with the number of bytes of each part of the body, decompressed.
 
     Raises:
         ApiError: 413 as soon as the body, decompressed, is known to exceed `limit` bytes; 400 if its compression is
@@ -247,7 +252,10 @@ async def read_body(request: Request, limit: int) -> bytes:
     decoder = zlib.decompressobj(wbits=47) if coding in COMPRESSIONS else None  # 47: gzip or zlib, told by the header
     if _content_length(request) <= limit:
         async for chunk in request.stream():
-            body += chunk if decoder is None else _decompress(decoder, chunk, limit + 1 - len(body), coding)
+            part = chunk if decoder is None else _decompress(decoder, chunk, limit + 1 - len(body), coding)
+            if count is not None:
+                count(len(part))
+            body += part
             if len(body) > limit:
                 break
         else:
