@@ -166,6 +166,36 @@ def _soak(result: Result) -> str:
     )
 
 
+def _overload(result: Result) -> str:
+    lines = [["load", "requests/s", "goodput, share of the peak", "p99 of a query, share of its idle p99"]]
+    lines[0] += [
+        "fast again after, s",
+        "accepted and timed out",
+        "answered / refused: query",
+        "page",
+        "document",
+        "bulk",
+    ]
+    for row in result["rows"]:
+        ratio = "–" if row["query_p99_to_idle"] is None else f"{row['query_p99_to_idle']:.1f}"
+        figures = [f"{row['requests_per_s']:.0f}", f"{row['goodput_to_peak']:.2f}", ratio]
+        outcomes = [
+            f"{kind['statuses'].get('200', 0):,} / {kind['statuses'].get('429', 0):,}" for kind in row["kinds"].values()
+        ]
+        recovered, late = f"{row['recovered_after_s']:.1f}", str(row["timed_out"])
+        lines.append([f"{row['multiple']}×", *figures, recovered, late, *outcomes])
+    mix = ", ".join(f"{kind['share']:.0%} of {kind['inputs']}" for kind in result["mix"])
+    memory = [row["memory_mb"] for row in result["rows"]]
+    return (
+        f"Requests arrive at random for {result['seconds']:.0f} s at multiples of the rate that can be served, however "
+        f"many wait: {mix} inputs. Goodput counts an answered request as the time that it takes when only requests of "
+        f"its size are sent. One query takes {result['idle_query']['p50_ms']:.1f} ms on the idle server (p99 "
+        f"{result['idle_query']['p99_ms']:.1f} ms). Memory of all processes: {memory[0][0]:,.0f} MB at the start, "
+        f"{memory[-1][-1]:,.0f} MB at the end, {max(map(max, memory)):,.0f} MB at most.\n\n{markdown_table(lines)}\n\n"
+        f"{_image('Goodput under overload', 'overload-goodput')}"
+    )
+
+
 def _image(title: str, name: str) -> str:
     return f"![{title}](../benchmarks/results/{name}.png)"
 
@@ -179,6 +209,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "families": ("The families at their real shapes", _families),
     "ceiling": ("Share of the machine's ceiling", _ceiling),
     "scheduling": ("Queries under bulk load", _scheduling),
+    "overload": ("Under overload", _overload),
     "prefix": ("Reuse of instructions", _prefix),
     "gateway": ("The gateway alone", _gateway),
     "faults": ("After a crash", _faults),

@@ -26,7 +26,7 @@ Plot = Callable[[Result], Figure | None]  # None: the result has no data for it
 OURS, OURS_LIGHT = "#1f5f99", "#7fb3d5"
 BASELINE, BASELINE_LIGHT = "#9a9a9a", "#d9a441"
 LIMIT = "#b03030"  # of a target or limit
-SUITES = ("cpu", "families", "scheduling", "gpu")
+SUITES = ("cpu", "families", "scheduling", "overload", "gpu")
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

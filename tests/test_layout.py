@@ -111,6 +111,7 @@ TESTED_ELSEWHERE = {
 }
 TESTS_OF_SEVERAL_FILES = {
     "test_benchmarks.py",
+    "test_overload_benchmark.py",
     "test_checkpoint_keys.py",
     "test_conftest.py",
     "test_cpu_rows.py",

@@ -44,13 +44,14 @@ class Reply(NamedTuple):
 class Requests:
     """The encoded requests of each kind, and the order in which they are sent."""
 
+    kinds: Sequence[Kind]
     encoded: dict[str, list[bytes]]
     rng: random.Random
     sent: dict[str, int] = field(default_factory=dict)
 
     def next(self) -> tuple[str, bytes]:
         """Return the kind and the bytes of the next request."""
-        (kind,) = self.rng.choices(KINDS, [kind.share for kind in KINDS])
+        (kind,) = self.rng.choices(self.kinds, [kind.share for kind in self.kinds])
         return kind.name, self.of(kind.name)
 
     def of(self, kind: str) -> bytes:
@@ -59,15 +60,16 @@ class Requests:
         return self.encoded[kind][number % DISTINCT]
 
 
-def prepare(texts: dict[str, list[str]], seed: int = 0) -> Requests:
+def prepare(kinds: Sequence[Kind], texts: dict[str, list[str]]) -> Requests:
     """Encode requests. No two inputs are alike, so that the server computes each of them."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
 
     def request(kind: Kind, number: int) -> bytes:
         chosen = rng.choices(texts[kind.workload], k=kind.inputs)
         return Http.prepare([f"{number} {place} {text}" for place, text in enumerate(chosen)])
 
-    return Requests({kind.name: [request(kind, number) for number in range(DISTINCT)] for kind in KINDS}, rng)
+    encoded = {kind.name: [request(kind, number) for number in range(DISTINCT)] for kind in kinds}
+    return Requests(kinds, encoded, rng)
 
 
 class Load:
@@ -75,7 +77,7 @@ class Load:
 
     def __init__(self, port: int, requests: Requests) -> None:
         self._http = Http(port, deadline=120)
-        self._requests = requests
+        self.requests = requests
         self._begin = time.perf_counter()
         self.replies: list[Reply] = []
 
@@ -85,7 +87,7 @@ class Load:
 
         async def caller() -> None:
             while time.perf_counter() < until:
-                await self._send(*((kind, self._requests.of(kind)) if kind else self._requests.next()))
+                await self._send(*((kind, self.requests.of(kind)) if kind else self.requests.next()))
 
         await asyncio.gather(*(caller() for _ in range(callers)))
 
@@ -98,7 +100,7 @@ class Load:
         while (at := at + rng.expovariate(rate)) < until:
             await asyncio.sleep(max(0.0, at - time.perf_counter()))
             send = self._send_slowly if rng.random() < SLOW_SHARE else self._send
-            tasks.add(task := asyncio.create_task(send(*self._requests.next())))
+            tasks.add(task := asyncio.create_task(send(*self.requests.next())))
             task.add_done_callback(tasks.discard)
         return list(tasks)
 
@@ -106,7 +108,7 @@ class Load:
         """Send one query after the other."""
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
-            await self._send("query", self._requests.of("query"))
+            await self._send("query", self.requests.of("query"))
 
     async def _send(self, kind: str, request: bytes) -> None:
         sent = time.perf_counter() - self._begin

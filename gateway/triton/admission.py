@@ -37,8 +37,8 @@ MAX_PADDED_IDS = 2**20  # cells of one call's token ids, padded to the longest r
 ACCEPTED_SHARE = 0.8
 BATCH_ACCEPTED_SHARE = 0.4  # half of it, so that interactive requests are still accepted
 URGENT_SHARE = 0.7  # of that time: a batch request that needs as much is sent before interactive ones
-# Small requests are there to be fast. Once some have waited for BURST_SECONDS without a pause, more of them arrive than
-# can be computed, and one is accepted only if it is predicted to be computed in SMALL_SECONDS.
+# Small requests are there to be fast. If the engine has been busy with them for BURST_SECONDS without a pause, one is
+# accepted only if it is predicted to be computed in SMALL_SECONDS.
 BURST_SECONDS = 2.0
 SMALL_SECONDS = 1.0
 SHED_SECONDS = 0.1  # between two searches for requests that will be late
@@ -100,7 +100,7 @@ class Admission:
         """Return how many tokens of others can be computed before a request without making it late.
 
         Returns:
-            Less than 0 if it will be late, but at least 0 if nothing is ahead of it.
+            Less than 0 if it will be late, but at least 0 if nothing is in flight.
         """
         queue, window = request.queue, request.queue.window
         # A batch request that becomes urgent is sent before interactive ones, so both count as ahead of each other.
@@ -111,10 +111,10 @@ class Admission:
             return math.inf
         share = BATCH_ACCEPTED_SHARE if queue is self._batch else ACCEPTED_SHARE
         seconds = share * (request.deadline - asyncio.get_running_loop().time())
-        if queue is self._small and window.speed.waiting_seconds > BURST_SECONDS:
+        if queue is self._small and window.speed.busy_seconds > BURST_SECONDS:
             seconds = min(seconds, SMALL_SECONDS)
         spare = seconds * speed - request.unsent - window.tokens - ahead
-        return spare if ahead or not window.fits(request.unsent) else max(0.0, spare)
+        return spare if window.calls else max(0.0, spare)
 
     def overloaded(self, request: QueuedRequest) -> ApiError:
         """Return a 429 whose Retry-After is the time to compute everything pending."""
@@ -203,8 +203,9 @@ class Admission:
                 self._interactive_turns = 0
             elif self._batch.requests:
                 self._interactive_turns += 1
-        self._small.window.speed.set_waiting(bool(self._small.requests))
-        self._interactive.window.speed.set_waiting(bool(self._interactive.requests or self._batch.requests))
+        for queues in ((self._small,), (self._interactive, self._batch)):
+            window = queues[0].window
+            window.speed.set_busy(window.is_busy or any(queue.requests for queue in queues))
 
     def _next_large(self, now: float) -> RequestQueue:
         """Return the queue whose turn it is in the large window."""

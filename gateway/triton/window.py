@@ -5,7 +5,8 @@ import time
 
 MEMORY_SECONDS = 10.0  # time constant of the average speed
 MIN_SECONDS = 0.5  # of measuring, before there is an average
-STALE_SECONDS = 60.0  # after which an average says nothing: the machine may have been busy with something else
+STALE_SECONDS = 10.0  # after which an average says nothing: the machine may have been busy with something else
+BUSY_SHARE = 0.5  # of the window: that many tokens in flight keep the engine busy, so their speed is the engine's
 
 
 class Window:
@@ -24,6 +25,11 @@ class Window:
             return True
         return self.calls < self._max_calls and self.tokens + tokens <= self._max_tokens * share
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether more is in flight than the engine computes at a time."""
+        return self.tokens > BUSY_SHARE * self._max_tokens
+
     def add(self, tokens: int) -> None:
         """Count a call that is sent."""
         self.tokens += tokens
@@ -37,16 +43,16 @@ class Window:
 
 
 class Speed:
-    """Tokens per second while work waited, as an average in which recent seconds weigh most.
+    """Tokens per second while the engine was busy, as an average in which recent seconds weigh most.
 
-    Without work that waits, the time of a call is latency and says little about the speed.
+    The time of a single call is latency and says little about the speed.
     """
 
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
         self._updated = -math.inf
-        self._waiting_since: float | None = None
+        self._busy_since: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -56,24 +62,24 @@ class Speed:
         return self._tokens / self._seconds
 
     @property
-    def waiting_seconds(self) -> float:
-        """For how long there has always been work that waits."""
-        return 0.0 if self._waiting_since is None else time.monotonic() - self._waiting_since
+    def busy_seconds(self) -> float:
+        """For how long the engine has been busy without a pause."""
+        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
-    def set_waiting(self, waiting: bool) -> None:
-        """Measure while work waits."""
-        if not waiting and self._waiting_since is not None:
+    def set_busy(self, busy: bool) -> None:
+        """Measure while the engine is busy."""
+        if not busy and self._busy_since is not None:
             self._advance()
-            self._waiting_since = None
-        elif waiting and self._waiting_since is None:
+            self._busy_since = None
+        elif busy and self._busy_since is None:
             now = time.monotonic()
             if now - self._updated > STALE_SECONDS:
                 self._tokens = self._seconds = 0.0
-            self._updated = self._waiting_since = now
+            self._updated = self._busy_since = now
 
     def add_computed(self, tokens: int) -> None:
         """Count the tokens of a call that has ended."""
-        if self._waiting_since is not None:
+        if self._busy_since is not None:
             self._advance()
             self._tokens += tokens
 
