@@ -2,8 +2,8 @@
 
 Three models in one repository: minilm with its real weights, a tiny Qwen3 and a tiny GME. Every vector is compared with
 the one that sentence-transformers or transformers computed in fp32 before the start, and every error with the expected
-format and field. A 504 is acceptable only if the request had a short deadline, and a 429 only during a burst that
-exceeds the limit of pending tokens. Exit code 1: a response was wrong or missing, or memory grew.
+format and field. A 504 is acceptable only if the request had a short deadline, and a 429 only then or during a burst
+that exceeds the limit of pending tokens. Exit code 1: a response was wrong or missing, or memory grew.
 """
 
 import argparse

@@ -270,10 +270,10 @@ class ValidTraffic(Requests):
         return replace(case, send=lambda: self.http.send_slowly(case.request, seconds))
 
     def short_deadline(self, rng: random.Random, form: str) -> SoakCase:
-        """Create a request with a short deadline: the only form for which a 504 is acceptable."""
+        """Create a request with a short deadline: the only form for which a 504 is acceptable, or a 429 at any time."""
         case = self.strings(rng, form)
         case = self.with_deadline(case, rng.choice(SHORT_DEADLINES_SECONDS))
-        return replace(case, checks={**case.checks, 504: judge.expect_error(504, None)})
+        return replace(case, checks={**case.checks, 504: judge.expect_error(504, None), 429: judge.queue_full})
 
     def burst(self, rng: random.Random) -> SoakCase:
         """Create one of several simultaneous requests that together exceed the limit of pending tokens."""
