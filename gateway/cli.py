@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import re
 import runpy
 import shlex
@@ -36,12 +37,16 @@ DTYPES = {"half": "float16", "float": "float32", "fp16": "float16", "bf16": "bfl
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. Exit code 0: success or stopped by a signal; 1: failure; 2: wrong command line."""
+    _open_standard_streams()
     options = _parser().parse_args(arguments)
     logs.configure(options.log_level)
     try:
         sys.exit(options.run(options))
     except (RepositoryError, ConfigError) as error:
         sys.exit(f"triton-embed: {error}")
+    except OSError as error:  # a full disk, a directory without permission, no more processes, ...
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(f"triton-embed: {error.strerror or error}{where}")
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -60,10 +65,8 @@ def serve(options: argparse.Namespace) -> int:
         sys.exit(f"triton-embed: {error}")
     logs.configure(settings.log_level, settings.log_format)
     with scratch_directory() as scratch:
-        repository.check_path(options.model_repository)
         repository.check_is_ascii(options.checkpoints)
         source = _repository(options, scratch / "models")
-        repository.check_path(source)  # scratch is wherever TMPDIR says
         # These imports take a second, so errors of the command line come first.
         import uvloop
 
@@ -71,12 +74,14 @@ def serve(options: argparse.Namespace) -> int:
         from triton_embed.gateway.process.triton_process import TritonOptions
 
         triton = TritonOptions(
-            repository=source,
+            repository=source.absolute(),
             http_port=options.triton_http_port,
             grpc_port=options.triton_grpc_port,
             metrics_port=options.triton_metrics_port,
             verbose=options.log_level == "debug",
-            checkpoints=options.checkpoints,
+            checkpoints=options.checkpoints.absolute(),
+            allow_shared_memory=options.allow_shared_memory,
+            load_seconds=settings.load_timeout,
         )
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -160,10 +165,16 @@ def _repository(options: argparse.Namespace, scratch: Path) -> Path:
         RepositoryError, ConfigError: if a model does not exist or cannot be served.
     """
     overrides = _overrides(options)
+    if options.model_path is None and not options.model and not overrides:
+        repository.check_path(options.model_repository)
+        repository.model_names(options.model_repository)
+        return Path(options.model_repository)
+    try:
+        repository.check_path(scratch)
+    except RepositoryError as error:
+        raise RepositoryError(f"{error}; set TMPDIR to another directory") from None
     if options.model_path is None:
         names = repository.model_names(options.model_repository)
-        if not options.model and not overrides:
-            return Path(options.model_repository)
         if unknown := sorted({*options.model} - {*names}):
             raise RepositoryError(f"{options.model_repository} has no model '{unknown[0]}'; it has {', '.join(names)}")
         for name in dict.fromkeys(options.model or names):
@@ -180,7 +191,7 @@ def _repository(options: argparse.Namespace, scratch: Path) -> Path:
 
 def _checkpoint(name: str, root: Path) -> Checkpoint:
     """Return the checkpoint in directory `name`, or with id `name` and its files under `root`. Download nothing yet."""
-    directory = Path(name).expanduser()
+    directory = Path(os.path.expanduser(name))
     if directory.is_dir():
         directory = directory.resolve()
         repository.check_is_ascii(directory)
@@ -273,6 +284,13 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
     return parameters
 
 
+def _open_standard_streams() -> None:
+    """Open /dev/null for standard streams that are closed: sockets would get their numbers, and libraries use these."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="triton-embed", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -331,7 +349,15 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-remote-code", action=_NoRemoteCode, help="accepted without effect: no remote code is run"
     )
     for service, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
-        command.add_argument(f"--triton-{service}-port", type=int, default=port, metavar="PORT")
+        note = "; 0: closed" if service == "http" else ""
+        command.add_argument(
+            f"--triton-{service}-port", type=int, default=port, metavar="PORT", help=f"default %(default)s{note}"
+        )
+    command.add_argument(
+        "--allow-shared-memory",
+        action="store_true",
+        help="open Triton's shared-memory API, with which every user of this machine can read memory of this user",
+    )
 
     command = commands.add_parser("download", parents=[common], help="fetch a checkpoint from the Hugging Face hub")
     command.set_defaults(run=download)

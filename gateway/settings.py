@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     # Time for requests in flight to finish when stopping. With tritonserver's own stop, the total is under ten seconds.
     drain_seconds: float = Field(4.0, gt=0, allow_inf_nan=False)
 
+    # Time that models may load without a line in Triton's log, before the processes of those still loading are ended.
+    load_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+
     triton_grpc: str = Field("127.0.0.1:8001", pattern=r"^[^\s/]+:\d+$")
     # "key=value", if tritonserver was started with --grpc-restricted-protocol=model-repository:key=value
     triton_repository_header: str = Field("", pattern=r"^([^\s=]+=\S+)?$")
@@ -56,6 +59,12 @@ class Settings(BaseSettings):
     media_urls: bool = True  # whether image URLs are fetched
     # "host" or "host:port", comma-separated: only these may have addresses that are not public
     media_allowed_hosts: str = Field("", pattern=rf"^({_HOST}(\s*,\s*{_HOST})*)?$")
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, value: str) -> str:
+        """Accept an IPv6 address as it stands in a URL."""
+        return value[1:-1] if value.startswith("[") and value.endswith("]") else value
 
     @field_validator("api_key")
     @classmethod

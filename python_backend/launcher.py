@@ -6,13 +6,19 @@ becomes the server (`execve`), so signals and the exit code are the server's own
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import re
+import shlex
+import shutil
 import signal
+import stat
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,8 +46,12 @@ def main() -> None:
         sys.exit("tritonserver: TRITON_INTERPRET=1 runs kernels in a slow interpreter; unset it to serve")
     if not sys.prefix.isascii():  # the Python inside Triton's stub encodes paths as ASCII
         sys.exit(f"tritonserver: Triton's Python backend cannot import from {sys.prefix}: install into a path of ASCII")
+    if not os.access("/tmp", os.W_OK | os.X_OK):  # noqa: S108 - fixed in Triton's Python backend, which aborts without
+        sys.exit(
+            "tritonserver: Triton's Python backend needs to write to /tmp: make it writable, or mount a tmpfs there"
+        )
     arguments = with_defaults(sys.argv[1:])
-    environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
+    environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, "PATH": search_path()}
     if OFFICIAL.exists():
         binary = OFFICIAL
         backends = OFFICIAL.parents[1] / "backends"
@@ -52,10 +62,11 @@ def main() -> None:
         backends = backend_directory(wheel)
         if not has_flag(arguments, "--backend-directory"):
             arguments.append(f"--backend-directory={backends}")
-        environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", "")])
+        environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment["PATH"]])
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(
             filter(None, [sysconfig.get_config_var("LIBDIR"), environment.get("LD_LIBRARY_PATH")])
         )
+        check_stub(backends / "python" / STUB, environment)
     clean_up(backends / "python" / STUB)
     os.execve(binary, ["tritonserver", *arguments], environment)  # noqa: S606 - deliberately without a shell
 
@@ -69,6 +80,18 @@ def with_defaults(arguments: Sequence[str]) -> list[str]:
 def has_flag(arguments: Sequence[str], name: str) -> bool:
     """Return whether `--name`, `--name VALUE` or `--name=VALUE` is among the arguments."""
     return any(argument.partition("=")[0] == name for argument in arguments)
+
+
+def search_path() -> str:
+    """Return PATH, with the system's directories if bash is in none of its own. Exit if bash is missing there too.
+
+    bash starts each stub, and Triton 2.51 waits for ever for one that it cannot start.
+    """
+    path = os.environ.get("PATH", "")
+    for candidate in (path, os.pathsep.join(filter(None, [path, os.defpath]))):
+        if shutil.which("bash", path=candidate):
+            return candidate
+    sys.exit(f"tritonserver: bash, which Triton's Python backend needs, is not in PATH={path}: install it")
 
 
 def check_libpython() -> None:
@@ -86,6 +109,20 @@ def check_libpython() -> None:
             )
 
 
+def check_stub(stub: Path, environment: Mapping[str, str]) -> None:
+    """Exit unless the stub runs. Triton 2.51 would take execution away from all users but the owner of its file.
+
+    Without arguments it ends with exit code 1.
+    """
+    try:
+        ended = subprocess.run([stub], env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        reason = "" if ended.returncode == 1 else ended.stderr.strip() or f"exit code {ended.returncode}"
+    except OSError as error:
+        reason = f"{error.strerror} ({stub.resolve()})"
+    if reason:
+        sys.exit(f"tritonserver: Triton's Python backend cannot start its stub: {reason}")
+
+
 def wheel_directory() -> Path:
     """Return the directory of the server in nvidia-pytriton, without importing the package, which is slow."""
     package = find_spec("pytriton")
@@ -98,19 +135,65 @@ def wheel_directory() -> Path:
 
 
 def backend_directory(wheel: Path) -> Path:
-    """Create a directory of links in this environment: to the wheel's backend, and to its stub for this Python."""
+    """Return a directory of links to the wheel's backend and to its stub for this Python.
+
+    It is in this environment, or in a directory of this user if the environment cannot be written to or its path is
+    not one word for the shell that starts stubs.
+    """
     python = wheel / "backends" / "python"
     stub = wheel / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / STUB
+    files = (python / "libtriton_python.so", python / "triton_python_backend_utils.py", stub)
     directory = Path(sys.prefix) / "share" / "triton-embed" / "backends"
-    (directory / "python").mkdir(parents=True, exist_ok=True)
-    for source in (python / "libtriton_python.so", python / "triton_python_backend_utils.py", stub):
-        link = directory / "python" / source.name
+    try:
+        if not is_shell_word(directory):
+            raise OSError
+        link_files(files, directory / "python")
+    except OSError:
+        directory = user_directory() / f"backends-{hashlib.sha256(os.fsencode(stub)).hexdigest()[:16]}"
+        link_files(files, directory / "python")
+    return directory
+
+
+def link_files(files: Sequence[Path], directory: Path) -> None:
+    """Create missing links to files in a directory, and replace wrong ones.
+
+    Raises:
+        OSError: The directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for source in files:
+        link = directory / source.name
         if not link.is_symlink() or link.readlink() != source:
             # Replaced in one step, because another server may be starting from the same environment.
             temporary = link.with_name(f"{link.name}.{os.getpid()}")
             temporary.symlink_to(source)
             temporary.replace(link)
-    return directory
+
+
+def user_directory() -> Path:
+    """Return a directory that only this user can write to: in the home directory, else in that of temporary files.
+
+    Exit if there is none.
+    """
+    candidates = [Path(tempfile.gettempdir(), f"triton-embed-{os.getuid()}")]
+    with contextlib.suppress(RuntimeError):  # this user has no home directory
+        candidates.insert(0, Path.home() / ".cache" / "triton-embed")
+    for directory in candidates:
+        with contextlib.suppress(OSError):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = directory.lstat()
+            private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+            if private and os.access(directory, os.W_OK | os.X_OK) and is_shell_word(directory):
+                return directory
+    tried = " and ".join(map(str, candidates))
+    sys.exit(
+        f"tritonserver: of {tried} none is writable for this user alone, without spaces in its path: set HOME or TMPDIR"
+    )
+
+
+def is_shell_word(path: Path) -> bool:
+    """Return whether a shell reads a path as one word: the Python backend starts stubs with an unquoted command."""
+    return shlex.quote(str(path)) == str(path)
 
 
 def clean_up(stub: Path) -> None:

@@ -13,6 +13,7 @@ Everything else is a request parameter. Every request gets exactly one response.
 import gc
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,12 +88,13 @@ class EmbeddingServer:
         gc.enable()
         self._info = self._describe()
         self._info_json = self._info.to_json().encode()
+        threads = serving.thread_count
         logging.info(
             "%s: serving %s in %s on %s, kernels %s, %d tokens per forward pass",
             serving.name,
             directory,
             self._embedder.computes_in,
-            serving.device,
+            f"{threads} of {os.cpu_count()} cores" if serving.device == "cpu" else serving.device,
             self._embedder.kernels,
             self._embedder.budget.pass_tokens,
         )

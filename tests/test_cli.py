@@ -286,7 +286,7 @@ def test_unwritable_repository_gives_a_one_line_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["add-model", "serve"])
 def test_repository_path_with_a_space_is_rejected(command: str, tmp_path: Path) -> None:
     checkpoint = [str(write_bert(tmp_path / "tiny"))] if command == "add-model" else []
-    with pytest.raises(SystemExit, match="path that contains a space"):
+    with pytest.raises(SystemExit, match="my models: Triton cannot load models from a path with a space"):
         cli.main([command, *checkpoint, f"--model-repository={tmp_path}/my models"])
 
 

@@ -204,6 +204,65 @@ def test_correct_links_are_kept_and_wrong_links_replaced(wheel: Path) -> None:
     assert after["libtriton_python.so"] == before["libtriton_python.so"]
 
 
+def test_directory_of_the_user_is_used_if_the_environment_is_not_writable(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also if its path has a space: the Python backend starts stubs with an unquoted command."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for prefix in (tmp_path / "read-only", tmp_path / "my environment"):
+        prefix.mkdir()
+        monkeypatch.setattr(sys, "prefix", str(prefix))
+        (tmp_path / "read-only" / "share").write_text("nobody, not even root, creates a directory here")
+        directory = launcher.backend_directory(wheel)
+        assert directory.parent == tmp_path / "home" / ".cache" / "triton-embed"
+        assert directory.parent.stat().st_mode & 0o077 == 0
+        assert set(links(directory)) == {"libtriton_python.so", "triton_python_backend_utils.py", launcher.STUB}
+
+
+def test_directory_that_others_may_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shared library would run as this user."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "home").write_text("no directory")
+    assert launcher.user_directory() == tmp_path / f"triton-embed-{os.getuid()}"
+    launcher.user_directory().chmod(0o777)
+    with pytest.raises(SystemExit, match=r"none is writable for this user alone.*: set HOME or TMPDIR"):
+        launcher.user_directory()
+
+
+def test_bash_is_found_without_path_or_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton would wait for ever for a stub that bash did not start."""
+    monkeypatch.delenv("PATH")
+    assert launcher.search_path() == os.defpath
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launcher.search_path() == f"{tmp_path}:{os.defpath}"
+    monkeypatch.setattr(os, "defpath", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"bash.* is not in PATH=.*: install it"):
+        launcher.search_path()
+
+
+def test_tmp_that_is_not_writable_is_reported(execve: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's Python backend would abort."""
+    monkeypatch.setattr(os, "access", lambda path, _: str(path) != "/tmp")  # noqa: S108
+    with pytest.raises(SystemExit, match="needs to write to /tmp: make it writable"):
+        launcher.main()
+    assert execve == []
+
+
+def test_stub_that_does_not_run_is_reported_before_triton_changes_its_mode(tmp_path: Path) -> None:
+    stub = tmp_path / launcher.STUB
+    for mode, code, reason in (
+        (0o755, 127, "libcudart.so: No such file"),
+        (0o644, 1, r"Permission denied \(.*/triton_python_backend_stub\)"),
+    ):
+        stub.write_text(f"#!/bin/sh\necho 'libcudart.so: No such file' >&2; exit {code}\n")
+        stub.chmod(mode)
+        with pytest.raises(SystemExit, match=f"cannot start its stub: {reason}"):
+            launcher.check_stub(stub, os.environ)
+    stub.chmod(0o755)
+    launcher.check_stub(stub, os.environ)
+
+
 def clean_up() -> None:
     """Clean up as an installation whose stub is bash or Python, which the processes of these tests run."""
     for stub in ("/bin/bash", sys.executable):

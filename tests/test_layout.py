@@ -44,7 +44,7 @@ ORDER = {
         "backend ops",
     ),
     "python_backend": (
-        "wire errors",
+        "wire errors cores",
         "checkpoint/json_file checkpoint/network_folder checkpoint/hf_config",
         "inputs/row inputs/images",
         "spec",

@@ -1,8 +1,12 @@
 """Supervision: killed processes are restarted under load, and shutdown answers every request."""
 
 import json
+import os
+import re
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -11,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -21,9 +26,10 @@ import tritonclient.http
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
-from conftest import Stack, free_port
-from triton_embed.gateway.process.supervisor import ServeError, listen
-from triton_embed.gateway.process.triton_process import SHARED_MEMORY
+from conftest import REPOSITORY, Stack, free_port
+from triton_embed.gateway.process.supervisor import ServeError, check_ports, listen
+from triton_embed.gateway.process.triton_process import SHARED_MEMORY, TritonOptions
+from triton_embed.python_backend.checkpoint import repository
 
 DRAIN_SECONDS = 4.0  # the default
 
@@ -38,7 +44,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Start a server with two workers, JSON logs and two API keys."""
-    flags = ("--model=minilm", "--workers=2", "--log-format=json", "--api-key=hush,k3y")
+    flags = ("--model=minilm", "--workers=2", "--log-format=json", "--api-key=hush,k3y", "--allow-shared-memory")
     server = Stack(tmp_path_factory.mktemp("crew") / "log", *flags)
     for _ in range(100):
         if server.output().count("Model 'minilm' is ready") == 2:  # each worker logs it
@@ -132,27 +138,68 @@ class Load:
 
 def _is_stub_since(process: psutil.Process, earlier: psutil.Process) -> bool:
     """Return whether a process is a model's and started after another one."""
-    name = "".join(_command(process)[:1])
-    return name.endswith("triton_python_backend_stub") and process.create_time() > earlier.create_time()
+    stub, *arguments = _command(process) or [""]
+    is_stub = stub.endswith("triton_python_backend_stub") and bool(arguments)  # without arguments it is only tested
+    return is_stub and process.create_time() > earlier.create_time()
+
+
+def _serve(*flags: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a server that ends by itself."""
+    names = ("port", "triton-http-port", "triton-grpc-port", "triton-metrics-port")
+    command = [*prefix, str(Path(sys.executable).with_name("triton-embed")), "serve"]
+    command += [*(f"--{name}={free_port()}" for name in names), *flags]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+
+HANGING = """
+import time
+class TritonPythonModel:
+    def initialize(self, args):
+        time.sleep(1_000)
+"""
 
 
 def test_serve_ends_if_no_model_can_be_served(tmp_path: Path) -> None:
-    ports = [
-        f"--{name}={free_port()}" for name in ("port", *(f"triton-{kind}-port" for kind in ("http", "grpc", "metrics")))
-    ]
-    command = [
-        Path(sys.executable).with_name("triton-embed"),
-        "serve",
-        "--model=bge",
-        f"--checkpoints={tmp_path}",
-        *ports,
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    """Serve a model without a checkpoint, and one whose process hangs while it loads."""
+    shutil.copytree(REPOSITORY / "bge", tmp_path / "models" / "bge", ignore=shutil.ignore_patterns("__pycache__"))
+    hanging = repository.write_model(REPOSITORY, "bge", tmp_path / "models", "hanging", {})
+    (hanging / "1" / "model.py").write_text(HANGING)
+    ended = _serve(
+        f"--model-repository={tmp_path}/models", f"--checkpoints={tmp_path}", TRITON_EMBED_LOAD_TIMEOUT="2.5"
+    )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
         "triton-embed: no model can be served (bge: no checkpoint. "
-        "Fetch it with: triton-embed download BAAI/bge-base-en-v1.5)"
+        "Fetch it with: triton-embed download BAAI/bge-base-en-v1.5; "
+        "hanging: it made no progress in 2.5 s; TRITON_EMBED_LOAD_TIMEOUT allows more)"
     )
+
+
+NO_MOUNTS = ("unshare", "-m", "bash", "-c", 'mount --make-rprivate / && mount -o remount,ro,bind / && exec "$@"', "x")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "variables", "message"),
+    [
+        (("bash", "-c", 'ulimit -n 64; exec "$@"', "x"), {}, "may open only 64 files; allow it at least 128"),
+        ((), {"TMPDIR": "my tmp"}, "my tmp/.*: Triton cannot load models from a path with a space.*; set TMPDIR"),
+        (NO_MOUNTS, {}, "No usable temporary directory found in .*: make one writable, or set TMPDIR"),
+    ],
+    ids=["open files", "TMPDIR", "read-only"],
+)
+def test_surroundings_that_do_not_suffice_end_the_start_with_one_sentence(
+    prefix: tuple[str, ...], variables: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    if "unshare" in prefix and os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    for name, value in variables.items():
+        (tmp_path / value).mkdir()
+        variables = {**variables, name: str(tmp_path / value)}
+    ended = _serve("--model=minilm", prefix=prefix, **variables)
+    assert ended.returncode == 1
+    assert re.search(f"^triton-embed: .*{message}", ended.stderr.splitlines()[-1]), ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_memory_shared_with_a_model_has_no_name(stack: Stack) -> None:
@@ -175,6 +222,65 @@ def test_nothing_can_be_loaded_through_the_ports_of_triton(stack: Stack) -> None
             client.unload_model("minilm")
         assert client.is_model_ready("minilm")
         client.close()
+
+
+def test_apis_that_reach_beyond_models_are_closed_to_everybody(stack: Stack) -> None:
+    """Even to a user who reads the required header in the list of processes: it is not a valid name of a header."""
+    words = _command(_victim(stack, "tritonserver"))
+    flag = next(word for word in words if word.startswith("--http-restricted-api="))
+    name, _, value = flag.partition("=")[2].partition(":")[2].partition("=")
+    for module, address in ((tritonclient.http, stack.triton_http), (tritonclient.grpc, stack.grpc)):
+        client = module.InferenceServerClient(address)
+        for call in (
+            client.get_system_shared_memory_status,
+            client.get_cuda_shared_memory_status,
+            partial(client.register_system_shared_memory, "mine", "/theirs", 4),
+            client.get_trace_settings,
+            partial(client.update_trace_settings, settings={"trace_rate": "1"}),
+            client.get_log_settings,
+            partial(client.update_log_settings, {"log_verbose_level": 3}),
+        ):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                call()
+        client.close()
+    with socket.create_connection(stack.triton_http.split(":")) as connection:
+        connection.sendall(f"GET /v2/logging HTTP/1.1\r\n{name}: {value}\r\nConnection: close\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 403 ")
+    assert _grpc_answers(stack.grpc, "ServerLive", f"triton-grpc-protocol-{name}", value) is False
+    assert _grpc_answers(stack.grpc, "ServerLive", "triton-grpc-protocol-name", value) is True
+
+
+def _grpc_answers(address: str, method: str, header: str, value: str) -> bool:
+    """Send a call with a header that gRPC's clients refuse to send. Return whether a message comes back."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+    headers = {":method": "POST", ":scheme": "http", ":path": f"/inference.GRPCInferenceService/{method}"}
+    headers |= {":authority": "a", "te": "trailers", "content-type": "application/grpc", header: value}
+    block = b"".join(b"\0" + b"".join(bytes([len(word)]) + word.encode() for word in pair) for pair in headers.items())
+    settings, empty_message = frame(4, 0, 0, b""), frame(0, 1, 1, bytes(5))
+    with socket.create_connection(address.split(":"), timeout=10) as connection, connection.makefile("rb") as stream:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + frame(1, 4, 1, block) + empty_message)
+        while True:
+            size, kind = struct.unpack(">IB", b"\0" + stream.read(4))
+            stream.read(5 + size)
+            if kind in (0, 3):  # DATA or RST_STREAM
+                return kind == 0
+
+
+def test_shared_memory_of_triton_can_be_allowed(crew: Stack) -> None:
+    region = SHARED_MEMORY / f"triton-embed-test-{os.getpid()}"
+    region.write_bytes(bytes(4096))
+    client = tritonclient.grpc.InferenceServerClient(crew.grpc)
+    try:
+        client.register_system_shared_memory("mine", f"/{region.name}", 4096)
+        assert [known.name for known in client.get_system_shared_memory_status().regions.values()] == ["mine"]
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.get_log_settings()
+    finally:
+        client.close()
+        region.unlink()
 
 
 def test_killed_model_process_is_restarted_under_load(stack: Stack) -> None:
@@ -331,10 +437,15 @@ def test_shutdown_under_load_answers_every_request(crew: Stack) -> None:
 
 
 def test_every_worker_answers_once_ready_and_shutdown_without_load_is_quick(tmp_path: Path) -> None:
-    stack = Stack(tmp_path / "log", "--model=minilm", "--workers=3")
+    """Serve on every address, without Triton's HTTP."""
+    stack = Stack(tmp_path / "log", "--model=minilm", "--workers=3", "--host=::", "--triton-http-port=0")
     # Every worker answers since the ready line. One connection per request: the kernel spreads them over the workers.
     answers = [requests.post(f"{stack.url}/v1/embeddings", json={"input": "a"}, timeout=60) for _ in range(40)]
     assert [answer.status_code for answer in answers] == [200] * 40
+    port = stack.url.rpartition(":")[2]
+    assert requests.get(f"http://[::1]:{port}/health", timeout=10).status_code == 200
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(stack.triton_http.split(":"))
     metrics = set(Path(tmp_path.root, "tmp").glob("triton-embed-metrics-*"))
     processes = stack.processes()
     # Waiting for the drain (4 s) would take more than 6 s in all; a stop without it takes 2.8 to 4.0 s on 2 cores.
@@ -364,9 +475,44 @@ def test_listen_shares_a_port_only_between_workers() -> None:
     alone.listen()
     with pytest.raises(ServeError, match=r"cannot listen on 127\.0\.0\.1:\d+ .*in use"):
         listen("127.0.0.1", alone.getsockname()[1], 1)
-    with pytest.raises(ServeError, match=r"cannot listen on no\.such\.host\.invalid:0"):
-        listen("no.such.host.invalid", 0, 1)
+    for workers in (1, 2):  # sockets that share their port would not notice that others use it
+        with pytest.raises(ServeError, match=r"cannot listen on 127\.0\.0\.1:\d+ .*in use"):
+            listen("127.0.0.1", alone.getsockname()[1], workers)
+    for host in ("no.such.host.invalid", "a..b"):
+        with pytest.raises(ServeError, match=rf"cannot listen on {host} .* choose another with --host"):
+            listen(host, 0, 1)
     for listener in (*(listener for (listener,) in shared), alone):
+        listener.close()
+
+
+def test_listen_binds_both_families_for_every_address() -> None:
+    listeners = listen("::", 0, 2)
+    for pair in listeners:
+        assert {listener.getsockname()[0] for listener in pair} == {"0.0.0.0", "::"}
+    assert len({listener.getsockname()[1] for pair in listeners for listener in pair}) == 1
+    for listener in (listener for pair in listeners for listener in pair):
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        ({"grpc_port": 0}, "--triton-grpc-port is 0; it must be between 1 and 65535"),
+        ({"http_port": 70_000}, "--triton-http-port is 70000; it must be between 1 and 65535"),
+        ({"http_port": 1234, "grpc_port": 1234}, "--triton-http-port and --triton-grpc-port are both 1234"),
+    ],
+)
+def test_ports_that_triton_cannot_open_are_refused(ports: dict[str, int], message: str) -> None:
+    with pytest.raises(ServeError, match=message):
+        check_ports(TritonOptions(Path("m"), **ports), [])
+
+
+def test_port_of_the_gateway_is_not_free_for_triton() -> None:
+    for host in ("127.0.0.1", "0.0.0.0"):
+        (listener,) = listen(host, 0, 1)[0]
+        port = listener.getsockname()[1]
+        with pytest.raises(ServeError, match=f"--port and --triton-grpc-port are both {port}"):
+            check_ports(TritonOptions(Path("m"), grpc_port=port), [listener])
         listener.close()
 
 

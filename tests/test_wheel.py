@@ -47,12 +47,21 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def port(environment: Path, tmp_path: Path) -> Iterator[int]:
+    """Serve without any variable, standard input or output, in a directory of modules that must not be imported.
+
+    As root, serve as a user without a home directory who cannot write to the environment.
+    """
+    for name in ("triton_embed", "json", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current directory')")
+    capabilities = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")  # pytest's folders are private
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *capabilities] if os.geteuid() == 0 else []
     port, *triton = (free_port() for _ in range(4))
     flags = [f"--triton-{name}-port={number}" for name, number in zip(("http", "grpc", "metrics"), triton, strict=True)]
     log = tmp_path / "log"
     with log.open("wb") as stream:
-        command = [environment / "triton-embed", "serve", "--model=minilm", f"--port={port}", *flags]
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=stream, stderr=stream, env={**os.environ})
+        command = ["/bin/bash", "-c", 'exec "$@" <&- >&-', "bash", *user]
+        command += [environment / "triton-embed", "serve", "--model=minilm", f"--port={port}", *flags]
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=stream, env={})
     try:
         deadline = time.monotonic() + 90
         while "Try: curl" not in log.read_text(errors="replace"):

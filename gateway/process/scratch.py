@@ -16,8 +16,16 @@ _LOCK = "lock"
 
 @contextlib.contextmanager
 def scratch_directory(kind: str = "") -> Iterator[Path]:
-    """Yield a new directory that only this user can read. Remove those of this user whose process was killed."""
-    _remove_abandoned(Path(tempfile.gettempdir()))
+    """Yield a new directory that only this user can read. Remove those of this user whose process was killed.
+
+    Raises:
+        OSError: if no directory for temporary files is writable.
+    """
+    try:
+        parent = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise OSError(f"{error.strerror}: make one writable, or set TMPDIR to one that is") from None
+    _remove_abandoned(Path(parent))
     with tempfile.TemporaryDirectory(prefix=PREFIX + kind) as name:
         directory = Path(name)
         with (directory / f"{_LOCK}.new").open("w") as lock:

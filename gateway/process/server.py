@@ -123,10 +123,11 @@ async def serve(settings: Settings, sockets: list[socket.socket]) -> None:
         announcing.cancel()
 
 
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard limit: each connection is an open file."""
+def raise_file_limit() -> int:
+    """Raise the soft limit of open files to the hard limit, because each connection is an open file. Return it."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    return hard_limit
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ LOAD_ATTEMPTS = 3  # for a model whose process dies while it loads; each restart
 MAX_WORKER_PAUSE = 2.0  # short, because clients wait in the queue of a worker's socket meanwhile
 GATEWAY_SECONDS = 1.2  # after `drain_seconds`: for the gateway to send its 503 responses
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+MIN_OPEN_FILES = 128  # tritonserver opens about 70 and then waits for ever for more
 CLOSE_SECONDS = 1.0  # for the gateway to end after Triton has ended, because that ends its last calls
 
 
@@ -61,12 +62,13 @@ class Supervisor:
         """
         settings = self._settings
         check_installed(settings)
-        check_ports(settings, self._options)
+        check_file_limit()
         stopping = asyncio.Event()
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 asyncio.get_running_loop().add_signal_handler(number, stopping.set)
         sockets = listen(settings.host, settings.port, settings.workers)
+        check_ports(self._options, sockets[0])
         gateway: _InProcess | _Workers = (
             _InProcess(settings, sockets[0]) if settings.workers == 1 else _Workers(settings, sockets)
         )
@@ -102,6 +104,8 @@ class Supervisor:
             reason = await self._triton.wait_for_end(given_up)
             self._triton.kill()
             was_up = was_up or self._triton.was_up
+            if self._triton.refusal:
+                raise ServeError(reason)
             if not was_up:  # most likely a configuration error; later failures may be temporary
                 raise ServeError(f"{reason} before it was ready; --log-level debug shows its whole log")
             died = self._triton.died_loading
@@ -122,7 +126,6 @@ class _InProcess:
     """The gateway inside this process."""
 
     def __init__(self, settings: Settings, sockets: list[socket.socket]) -> None:
-        raise_file_limit()
         self._settings = settings
         self._sockets = sockets
         self._gateway = GatewayServer(settings)
@@ -212,7 +215,8 @@ class _Workers:
             pause = min(max(2 * pause, MIN_PAUSE), MAX_WORKER_PAUSE)
 
     async def _start(self, i: int, metrics_directory: str) -> asyncio.subprocess.Process:
-        command = (sys.executable, "-m", "triton_embed.gateway.process.server")
+        # -P: not from the current directory, which others may be able to write to
+        command = (sys.executable, "-Pm", "triton_embed.gateway.process.server")
         descriptors = [listener.fileno() for listener in self._sockets[i]]
         process = await asyncio.create_subprocess_exec(
             *tied_to_this_process([*command, ",".join(map(str, descriptors))]),
@@ -239,12 +243,20 @@ def _signal(process: asyncio.subprocess.Process, number: int) -> None:
 def listen(host: str, port: int, workers: int) -> list[list[socket.socket]]:
     """Return, for each worker, a socket bound to every address of `host`, not yet listening.
 
+    Host `::` means every address of this machine, IPv4 and IPv6.
+
     Raises:
-        ServeError: if no address can be bound.
+        ServeError: if `host` is no address of this machine, or its port is taken.
     """
+    try:
+        resolved = socket.getaddrinfo(
+            None if host == "::" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a host name"
+        raise ServeError(f"cannot listen on {host} ({reason}); choose another with --host") from None
     bound: list[socket.socket] = []
     try:
-        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = [(family, address) for family, _, _, _, address in resolved if _is_local(family, address)]
         for _ in range(workers):
             for family, address in addresses:
@@ -263,9 +275,13 @@ def listen(host: str, port: int, workers: int) -> list[list[socket.socket]]:
 
 
 def _is_local(family: int, address: tuple[Any, ...]) -> bool:
-    """Return whether this machine has an address: `localhost` resolves to IPv6 even if IPv6 is disabled."""
+    """Return whether this machine has an address: `localhost` resolves to IPv6 even if IPv6 is disabled.
+
+    Raises:
+        OSError: if its port is taken, which a socket that shares its port with other workers would not notice.
+    """
     try:
-        _bind(family, (address[0], 0, *address[2:]), shared=False).close()
+        _bind(family, address, shared=False).close()
     except OSError as error:
         if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
             return False
@@ -288,20 +304,39 @@ def _bind(family: int, address: tuple[Any, ...], shared: bool) -> socket.socket:
     return listener
 
 
-def check_ports(settings: Settings, triton: TritonOptions) -> None:
-    """Check that all ports are free.
+def check_ports(triton: TritonOptions, gateway: Sequence[socket.socket]) -> None:
+    """Check that all ports of tritonserver are free.
+
+    Args:
+        gateway: Sockets that are bound already.
 
     Raises:
-        ServeError: naming the flag that changes a port in use.
+        ServeError: naming the flag that changes a port.
     """
-    required = {"--port": (settings.host, settings.port)}
-    required |= {f"--triton-{service}-port": (triton.address, port) for service, port in triton.ports.items()}
-    for flag, (host, port) in required.items():
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise ServeError(
-                    f"cannot listen on {host}:{port} ({error.strerror}); choose another with {flag}"
-                ) from None
+    bound = [listener.getsockname() for listener in gateway]
+    flags = {port: "--port" for host, port, *_ in bound if host in (triton.address, "0.0.0.0")}  # noqa: S104
+    for service, port in triton.ports.items():
+        flag = f"--triton-{service}-port"
+        if not 0 < port < 2**16:
+            raise ServeError(f"{flag} is {port}; it must be between 1 and 65535")
+        if port in flags:
+            raise ServeError(f"{flags[port]} and {flag} are both {port}; choose another for one of them")
+        flags[port] = flag
+        try:
+            _bind(socket.AF_INET, (triton.address, port), shared=False).close()
+        except OSError as error:
+            where = f"{triton.address}:{port}"
+            raise ServeError(f"cannot listen on {where} ({error.strerror}); choose another with {flag}") from None
+
+
+def check_file_limit() -> None:
+    """Raise the limit of open files as far as possible, for the child processes too.
+
+    Raises:
+        ServeError: if it stays too small.
+    """
+    limit = raise_file_limit()
+    if limit < MIN_OPEN_FILES:
+        raise ServeError(
+            f"this process may open only {limit} files; allow it at least {MIN_OPEN_FILES}, as with ulimit -n"
+        )

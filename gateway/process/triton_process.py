@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,13 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 4.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend puts its regions
 STUB = "triton_python_backend_stub"
+# A name and a value. No HTTP/1 or HTTP/2 header name contains a colon; Triton shows the name in its refusal.
+IMPOSSIBLE_HEADER = "none: triton-embed serve closes it=-"
 
 # Log lines that show progress, and lines that every machine without a GPU produces.
-_PROGRESS = re.compile(r"^(tritonserver: .+)|(loading: [\w.-]+)|^[IE].*serve\.py:\d+\] \"(.+)\"$")
+_LOADING = re.compile(r"\"loading: ([\w.-]+):\d+\"")
+_PROGRESS = re.compile(r"(loading: [\w.-]+)|^[IE].*serve\.py:\d+\] \"(.+)\"$")
+_REFUSAL = "tritonserver: "  # begins the launcher's one sentence
 _NOISE = re.compile(r"CudaDriverHelper|NVML")
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 # A model that did not load, and one that loaded without a checkpoint: its name and the reason.
@@ -52,7 +57,10 @@ def tied_to_this_process(command: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How to start tritonserver: all models of which repository, on which loopback ports."""
+    """How to start tritonserver: all models of which repository, on which loopback ports.
+
+    `http_port` may be 0: then tritonserver does not serve HTTP, which the gateway does not need.
+    """
 
     repository: Path
     http_port: int = 8000
@@ -61,23 +69,35 @@ class TritonOptions:
     address: str = "127.0.0.1"
     verbose: bool = False
     checkpoints: Path | None = None
+    allow_shared_memory: bool = False
+    load_seconds: float = 600.0  # without progress, after which a model counts as hanging
 
     @property
     def ports(self) -> dict[str, int]:
-        """The port of each service."""
-        return {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
+        """The port of each service that is open."""
+        http = {"http": self.http_port} if self.http_port else {}
+        return {**http, "grpc": self.grpc_port, "metrics": self.metrics_port}
 
     def command(self) -> list[str]:
         """Return the command line. `tritonserver` is our launcher, in the directory of this Python.
 
         Without model control nothing can be loaded through the ports: loading a model runs the Python code in the
         request, and a key to restrict it would stand on the command line, which every user of the machine can read.
+
+        By name and for anybody, the shared-memory API maps memory of this user, the logging API writes what callers
+        send to the log, and the trace API slows the server down. They are restricted to requests with a header that no
+        request can have.
         """
+        closed = ["trace", "logging"] + ["shared-memory"] * (not self.allow_shared_memory)
+        restriction = f"{','.join(closed)}:{IMPOSSIBLE_HEADER}"
         return [
             str(Path(sys.executable).with_name("tritonserver")),
             f"--model-repository={self.repository}",
             "--model-control-mode=none",
             "--exit-on-error=false",
+            f"--allow-http={str(bool(self.http_port)).lower()}",
+            f"--http-restricted-api={restriction}",
+            f"--grpc-restricted-protocol={restriction}",
             *(f"--{service}-address={self.address}" for service in self.ports),
             *(f"--{service}-port={port}" for service, port in self.ports.items()),
             f"--exit-timeout-secs={STOP_SECONDS:.0f}",
@@ -96,14 +116,20 @@ class TritonProcess:
         was_up: Whether all models were loaded or had failed to load, and the server answered.
         failures: Why each of the other models cannot serve.
         died_loading: The model whose process died while it loaded, which may succeed when it is tried again.
+        refusal: Why the launcher did not start the server; empty if it did.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, verbose: bool) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, options: TritonOptions) -> None:
         self.was_up = False
         self.failures: dict[str, str] = {}
         self.died_loading: str | None = None
+        self.refusal = ""
         self._process = process
-        self._verbose = verbose
+        self._verbose = options.verbose
+        self._load_seconds = options.load_seconds
+        self._progress = time.monotonic()  # of the last line of the log
+        self._loading: set[str] = set()
+        self._hanging: set[str] = set()  # killed for it
         self._loaded: set[str] = set()
         self._regions: set[str] = set()  # shared memory of its stubs
 
@@ -118,11 +144,12 @@ class TritonProcess:
         process = await asyncio.create_subprocess_exec(
             *tied_to_this_process(options.command()),
             env=options.environment(),
+            cwd="/",  # stubs import modules from it before all others: it must not be a directory that others write to
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
-        return cls(process, options.verbose)
+        return cls(process, options)
 
     async def wait_for_end(self, given_up: Collection[str] = ()) -> str:
         """Wait until the server or the stub of a model ends, or no model can serve.
@@ -142,11 +169,15 @@ class TritonProcess:
                     return f"the process of model {model} died"
                 if self.was_up and self.died_loading not in (None, *given_up):
                     return f"the process of model {self.died_loading} died while it loaded"
+                hangs = not self.was_up and time.monotonic() - self._progress > self._load_seconds
+                if hangs and not self._kill_hanging():
+                    return f"tritonserver made no progress in {self._load_seconds:g} s"
                 if self.serves_nothing:
                     reasons = "; ".join(f"{model}: {reason}" for model, reason in self.failures.items())
                     return f"no model can be served ({reasons})"
                 await asyncio.wait([relay, ended], timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            return f"tritonserver ended with code {code}"
+            await asyncio.wait([relay], timeout=POLL_SECONDS)
+            return self.refusal or f"tritonserver ended with code {code}"
         finally:
             relay.cancel()
             ended.cancel()
@@ -175,35 +206,55 @@ class TritonProcess:
         assert self._process.stderr is not None  # noqa: S101 - `start` requests a pipe
         while line := await self._process.stderr.readline():
             text = line.decode(errors="replace").rstrip()
+            self._progress = time.monotonic()
+            self._loading.update(_LOADING.findall(text))
             self._loaded.update(_LOADED.findall(text))
             self.failures.update(_NO_CHECKPOINT.findall(text))
             if failed := _FAILED.search(text):
-                self.failures[failed[1]] = failed[2]
-                if _DIED.search(failed[2]):
-                    self.died_loading = failed[1]
+                self._record_failure(*failed.groups())
             if "Started GRPCInferenceService" in text:
                 self.was_up = True
                 if missing := sorted(self.failures.keys() & self._loaded):
                     log.info("not served, because they have no checkpoint: %s", ", ".join(missing))
-            if self._verbose:
+            if text.startswith(_REFUSAL):
+                self.refusal = text.removeprefix(_REFUSAL)
+            elif self._verbose:
                 log.info("%s", text)
             elif failed:
-                log.error("model %s cannot be served: %s", *failed.groups())
+                log.error("model %s cannot be served: %s", failed[1], self.failures[failed[1]])
             elif match := _PROGRESS.search(text):
                 log.info("%s", next(group for group in match.groups() if group))
             elif text.startswith("E") and not _NOISE.search(text):
                 log.error("%s", text)
 
+    def _record_failure(self, model: str, reason: str) -> None:
+        if model in self._hanging:
+            reason = f"it made no progress in {self._load_seconds:g} s; TRITON_EMBED_LOAD_TIMEOUT allows more"
+        elif _DIED.search(reason):
+            reason = "its process died while it loaded, most often because memory ran out"
+            self.died_loading = model
+        self.failures[model] = reason
+
+    def _kill_hanging(self) -> bool:
+        """Kill the process of each model that is still loading, so that Triton goes on. Return whether there is one."""
+        self._progress = time.monotonic()
+        self._hanging |= self._loading - self._loaded - self.failures.keys()
+        stubs = [stub for stub, (model, _) in _stubs_of(self._process.pid) if model in self._hanging]
+        for stub in stubs:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                stub.kill()
+        return bool(stubs)
+
     def _dead_model(self) -> str | None:
         """Return a loaded model without a living stub, if there is one. Record the shared memory of all stubs."""
         stubs = dict(_stubs_of(self._process.pid))
-        self._regions.update(stubs.values())
-        alive = {Path(script).parent.parent.name for script in stubs}
+        self._regions.update(region for _, region in stubs.values())
+        alive = {model for model, _ in stubs.values()}
         return next(iter(self._loaded - alive), None)
 
 
-def _stubs_of(server: int) -> Iterator[tuple[str, str]]:
-    """Yield (model.py, shared-memory region) of each living stub of a server."""
+def _stubs_of(server: int) -> Iterator[tuple[psutil.Process, tuple[str, str]]]:
+    """Yield each living stub of a server, with its model and its shared-memory region."""
     try:
         children = psutil.Process(server).children()
     except psutil.Error:
@@ -213,5 +264,5 @@ def _stubs_of(server: int) -> Iterator[tuple[str, str]]:
             words = child.cmdline()
         except psutil.Error:  # gone, or a zombie
             continue
-        if words and Path(words[0]).name == STUB:
-            yield words[1], words[2]
+        if len(words) > 2 and Path(words[0]).name == STUB:  # without arguments it is only tested
+            yield child, (Path(words[1]).parent.parent.name, words[2])

@@ -60,10 +60,10 @@ class Registry:
 
     async def stop(self) -> None:
         """Stop the background task. A call it has sent continues in the client."""
-        if self._background is not None:
-            self._background.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._background
+        tasks = [task for task in (self._background, self._refreshing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def entries(self) -> Sequence[ModelEntry]:

@@ -7,6 +7,7 @@ one input alone and in a batch.
 import argparse
 import json
 import logging
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -110,7 +111,7 @@ def _find_subject(options: argparse.Namespace) -> Subject:
 
     name_or_path, source = options.model, options.model_repository
     parameters = dict(map(_parameter, options.parameter))
-    directory = Path(name_or_path).expanduser()
+    directory = Path(os.path.expanduser(name_or_path))
     if files.is_checkpoint(directory):
         directory = directory.resolve()
         return _subject_of(Checkpoint(directory, str(directory)), source, parameters)

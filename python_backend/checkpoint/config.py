@@ -14,6 +14,7 @@ from typing import Any, Literal
 from triton_embed.python_backend.checkpoint.hf_config import NetworkConfig
 from triton_embed.python_backend.checkpoint.json_file import JsonFile, read_json
 from triton_embed.python_backend.checkpoint.network_folder import network_directory
+from triton_embed.python_backend.cores import core_count
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.inputs.row import Channels
 from triton_embed.python_backend.spec import Spec
@@ -47,7 +48,7 @@ class ServingConfig:
     image_positions: str = "mrope"  # position ids of GME image tokens: mrope or sequential
     min_image_tokens: int = 256  # per image, for models that preserve the aspect ratio
     max_image_tokens: int = 1_280
-    threads: int = 0  # 0: every core this process may use
+    threads: int = 0  # 0: every core this process may use, or as many as its CPU quota
     kernels: str = "auto"  # auto: Triton on a GPU, compiled loops on a CPU; reference: torch
     cuda_graphs: bool = True  # GPU only: replay small batches as one CUDA graph
     prefix_reuse: bool = True  # causal models only: compute a repeated instruction once
@@ -56,7 +57,7 @@ class ServingConfig:
     @property
     def thread_count(self) -> int:
         """Number of threads for a forward pass on the CPU."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or core_count()
 
     @classmethod
     def from_triton(cls, args: Mapping[str, str]) -> "ServingConfig":

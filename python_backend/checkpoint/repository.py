@@ -151,15 +151,16 @@ def check_name(name: str, repository: Path) -> None:
 
 
 def check_path(repository: Path) -> None:
-    """Check the path of a repository.
+    """Check the path of a repository and the names of its models.
 
     Raises:
-        RepositoryError: It contains a space: the Python backend splits the stub's command line there, and tritonserver
-            hangs. Or the engine cannot open it.
+        RepositoryError: The engine cannot open one, or a shell does not read it as one word: the Python backend starts
+            stubs with an unquoted command, and tritonserver waits for ever for one that did not start.
     """
-    if " " in str(repository):
-        raise RepositoryError(f"{repository}: Triton cannot load models from a path that contains a space")
     check_is_ascii(repository)
+    for path in (repository, *(config.parent for config in repository.glob("*/config.pbtxt"))):
+        if shlex.quote(str(path)) != str(path):
+            raise RepositoryError(f"{path}: Triton cannot load models from a path with a space or a shell's characters")
 
 
 def check_is_ascii(path: Path) -> None:
