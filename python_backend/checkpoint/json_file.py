@@ -7,6 +7,10 @@ from typing import Any
 from triton_embed.python_backend.errors import ConfigError
 
 
+class MissingKeyError(ConfigError):
+    """A required key of a JSON file that is missing."""
+
+
 class JsonFile:
     """A JSON object of a checkpoint; empty if the file does not exist and is not required.
 
@@ -45,12 +49,12 @@ class JsonFile:
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
         """Return the value of a required key, checked to be of type `kind`."""
         if not self.has(key):
-            raise ConfigError(f"{self.path}: '{key}' is missing")
+            raise MissingKeyError(f"{self.path}: '{key}' is missing")
         return self.get(key, kind, None)
 
-    def positive_int(self, key: str, default: int | None = None) -> int:
-        """Return an integer above 0; the key is required if `default` is None."""
-        value: int = self.require(key, int) if default is None else self.get(key, int, default)
+    def positive_int(self, key: str) -> int:
+        """Return the integer above 0 of a required key."""
+        value: int = self.require(key, int)
         if value < 1:
             raise self.error(key, "must be above 0")
         return value

@@ -18,8 +18,11 @@ _FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a checkpoin
 _MAX_BYTES = 2**26  # larger files are weights
 
 
-def load(directory: Path, lowercase: bool) -> Tokenizer:
+def load(directory: Path, lowercase: bool) -> tuple[Tokenizer, str]:
     """Load the tokenizer as transformers does, without remote code and without padding and truncation.
+
+    Returns:
+        The tokenizer, and the side on which tokenizer.json or tokenizer_config.json cuts long texts: right or left.
 
     Args:
         lowercase: Whether texts are lowercased before anything else. As in sentence-transformers 6, special tokens that
@@ -32,12 +35,16 @@ def load(directory: Path, lowercase: bool) -> Tokenizer:
     if not any(next(directory.glob(pattern), None) for pattern in _FILES):
         raise ConfigError(f"{directory} has no tokenizer: none of {', '.join(_FILES)}")
     tokenizer = _load_cached(directory)
+    config = JsonFile(directory / "tokenizer_config.json")
+    side = config.get("truncation_side", str, (tokenizer.truncation or {}).get("direction", "right"))
+    if side not in ("right", "left"):
+        raise config.error("truncation_side", "must be 'right' or 'left'")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     normalizer = tokenizer.normalizer
     if lowercase and (normalizer is None or normalizer.normalize_str("A") != "a"):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer else [])])
-    return tokenizer
+    return tokenizer, side
 
 
 def is_stored(token: str, directory: Path, config: JsonFile) -> bool:

@@ -33,6 +33,15 @@ class Naming:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Names before transformers 2, which transformers still renames.
 _OLD_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# Endings of tensors that quantization adds. The names belong to its common formats.
+_QUANTIZED_ENDINGS = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "FP8 or INT8",
+    ".weight_scale_inv": "FP8",
+    ".SCB": "bitsandbytes INT8",
+    ".absmax": "bitsandbytes 4-bit",
+}
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -76,6 +85,7 @@ def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype
         ConfigError: A tensor is missing, unexpected or of another shape, or a file cannot be read.
     """
     tensors = _index(directory, naming)
+    _refuse_quantized(tensors)
     for name, parameter in list(network.named_parameters()):
         module, _, attribute = name.rpartition(".")
         owner = network.get_submodule(module)
@@ -115,6 +125,16 @@ def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
                 raise ConfigError(f"{path}: tensors '{tensors[name].key}' and '{key}' both map to '{name}'")
             tensors[name] = _Stored(path, key)
     return tensors
+
+
+def _refuse_quantized(tensors: Mapping[str, _Stored]) -> None:
+    for name, stored in tensors.items():
+        for ending, formats in _QUANTIZED_ENDINGS.items():
+            if name.endswith(ending):
+                raise ConfigError(
+                    f"{stored.path}: tensor '{name}' belongs to weights quantized as {formats}, which are not "
+                    "implemented: serve the original checkpoint, with dtype int8 if that is wanted"
+                )
 
 
 def _starts_with(path: Path, start: bytes) -> bool:
