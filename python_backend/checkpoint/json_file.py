@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from triton_embed.python_backend.checkpoint.git_lfs import is_pointer
 from triton_embed.python_backend.errors import ConfigError
 
 
@@ -82,6 +83,8 @@ def read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        if is_pointer(path):
+            raise ConfigError(f"{path} is a git-lfs pointer, not the file: run git lfs pull") from None
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
         raise ConfigError(f"{path} does not contain a JSON {'object' if kind is dict else 'list'}")

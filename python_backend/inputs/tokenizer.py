@@ -52,7 +52,7 @@ class Tokenizer:
     def _append_eos(self, directory: Path, config: JsonFile, eos: str, trailing: list[str]) -> None:
         """Append the EOS token to every text, unless the post-processor already adds it (in `trailing`)."""
         eos_id = self._fast.token_to_id(eos)
-        if eos_id is None or not tokenizer_files.is_stored(eos, directory, config):
+        if eos_id is None or not tokenizer_files.is_stored(eos, directory, config, self._fast):
             raise ConfigError(f"{directory}: the tokenizer has no token '{eos}', which every text must end with")
         if not trailing:
             self._appended, self._trailing = (eos_id,), 1

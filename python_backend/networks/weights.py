@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from triton_embed.python_backend.checkpoint.files import weight_files
+from triton_embed.python_backend.checkpoint.git_lfs import is_pointer
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.networks.layers import FusedLinear
 
@@ -42,7 +43,6 @@ _QUANTIZED_ENDINGS = {
     ".SCB": "bitsandbytes INT8",
     ".absmax": "bitsandbytes 4-bit",
 }
-_GIT_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
         except (SafetensorError, OSError) as error:
-            if _starts_with(path, _GIT_LFS):
+            if is_pointer(path):
                 raise ConfigError(f"{path} is a git-lfs pointer, not the weights: run git lfs pull") from None
             raise ConfigError(f"{path} cannot be read: {error}") from error
         for key in keys:
@@ -135,14 +135,6 @@ def _refuse_quantized(tensors: Mapping[str, _Stored]) -> None:
                     f"{stored.path}: tensor '{name}' belongs to weights quantized as {formats}, which are not "
                     "implemented: serve the original checkpoint, with dtype int8 if that is wanted"
                 )
-
-
-def _starts_with(path: Path, start: bytes) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(start)) == start
-    except OSError:
-        return False
 
 
 def _rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
