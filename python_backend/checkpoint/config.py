@@ -364,16 +364,17 @@ def _pooling(directory: Path, serving: ServingConfig, family_pooling: str | None
         switches = [key for key, enabled in file.values.items() if key.startswith("pooling_mode_") and enabled is True]
         modes = [_POOLING_MODES.get(key, key) for key in switches]
     supported = ", ".join(_POOLING_MODES.values())
+    if len(modes) > 1 or not set(modes) <= set(_POOLING_MODES.values()):
+        raise ConfigError(f"{file.path}: pooling '{'+'.join(modes)}' is not implemented; use one of {supported}")
     if not modes and not serving.pooling:
         raise ConfigError(f"{file.path} sets no pooling mode; set pooling ({supported}) in {serving.name}/config.pbtxt")
-    checkpoint_pooling = "+".join(map(str, modes))
-    pooling = serving.pooling or checkpoint_pooling
-    if modes and checkpoint_pooling != pooling:
-        raise ConfigError(
-            f"{file.path} says pooling '{checkpoint_pooling}', {serving.name}/config.pbtxt says '{pooling}'"
-        )
+    pooling = serving.pooling or modes[0]
     if pooling not in _POOLING_MODES.values():
-        raise ConfigError(f"{file.path}: pooling '{pooling}' is not implemented; use one of {supported}")
+        raise ConfigError(
+            f"{serving.name}/config.pbtxt: pooling '{pooling}' is not implemented; use one of {supported}"
+        )
+    if modes and modes[0] != pooling:
+        raise ConfigError(f"{file.path} says pooling '{modes[0]}', {serving.name}/config.pbtxt says '{pooling}'")
     return pooling
 
 

@@ -4,7 +4,6 @@ Images are decoded on several threads at once. Image files are untrusted: every 
 """
 
 import io
-import json
 import math
 import re
 import struct
@@ -14,17 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
-from triton_embed.python_backend.checkpoint.json_file import JsonFile, MissingKeyError
+from triton_embed.python_backend.checkpoint.class_defaults import Settings, read_with_defaults
+from triton_embed.python_backend.checkpoint.json_file import JsonFile
 from triton_embed.python_backend.errors import BadInput, ConfigError
 from triton_embed.python_backend.inputs.row import Channels, Pixels
-
-Settings = TypeVar("Settings")
 
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 2  # pixels; rejects tracking pixels, which have no content
@@ -284,7 +281,7 @@ def _read_settings(read: Callable[[JsonFile], Settings], directory: Path, kind: 
 
     Args:
         read: Reads the settings of one class.
-        kind: The name of that class in transformers, whose defaults apply to keys that are missing.
+        kind: The name of that class in transformers.
 
     Raises:
         ConfigError: Both files lack the settings, or a setting is not implemented.
@@ -298,14 +295,7 @@ def _read_settings(read: Callable[[JsonFile], Settings], directory: Path, kind: 
         raise file.error("image_processor_type", f"only {kind} is implemented")
     if not file.get("do_resize", bool, True):
         raise file.error("do_resize", "only true is implemented")
-    try:
-        return read(file)
-    except MissingKeyError:
-        import transformers  # not at the top: the import takes longer than all others but torch's
-
-        defaults = getattr(transformers, f"{kind}Pil")().to_json_string()
-        file.values = json.loads(defaults) | file.values
-        return read(file)
+    return read_with_defaults(read, file, kind)
 
 
 def _normalization(file: JsonFile) -> tuple[Channels, Channels]:

@@ -38,8 +38,6 @@ def load(directory: Path, lowercase: bool) -> tuple[Tokenizer, str]:
     tokenizer = _load_cached(directory)
     config = JsonFile(directory / "tokenizer_config.json")
     side = config.get("truncation_side", str, (tokenizer.truncation or {}).get("direction", "right"))
-    if side not in ("right", "left"):
-        raise config.error("truncation_side", "must be 'right' or 'left'")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     normalizer = tokenizer.normalizer

@@ -85,7 +85,7 @@ def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype
         ConfigError: A tensor is missing, unexpected or of another shape, or a file cannot be read.
     """
     tensors = _index(directory, naming)
-    _refuse_quantized(tensors)
+    _refuse_derived(tensors)
     for name, parameter in list(network.named_parameters()):
         module, _, attribute = name.rpartition(".")
         owner = network.get_submodule(module)
@@ -127,8 +127,14 @@ def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
     return tensors
 
 
-def _refuse_quantized(tensors: Mapping[str, _Stored]) -> None:
+def _refuse_derived(tensors: Mapping[str, _Stored]) -> None:
+    """Refuse weights that are quantized, or next to an adapter that is not merged into them."""
     for name, stored in tensors.items():
+        if ".lora_A." in name or ".base_layer." in name:
+            raise ConfigError(
+                f"{stored.path}: tensor '{name}' belongs to an adapter that is not merged; merge it with "
+                "merge_and_unload() of peft and save the result"
+            )
         for ending, formats in _QUANTIZED_ENDINGS.items():
             if name.endswith(ending):
                 raise ConfigError(
