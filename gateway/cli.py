@@ -221,9 +221,11 @@ def _write(
         RepositoryError, ConfigError: if the engine would refuse to load it.
     """
     from triton_embed.python_backend.checkpoint import files
+    from triton_embed.python_backend.checkpoint.config import refuse_adapter
 
     if checkpoint.parameter == checkpoint.id:
         files.download(checkpoint.id, checkpoint.directory.parent.parent)
+    refuse_adapter(network_directory(checkpoint.directory))
     family = repository.family_of(checkpoint.directory, source, overrides.get("pooling", ""))
     repository.check_weights(checkpoint)
     files.weight_files(network_directory(checkpoint.directory))

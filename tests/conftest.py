@@ -114,8 +114,9 @@ class Family:
     def embedder(self) -> Embedder:
         return Embedder(self.spec, self.directory, self.serving)
 
-    def rows(self, *items: Item, truncate: str = "end", **parameters: str) -> list[Row]:
+    def rows(self, *items: Item, truncate: str = "", **parameters: str) -> list[Row]:
         processor, rows = self.processor, []
+        truncate = truncate or processor.tokenizer.truncate_default
         template = processor.template(parameters)
         for i, item in enumerate(items):
             processor.check(item, i)

@@ -1,7 +1,7 @@
 """Tests of the network configurations: every key of config.json, as transformers writes it and as in older files.
 
 The expected values come from transformers' modules, built from the same config.json on the meta device. Every error
-names file, key and value.
+names file, key and value. Configs of CLIP and Qwen2-VL omit most keys: their classes have the defaults.
 """
 
 import json
@@ -34,6 +34,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaEmbeddings
 
 from triton_embed.kernels.ops import Ops
+from triton_embed.python_backend.checkpoint.class_defaults import read_with_defaults
 from triton_embed.python_backend.checkpoint.hf_config import (
     ClipConfig,
     DecoderConfig,
@@ -701,6 +702,10 @@ CLIP_KEYS: list[tuple[str, object]] = [
 ]
 
 
+def read_clip(file: JsonFile) -> ClipConfig:
+    return read_with_defaults(ClipConfig.read, file)
+
+
 def clip_config_of_transformers(values: Values) -> ClipConfig:
     config = read_by_transformers(values)
     theirs = build_on_meta(CLIPModel, config)
@@ -731,7 +736,7 @@ def _clip_tower(theirs: Any, config: PreTrainedConfig) -> TowerConfig:
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_clip_config_equals_that_of_transformers(name: str) -> None:
-    ours = ClipConfig.read(config_file(CLIPS[name]))
+    ours = read_clip(config_file(CLIPS[name]))
     assert ours == clip_config_of_transformers(CLIPS[name])
     theirs = build_on_meta(CLIPModel, read_by_transformers(CLIPS[name]))
     assert ours.vision_tokens == theirs.vision_model.embeddings.num_positions
@@ -740,21 +745,18 @@ def test_clip_config_equals_that_of_transformers(name: str) -> None:
 @pytest.mark.parametrize(("key", "value"), CLIP_KEYS, ids=str)
 def test_single_key_in_a_clip_config_equals_transformers(key: str, value: object) -> None:
     values = changed(CLIP_DEFAULTS, {key: value})
-    assert ClipConfig.read(config_file(values)) == clip_config_of_transformers(values)
+    assert read_clip(config_file(values)) == clip_config_of_transformers(values)
 
 
 @pytest.mark.parametrize("key", sorted({key for key, _ in CLIP_KEYS if "." in key}))
 def test_missing_key_in_a_clip_config_has_the_default_of_transformers(key: str) -> None:
     tower, _, name = key.partition(".")
     default = getattr(CLIPTextConfig() if tower == "text_config" else CLIPVisionConfig(), name)
-    assert ClipConfig.read(config_file(changed(CLIP_DEFAULTS, {key: default}))) == ClipConfig.read(
-        config_file(CLIP_DEFAULTS)
-    )
+    assert read_clip(config_file(changed(CLIP_DEFAULTS, {key: default}))) == read_clip(config_file(CLIP_DEFAULTS))
 
 
 CLIP_REJECTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gray images": ({"vision_config.num_channels": 1}, ["vision_config: num_channels is 1", "3"]),
-    "no projection": ({"projection_dim": None}, ["'projection_dim' is missing"]),
     "text heads that do not divide": (
         {"text_config.num_attention_heads": 5},
         ["text_config: hidden_size 36", "num_attention_heads 5"],
@@ -771,7 +773,7 @@ CLIP_REJECTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an older key that is a string": ({"text_config_dict": "none"}, ["text_config_dict is 'none'"]),
     "an older key with a size that is a string": (
         {"vision_config_dict": {"image_size": "48"}},
-        ["vision_config_dict: image_size is '48'"],
+        ["transformers cannot read it", "image_size", "'48'"],
     ),
     "a tower that is a list": ({"text_config": [1]}, ["text_config is [1]"]),
 }
@@ -780,7 +782,7 @@ CLIP_REJECTED: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("case", CLIP_REJECTED)
 def test_invalid_clip_config_is_rejected(case: str) -> None:
     changes, fragments = CLIP_REJECTED[case]
-    message = error_message(ClipConfig.read, changed(CLIP, changes))
+    message = error_message(read_clip, changed(CLIP, changes))
     assert [fragment for fragment in fragments if fragment not in message] == []
 
 
@@ -849,12 +851,16 @@ VISION_KEYS: list[tuple[str, object]] = [
 ]
 
 
+def read_vl(file: JsonFile) -> Qwen2VLConfig:
+    return read_with_defaults(Qwen2VLConfig.read, file)
+
+
 def assert_equals_qwen2_vl_of_transformers(values: Values) -> None:
     """Compare a complete configuration with the network that transformers builds from it."""
     values = {**values, "num_hidden_layers": 2} if "text_config" not in values else values
     config = read_by_transformers(values)
     theirs = build_on_meta(Qwen2VLModel, config)
-    ours = Qwen2VLConfig.read(config_file(values))
+    ours = read_vl(config_file(values))
     block, tower, text = theirs.visual.blocks[0], theirs.visual, theirs.language_model
     assert ours.vision == TowerConfig(
         hidden_size=tower.patch_embed.embed_dim,
@@ -898,7 +904,7 @@ def test_single_key_in_a_vision_config_equals_transformers(key: str, value: obje
 def test_missing_key_in_a_vision_config_has_the_default(key: str) -> None:
     default = getattr(Qwen2VLVisionConfig(), key)
     with_default = changed(GME, {f"vision_config.{key}": default})
-    assert Qwen2VLConfig.read(config_file(with_default)) == Qwen2VLConfig.read(config_file(GME))
+    assert read_vl(config_file(with_default)) == read_vl(config_file(GME))
 
 
 VL_REJECTED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
@@ -906,7 +912,7 @@ VL_REJECTED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "sections with a wrong sum": (
         "as on the Hub",
         {"rope_scaling.mrope_section": [16, 24, 25]},
-        ["rope_scaling: mrope_section is [16, 24, 25]", "64"],
+        ["mrope_section is [16, 24, 25]", "64"],
     ),
     "sections with a wrong sum in a nested config": (
         "by transformers",
@@ -917,7 +923,6 @@ VL_REJECTED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "four sections": ("as on the Hub", {"rope_scaling.mrope_section": [16, 16, 16, 16]}, ["mrope_section"]),
     "a section of 0": ("as on the Hub", {"rope_scaling.mrope_section": [0, 32, 32]}, ["[0, 32, 32]"]),
     "sections that are strings": ("as on the Hub", {"rope_scaling.mrope_section": ["16", 24, 24]}, ["['16', 24, 24]"]),
-    "no image token": ("as on the Hub", {"image_token_id": None}, ["'image_token_id' is missing"]),
     "heads that do not divide": (
         "by transformers",
         {"vision_config.num_heads": 3},
@@ -940,16 +945,11 @@ VL_REJECTED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["patch_size is [14, 14]"],
     ),
     "a bidirectional text decoder": ("as on the Hub", {"is_causal": False}, ["is_causal is False", "True"]),
-    "a nested text config without layers": (
-        "by transformers",
-        {"text_config.num_hidden_layers": None},
-        ["text_config: 'num_hidden_layers' is missing"],
-    ),
 }
 
 
 @pytest.mark.parametrize("case", VL_REJECTED)
 def test_invalid_qwen2_vl_config_is_rejected(case: str) -> None:
     name, changes, fragments = VL_REJECTED[case]
-    message = error_message(Qwen2VLConfig.read, changed(VLS[name], changes))
+    message = error_message(read_vl, changed(VLS[name], changes))
     assert [fragment for fragment in fragments if fragment not in message] == []

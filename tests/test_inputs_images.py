@@ -506,11 +506,35 @@ def test_settings_saved_by_transformers_are_accepted(tmp_path: Path) -> None:
     assert_same_as_qwen(tmp_path / "qwen", encode(WIDE), (4, 16))
 
 
+@pytest.mark.parametrize("key", ["size", "crop_size", "image_mean", "image_std", "resample", "do_center_crop"])
+def test_missing_clip_setting_has_the_default_of_its_class(key: str, tmp_path: Path) -> None:
+    assert_same_as_clip(write_settings(tmp_path, {k: v for k, v in OPENAI.items() if k != key}), encode(WIDE))
+
+
+@pytest.mark.parametrize("key", ["patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"])
+def test_missing_qwen_setting_has_the_default_of_its_class(key: str, tmp_path: Path) -> None:
+    assert_same_as_qwen(write_settings(tmp_path, {k: v for k, v in QWEN.items() if k != key}), encode(WIDE), (4, 16))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rescale_factor": 0.01}, {"do_rescale": False}, {"do_normalize": False}, {"do_normalize": False, "size": 300}],
+    ids=str,
+)
+def test_scale_and_normalization_equal_those_of_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
+    directory = write_settings(tmp_path, {**OPENAI, **changes})
+    theirs = CLIPImageProcessorPil.from_pretrained(directory)(upright(encode(WIDE)), return_tensors="pt").pixel_values
+    processor = ClipImageProcessor.from_checkpoint(directory)
+    patches = normalized_patches(processor.read(encode(WIDE), INDEX), processor, patch=1, merge=1, frames=1)
+    torch.testing.assert_close(patches.T.reshape(theirs.shape), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [224, {"shortest_edge": 224}], ids=str)
+def test_one_length_may_be_that_of_a_square(size: Any, tmp_path: Path) -> None:
+    assert_same_as_clip(write_settings(tmp_path, {**OPENAI, "size": size, "default_to_square": True}), encode(WIDE))
+
+
 INVALID_CLIP: list[tuple[str, Any, str]] = [
-    ("size", None, "'size' is missing"),
-    ("crop_size", None, "'crop_size' is missing"),
-    ("image_mean", None, "'image_mean' is missing"),
-    ("image_std", None, "'image_std' is missing"),
     ("size", "224", "size is '224'; expected type int or dict"),
     ("size", 0, "size is 0; must consist of whole numbers above 0"),
     ("size", {"shortest_edge": 2.5}, "size is {'shortest_edge': 2.5}; must consist of whole numbers above 0"),
@@ -530,20 +554,13 @@ INVALID_CLIP: list[tuple[str, Any, str]] = [
     ("image_std", [0.5, 0.5, 0], "image_std is [0.5, 0.5, 0]; must be above 0"),
     ("resample", 9, "resample is 9; must be the number of a Pillow resampling filter"),
     ("resample", "bicubic", "resample is 'bicubic'; expected type int"),
-    ("rescale_factor", 0.5, "rescale_factor is 0.5; only 1/255 is implemented"),
+    ("rescale_factor", 0, "rescale_factor is 0; must be above 0"),
+    ("image_processor_type", "ViTImageProcessor", "is 'ViTImageProcessor'; only CLIPImageProcessor is implemented"),
     ("do_resize", False, "do_resize is False; only true is implemented"),
-    ("do_rescale", False, "do_rescale is False; only true is implemented"),
-    ("do_normalize", False, "do_normalize is False; only true is implemented"),
-    ("do_convert_rgb", False, "do_convert_rgb is False; only true is implemented"),
     ("do_center_crop", False, "do_center_crop is False; only true is implemented"),
     ("do_pad", True, "do_pad is True; only false is implemented"),
 ]
 INVALID_QWEN: list[tuple[str, Any, str]] = [
-    ("patch_size", None, "'patch_size' is missing"),
-    ("merge_size", None, "'merge_size' is missing"),
-    ("temporal_patch_size", None, "'temporal_patch_size' is missing"),
-    ("image_mean", None, "'image_mean' is missing"),
-    ("image_std", None, "'image_std' is missing"),
     ("patch_size", 0, "patch_size is 0; must be above 0"),
     ("merge_size", 2.0, "merge_size is 2.0; expected type int"),
     ("do_resize", False, "do_resize is False; only true is implemented"),

@@ -62,7 +62,6 @@ def test_missing_or_null_key_yields_the_default(file: JsonFile, key: str) -> Non
     assert not file.has(key)
     assert file.get(key, int, 5) == 5
     assert file.get(key, str, None) is None
-    assert file.positive_int(key, 9) == 9
     assert file.positive_float(key, 0.25) == 0.25
     assert file.nested(key).values == {}
     with pytest.raises(ConfigError, match=f"'{key}' is missing"):
@@ -113,7 +112,6 @@ def test_wrong_type_error_names_file_key_and_value(file: JsonFile, key: str, kin
         (lambda file: file.positive_int("none"), "'none' is missing"),
         (lambda file: file.positive_float("absent"), "'absent' is missing"),
         (lambda file: file.positive_int("zero"), "zero is 0; must be above 0"),
-        (lambda file: file.positive_int("zero", 5), "zero is 0; must be above 0"),
         (lambda file: file.positive_int("minus"), "minus is -3; must be above 0"),
         (lambda file: file.positive_int("share"), "share is 0.5; expected type int"),
         (lambda file: file.positive_int("on"), "on is True; expected type int"),
@@ -140,11 +138,7 @@ def _raise(error: Exception) -> None:
 
 
 def test_positive_numbers_are_returned(file: JsonFile) -> None:
-    assert (file.positive_int("count"), file.positive_int("count", 3), file.nested("inner").positive_int("count")) == (
-        7,
-        7,
-        3,
-    )
+    assert (file.positive_int("count"), file.nested("inner").positive_int("count")) == (7, 3)
     assert (file.positive_float("tiny"), file.positive_float("share", 2.0), file.positive_float("count")) == (
         1e-12,
         0.5,

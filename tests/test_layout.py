@@ -45,7 +45,8 @@ ORDER = {
     ),
     "python_backend": (
         "wire errors cores",
-        "checkpoint/json_file checkpoint/network_folder checkpoint/hf_config",
+        "checkpoint/git_lfs checkpoint/json_file checkpoint/network_folder checkpoint/class_defaults",
+        "checkpoint/sentence_config checkpoint/hf_config",
         "inputs/row inputs/images",
         "spec",
         "checkpoint/config checkpoint/files checkpoint/repository",
@@ -81,7 +82,10 @@ TESTED_ELSEWHERE = {
     "gateway/triton/request_queue.py": "test_admission.py",
     "python_backend/errors.py": "every test that expects an error",
     "python_backend/spec.py": "test_config.py",
+    "python_backend/checkpoint/class_defaults.py": "test_checkpoint_keys.py",
+    "python_backend/checkpoint/git_lfs.py": "test_checkpoint_keys.py",
     "python_backend/checkpoint/network_folder.py": "test_checkpoint_keys.py",
+    "python_backend/checkpoint/sentence_config.py": "test_checkpoint_keys.py",
     "python_backend/inputs/row.py": "test_vectors.py",
     "python_backend/networks/layers.py": "test_vectors.py",
     "python_backend/networks/decoder.py": "test_vectors.py",
@@ -316,10 +320,10 @@ def test_only_the_client_imports_grpc() -> None:
 
 
 def test_serving_does_not_import_transformers() -> None:
-    """Accept lazy imports only: for tokenizers that are not cached yet, and in `verify`."""
+    """Accept lazy imports only: for tokenizers that are not cached yet, for keys that files omit, and in `verify`."""
     items = [item for item in third_party(*FOLDERS) if item.top in {"transformers", "sentence_transformers"}]
     allowed = {
-        "python_backend/checkpoint/files.py",
+        "python_backend/checkpoint/class_defaults.py",
         "python_backend/inputs/tokenizer_files.py",
         "gateway/verify/oracle.py",
     }

@@ -20,7 +20,7 @@ IDS_WITHOUT_TRANSFORMERS = """
 import json, sys
 from pathlib import Path
 from triton_embed.python_backend.inputs import tokenizer_files
-tokenizer = tokenizer_files.load(Path(sys.argv[1]), False)
+tokenizer, _ = tokenizer_files.load(Path(sys.argv[1]), False)
 ids = [encoding.ids for encoding in tokenizer.encode_batch(json.loads(sys.argv[2]))]
 print(json.dumps({"ids": ids, "imported": "transformers" in sys.modules}))
 """
@@ -43,7 +43,8 @@ def minilm(tmp_path: Path) -> Path:
 
 
 def ids(directory: Path, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in tokenizer_files.load(directory, False).encode_batch(texts)]
+    tokenizer, _ = tokenizer_files.load(directory, False)
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
 def ids_of_transformers(directory: Path, texts: list[str]) -> list[list[int]]:

@@ -6,14 +6,16 @@ ServingConfig is the only place that defines defaults for the `config.pbtxt` par
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from triton_embed.python_backend.checkpoint.hf_config import NetworkConfig
+from triton_embed.python_backend.checkpoint.class_defaults import read_with_defaults
+from triton_embed.python_backend.checkpoint.hf_config import ClipConfig, EncoderConfig, NetworkConfig
 from triton_embed.python_backend.checkpoint.json_file import JsonFile, read_json
 from triton_embed.python_backend.checkpoint.network_folder import network_directory
+from triton_embed.python_backend.checkpoint.sentence_config import max_length, read_sentence_config
 from triton_embed.python_backend.cores import core_count
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.inputs.row import Channels
@@ -174,6 +176,7 @@ class ModelConfig:
     matryoshka: Literal[True] | tuple[int, ...] | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None  # name of the prompt for requests that select none
+    truncate_dim: int | None = None  # dimensions that the checkpoint keeps of each vector; None: all
     image_positions: str = "mrope"
     image_normalization: tuple[Channels, ...] = ()  # per-channel mean and standard deviation of the pixels
     directory: Path = Path()  # of the network, see `network_directory`
@@ -184,8 +187,9 @@ class ModelConfig:
 
     @cached_property
     def dimensions(self) -> int:
-        """Dimensions of a full vector."""
-        return self.dense[-1].out_features if self.dense else self.network_config.hidden_size
+        """Dimensions of a vector, unless a request wants fewer."""
+        computed = self.dense[-1].out_features if self.dense else self.network_config.hidden_size
+        return min(computed, self.truncate_dim or computed)
 
     @classmethod
     def from_checkpoint(cls, directory: Path, serving: ServingConfig, spec: Spec) -> "ModelConfig":
@@ -195,42 +199,41 @@ class ModelConfig:
             ConfigError: A value is missing, not supported or contradicts config.pbtxt; names file, key and values.
         """
         network = network_directory(directory)
+        refuse_adapter(network)
         config = JsonFile(network / "config.json", required=True)
         model_type = config.require("model_type", str)
         if model_type not in serving.model_types:
             raise config.error(
                 "model_type", f"{serving.name}/config.pbtxt serves {', '.join(serving.model_types) or 'none'}"
             )
-        _refuse_derived(network, config)
-        network_config = spec.read_config(config)
-        sentence_config = _sentence_config(network)
-        dense = _dense(directory, network_config.hidden_size)
+        _refuse_quantized(config)
+        network_config = read_with_defaults(spec.read_config, config)
+        image_normalization = spec.image_normalization(network)
+        sentence_config = read_sentence_config(network, is_text_model=not image_normalization)
         prompts, default_prompt = _prompts(directory)
-        return cls(
+        saved = JsonFile(directory / "config_sentence_transformers.json")
+        model = cls(
             model_type=model_type,
             network_config=network_config,
             pooling=_pooling(directory, serving, spec.pooling),
-            max_tokens=min(
-                limit
-                for limit in (network_config.max_tokens, _max_length(network, sentence_config), serving.max_tokens)
-                if limit
-            ),
-            dense=dense,
+            max_tokens=_max_tokens(network, network_config, sentence_config, serving),
+            dense=_dense(directory, network_config.hidden_size),
             lowercase=sentence_config.get("do_lower_case", bool, False),
-            matryoshka=_matryoshka(config, dense[-1].out_features if dense else network_config.hidden_size, serving),
             prompts=prompts,
             default_prompt=default_prompt,
+            truncate_dim=saved.positive_int("truncate_dim") if saved.has("truncate_dim") else None,
             image_positions=serving.image_positions,
-            image_normalization=spec.image_normalization(network),
+            image_normalization=image_normalization,
             directory=network,
         )
+        return replace(model, matryoshka=_matryoshka(config, model.dimensions, serving))
 
 
-def _refuse_derived(directory: Path, config: JsonFile) -> None:
-    """Refuse a checkpoint whose files are not the network's own weights.
+def refuse_adapter(directory: Path) -> None:
+    """Refuse an adapter that is not merged into its base model.
 
     Raises:
-        ConfigError: It is an adapter that is not merged into its base model, or its weights are quantized.
+        ConfigError: The checkpoint is one, alone or beside the weights of its base model.
     """
     adapter = JsonFile(directory / "adapter_config.json")
     if adapter.values:
@@ -239,6 +242,9 @@ def _refuse_derived(directory: Path, config: JsonFile) -> None:
             f"{adapter.path}: this is an adapter for {base}, and adapters are not applied. Merge it once and serve "
             "the result: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)"
         )
+
+
+def _refuse_quantized(config: JsonFile) -> None:
     for key in ("quantization_config", "compression_config"):
         if config.has(key):
             method = config.nested(key).get("quant_method", str, "unknown")
@@ -248,30 +254,30 @@ def _refuse_derived(directory: Path, config: JsonFile) -> None:
             )
 
 
-def _sentence_config(directory: Path) -> JsonFile:
-    """Read the config of sentence-transformers' Transformer module, under the first of its names that exists."""
-    networks = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-    files = [directory / f"sentence_{network}_config.json" for network in networks]
-    file = JsonFile(next((file for file in files if file.is_file()), files[0]))
-    for key in ("query_length", "document_length", "query_expansion"):
-        if file.has(key):
-            raise file.error(key, "this is not implemented")
-    return file
+def _max_tokens(
+    directory: Path, network_config: NetworkConfig, sentence_config: JsonFile, serving: ServingConfig
+) -> int:
+    """Return the length of an input in tokens by sentence-transformers' rule.
 
-
-def _max_length(directory: Path, sentence_config: JsonFile) -> int:
-    """Return the length of an input in tokens by sentence-transformers' rule: its own limit, else the tokenizer's."""
-    if sentence_config.has("max_seq_length"):
-        return sentence_config.positive_int("max_seq_length")
-    tokenizer = JsonFile(directory / "tokenizer_config.json")
-    key = "model_max_length" if tokenizer.has("model_max_length") else "max_len"  # the latter before transformers 3
-    return int(tokenizer.positive_float(key)) if tokenizer.has(key) else 0
+    Its own limit may exceed the length that rotary positions were trained for, but not a table of positions. Without
+    one, the tokenizer's limit and the trained length apply.
+    """
+    limits = [serving.max_tokens, max_length(sentence_config)]
+    if not limits[1]:
+        tokenizer = JsonFile(directory / "tokenizer_config.json")
+        key = "model_max_length" if tokenizer.has("model_max_length") else "max_len"  # before transformers 3
+        limits.append(int(tokenizer.positive_float(key)) if tokenizer.has(key) else 0)
+    if not limits[1] or isinstance(network_config, EncoderConfig | ClipConfig):
+        limits.append(network_config.max_tokens)
+    return min(limit for limit in limits if limit)
 
 
 def _prompts(directory: Path) -> tuple[dict[str, str], str | None]:
     """Read config_sentence_transformers.json: its named prompts and the name of the default prompt."""
     file = JsonFile(directory / "config_sentence_transformers.json")
-    prompts: dict[str, str] = file.get("prompts", dict, {})
+    if file.get("model_type", str, "SentenceTransformer") != "SentenceTransformer":
+        raise file.error("model_type", "only 'SentenceTransformer' is implemented: others return no vector per text")
+    prompts = {name: "" if text is None else text for name, text in file.get("prompts", dict, {}).items()}
     if any(not isinstance(prompt, str) for prompt in prompts.values()):
         raise file.error("prompts", "every prompt must be a string")
     default: str | None = file.get("default_prompt_name", str, None)
@@ -296,9 +302,10 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
         module_type = str(module.get("type")).rsplit(".", 1)[-1]
         if not modules and module_type.endswith(("Transformer", "CLIPModel")):
             module_type = "Transformer"
-        if module_type not in MODULE_TYPES or module is not entry:
+        if module_type not in (*MODULE_TYPES, "Dropout") or module is not entry:
             raise ConfigError(f"{path}: module {module.get('type')!r} is not implemented")
-        modules.append((module_type, directory / str(module.get("path", ""))))
+        if module_type != "Dropout":  # which changes nothing outside training
+            modules.append((module_type, directory / str(module.get("path", ""))))
     order = [module_type for module_type, _ in modules]
     if order != sorted(order, key=MODULE_TYPES.index):
         raise ConfigError(f"{path}: modules in the order {', '.join(order)} are not implemented")
@@ -358,16 +365,17 @@ def _pooling(directory: Path, serving: ServingConfig, family_pooling: str | None
         switches = [key for key, enabled in file.values.items() if key.startswith("pooling_mode_") and enabled is True]
         modes = [_POOLING_MODES.get(key, key) for key in switches]
     supported = ", ".join(_POOLING_MODES.values())
+    if len(modes) > 1 or not set(modes) <= set(_POOLING_MODES.values()):
+        raise ConfigError(f"{file.path}: pooling '{'+'.join(modes)}' is not implemented; use one of {supported}")
     if not modes and not serving.pooling:
         raise ConfigError(f"{file.path} sets no pooling mode; set pooling ({supported}) in {serving.name}/config.pbtxt")
-    checkpoint_pooling = "+".join(map(str, modes))
-    pooling = serving.pooling or checkpoint_pooling
-    if modes and checkpoint_pooling != pooling:
-        raise ConfigError(
-            f"{file.path} says pooling '{checkpoint_pooling}', {serving.name}/config.pbtxt says '{pooling}'"
-        )
+    pooling = serving.pooling or modes[0]
     if pooling not in _POOLING_MODES.values():
-        raise ConfigError(f"{file.path}: pooling '{pooling}' is not implemented; use one of {supported}")
+        raise ConfigError(
+            f"{serving.name}/config.pbtxt: pooling '{pooling}' is not implemented; use one of {supported}"
+        )
+    if modes and modes[0] != pooling:
+        raise ConfigError(f"{file.path} says pooling '{modes[0]}', {serving.name}/config.pbtxt says '{pooling}'")
     return pooling
 
 

@@ -19,8 +19,8 @@ def directory_of(checkpoint: str, root: Path) -> Path:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Return whether a directory has a checkpoint, whose network may be in a sub-folder."""
-    return any((directory / name).is_file() for name in ("config.json", "modules.json"))
+    """Return whether a directory has a checkpoint, whose network may be in a sub-folder, or an adapter."""
+    return any((directory / name).is_file() for name in ("config.json", "modules.json", "adapter_config.json"))
 
 
 def locate(serving: ServingConfig) -> Path | None:
@@ -49,7 +49,7 @@ def locate(serving: ServingConfig) -> Path | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files, sharded or single.
+    """Return the safetensors files: model.safetensors, else those of the index, else all.
 
     Raises:
         ConfigError: There is none, or a shard named in the index is missing. If there is a pickle, the message has the
@@ -67,7 +67,9 @@ def weight_files(directory: Path) -> list[Path]:
         advice = ", and pickles are never loaded. If you trust it, convert it once: "
         advice += shlex.join(["python", "-c", convert])
         raise ConfigError(f"{directory} has no *.safetensors file{advice if pickled.is_file() else ''}")
-    index = directory / "model.safetensors.index.json"
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single in files:
+        return [single]
     if index.is_file():
         weight_map = read_json(index, dict).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -76,7 +78,7 @@ def weight_files(directory: Path) -> list[Path]:
         if missing := sorted(str(path) for path in shards if not path.is_file()):
             raise ConfigError(f"{index} names {missing[0]}, which is missing")
         return sorted(shards)
-    return [directory / "model.safetensors"] if directory / "model.safetensors" in files else files
+    return files
 
 
 def download(repo_id: str, root: Path) -> Path:

@@ -1,8 +1,7 @@
 """Network configurations, read from config.json: the only module that knows transformers' names for sizes.
 
-Sizes are in elements, lengths in tokens. Every `read` raises a ConfigError for a value that is missing or that this
-engine does not implement. transformers omits values of nested configs that equal the class's default; those defaults
-are repeated here.
+Sizes are in elements, lengths in tokens. Every `read` raises a MissingKeyError for a key that is missing, whose default
+`class_defaults` knows, and a ConfigError for a value that this engine does not implement.
 """
 
 from collections.abc import Mapping
@@ -14,11 +13,16 @@ from triton_embed.python_backend.errors import ConfigError
 # Activation names of config.json -> names in kernels.ops
 _ACTIVATIONS = {
     "gelu": "gelu_erf",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_python": "gelu_erf",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
+    "swish": "silu",
 }
 
 
@@ -45,15 +49,18 @@ class EncoderConfig:
     def read(cls, config: JsonFile) -> "EncoderConfig":
         if config.get("position_embedding_type", str, "absolute") != "absolute":
             raise config.error("position_embedding_type", "only 'absolute' is implemented")
+        for key in ("is_decoder", "is_causal"):
+            if config.get(key, bool, False):
+                raise config.error(key, "only false is implemented: an encoder's attention is bidirectional")
         roberta = config.require("model_type", str) in ("roberta", "xlm-roberta")
         hidden, heads = _hidden_size_and_heads(config)
         positions, first = (
             config.positive_int("max_position_embeddings"),
-            config.positive_int("pad_token_id") + 1 if roberta else 0,
+            config.require("pad_token_id", int) + 1 if roberta else 0,
         )
-        if first >= positions:
+        if not 0 <= first < positions:
             raise config.error(
-                "pad_token_id", f"must be below {positions - 1}, because max_position_embeddings is {positions}"
+                "pad_token_id", f"must be from 0 to {positions - 2}, because max_position_embeddings is {positions}"
             )
         return cls(
             vocab_size=config.positive_int("vocab_size"),
@@ -69,13 +76,14 @@ class EncoderConfig:
         )
 
 
+_TRAINED_LENGTH = "original_max_position_embeddings"
 _ROPE_NUMBER_KEYS = {
     "attention_factor",
     "beta_fast",
     "beta_slow",
     "mscale",
     "mscale_all_dim",
-    "original_max_position_embeddings",
+    _TRAINED_LENGTH,
 }
 
 
@@ -99,7 +107,7 @@ class RopeConfig:
     @classmethod
     def read(cls, config: JsonFile, head_dim: int) -> "RopeConfig":
         """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (earlier versions)."""
-        rope = config.nested("rope_scaling" if config.has("rope_scaling") else "rope_parameters")
+        rope = config.nested("rope_scaling" if config.get("rope_scaling", dict, {}) else "rope_parameters")
         theta = (rope if rope.has("rope_theta") else config).positive_float("rope_theta")
         key = "rope_type" if rope.has("rope_type") else "type"
         kind = rope.get(key, str, "default")
@@ -109,7 +117,7 @@ class RopeConfig:
             "linear": ("factor",),
             "dynamic": ("factor",),
             "yarn": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", _TRAINED_LENGTH),
         }
         if kind not in required_keys:
             raise rope.error(key, f"must be one of {', '.join(required_keys)}")
@@ -117,6 +125,8 @@ class RopeConfig:
             raise ConfigError(f"{rope.path}: only a partial_rotary_factor of 1 is implemented")
         for key in required_keys[kind]:
             rope.positive_float(key)
+        if config.has(_TRAINED_LENGTH):  # which transformers prefers
+            rope.values = {**rope.values, _TRAINED_LENGTH: config.values[_TRAINED_LENGTH]}
         for key in set(rope.values) & _ROPE_NUMBER_KEYS:
             rope.positive_float(key, 1.0)
         rope.get("truncate", bool, True)
@@ -191,7 +201,9 @@ class DecoderConfig:
         windows = _windows(config, layers)
         if not is_causal and any(windows):
             raise config.error("sliding_window", "a sliding window is implemented for causal attention only")
-        bias = config.get("attention_bias", bool, False)
+        model_type = config.values.get("model_type")
+        # The other two classes do not read these keys.
+        bias = model_type in ("llama", "qwen3") and config.get("attention_bias", bool, False)
         return cls(
             vocab_size=config.positive_int("vocab_size"),
             hidden_size=config.positive_int("hidden_size"),
@@ -207,7 +219,7 @@ class DecoderConfig:
             qk_norm=qk_norm,
             qkv_bias=qkv_bias or bias,
             output_bias=bias,
-            mlp_bias=config.get("mlp_bias", bool, False),
+            mlp_bias=model_type == "llama" and config.get("mlp_bias", bool, False),
         )
 
 
@@ -249,19 +261,21 @@ class ClipConfig:
             config.nested(f"{key}_dict" if config.has(f"{key}_dict") else key)
             for key in ("text_config", "vision_config")
         )
+        if not text.get("is_causal", bool, True):
+            raise text.error("is_causal", "only true is implemented")
         if vision.get("num_channels", int, 3) != 3:
             raise vision.error("num_channels", "only 3 is implemented")
         # Configs written before transformers 4.31 contain 2, which is wrong for every CLIP tokenizer.
-        eos = text.get("eos_token_id", int, 49_407)
+        eos = text.require("eos_token_id", int)
         return cls(
-            text=_tower(text, hidden=512, intermediate=2_048, heads=8),
-            vision=_tower(vision, hidden=768, intermediate=3_072, heads=12),
+            text=_tower(text),
+            vision=_tower(vision),
             hidden_size=config.positive_int("projection_dim"),
-            vocab_size=text.positive_int("vocab_size", 49_408),
-            max_tokens=text.positive_int("max_position_embeddings", 77),
+            vocab_size=text.positive_int("vocab_size"),
+            max_tokens=text.positive_int("max_position_embeddings"),
             end_of_text=None if eos == 2 else eos,
-            image_size=vision.positive_int("image_size", 224),
-            patch_size=vision.positive_int("patch_size", 32),
+            image_size=vision.positive_int("image_size"),
+            patch_size=vision.positive_int("patch_size"),
         )
 
 
@@ -293,9 +307,11 @@ class Qwen2VLConfig:
 
     @classmethod
     def read(cls, config: JsonFile) -> "Qwen2VLConfig":
+        if not config.get("is_causal", bool, True):
+            raise config.error("is_causal", "the family requires True")
         text = config.nested("text_config") if config.has("text_config") else config
         vision = config.nested("vision_config")
-        hidden_size, heads = vision.positive_int("embed_dim", 1_280), vision.positive_int("num_heads", 16)
+        hidden_size, heads = vision.positive_int("embed_dim"), vision.positive_int("num_heads")
         if hidden_size % heads or hidden_size // heads % 4:
             raise vision.error("embed_dim", f"each of the {heads} heads must get a multiple of 4")
         if (theta := vision.nested("rope_parameters").positive_float("rope_theta", 1e4)) != 1e4:
@@ -307,15 +323,15 @@ class Qwen2VLConfig:
             text=decoder,
             vision=TowerConfig(
                 hidden_size=hidden_size,
-                layers=vision.positive_int("depth", 32),
+                layers=vision.positive_int("depth"),
                 heads=heads,
-                intermediate_size=int(hidden_size * vision.positive_float("mlp_ratio", 4.0)),
+                intermediate_size=int(hidden_size * vision.positive_float("mlp_ratio")),
                 norm_eps=1e-6,  # constant in transformers' Qwen2-VL code
-                activation=_activation(vision, "quick_gelu"),
+                activation=_activation(vision),
             ),
-            patch_size=vision.positive_int("patch_size", 14),
-            merge=vision.positive_int("spatial_merge_size", 2),
-            frames=vision.positive_int("temporal_patch_size", 2),
+            patch_size=vision.positive_int("patch_size"),
+            merge=vision.positive_int("spatial_merge_size"),
+            frames=vision.positive_int("temporal_patch_size"),
             image_token=config.positive_int("image_token_id"),
         )
 
@@ -323,51 +339,47 @@ class Qwen2VLConfig:
 NetworkConfig = EncoderConfig | DecoderConfig | ClipConfig | Qwen2VLConfig
 
 
-def _activation(config: JsonFile, default: str | None = None) -> str:
-    name = config.require("hidden_act", str) if default is None else config.get("hidden_act", str, default)
+def _activation(config: JsonFile) -> str:
+    name = config.require("hidden_act", str)
     if name not in _ACTIVATIONS:
         raise config.error("hidden_act", f"must be one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def _hidden_size_and_heads(
-    config: JsonFile, default_hidden_size: int | None = None, default_heads: int | None = None
-) -> tuple[int, int]:
+def _hidden_size_and_heads(config: JsonFile) -> tuple[int, int]:
     """Return (hidden_size, num_attention_heads) and check that the heads divide the hidden size."""
-    hidden_size = config.positive_int("hidden_size", default_hidden_size)
-    heads = config.positive_int("num_attention_heads", default_heads)
+    hidden_size, heads = config.positive_int("hidden_size"), config.positive_int("num_attention_heads")
     if hidden_size % heads:
         raise ConfigError(f"{config.path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
     return hidden_size, heads
 
 
-def _tower(config: JsonFile, hidden: int, intermediate: int, heads: int) -> TowerConfig:
-    """Read one of CLIP's towers; the arguments are the defaults of its transformers config class."""
-    hidden, heads = _hidden_size_and_heads(config, hidden, heads)
+def _tower(config: JsonFile) -> TowerConfig:
+    """Read one of CLIP's towers."""
+    hidden, heads = _hidden_size_and_heads(config)
     return TowerConfig(
         hidden_size=hidden,
-        layers=config.positive_int("num_hidden_layers", 12),
+        layers=config.positive_int("num_hidden_layers"),
         heads=heads,
-        intermediate_size=config.positive_int("intermediate_size", intermediate),
-        norm_eps=config.positive_float("layer_norm_eps", 1e-5),
-        activation=_activation(config, "quick_gelu"),
+        intermediate_size=config.positive_int("intermediate_size"),
+        norm_eps=config.positive_float("layer_norm_eps"),
+        activation=_activation(config),
     )
 
 
 def _windows(config: JsonFile, layers: int) -> tuple[int | None, ...]:
     """Return the sliding window of each layer, by the rules of transformers.
 
-    A Mistral window applies to every layer. A Qwen window applies only if `use_sliding_window` is true: to the layers
-    that `layer_types` calls sliding_attention, or to all layers from `max_window_layers` on. Llama has no windows.
+    A Mistral window applies to every layer, or to those that `layer_types` calls sliding_attention. A Qwen one applies
+    only if `use_sliding_window` is true: to the layers of `layer_types`, or to all layers from `max_window_layers` on.
+    Llama has no windows.
     """
     model_type = config.values.get("model_type")
-    # An explicit null means no window; a missing key means 4,096, the default of the config classes of all three.
-    has_window = config.has("sliding_window") or "sliding_window" not in config.values
-    window = config.positive_int("sliding_window", 4_096) if has_window and model_type != "llama" else None
-    if model_type == "mistral" or window is None:
-        return (window,) * layers
-    if not config.get("use_sliding_window", bool, False):
+    is_used = model_type == "mistral" or (model_type != "llama" and config.get("use_sliding_window", bool, False))
+    # An explicit null means no window.
+    if not is_used or ("sliding_window" in config.values and not config.has("sliding_window")):
         return (None,) * layers
+    window = config.positive_int("sliding_window")
     if config.has("layer_types"):
         types = config.get("layer_types", list, [])
         if len(types) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in types):
@@ -375,5 +387,5 @@ def _windows(config: JsonFile, layers: int) -> tuple[int | None, ...]:
                 "layer_types", f"must be full_attention or sliding_attention for each of the {layers} layers"
             )
         return tuple(window if kind == "sliding_attention" else None for kind in types)
-    first = config.require("max_window_layers", int)
+    first = 0 if model_type == "mistral" else config.require("max_window_layers", int)
     return tuple(window if layer >= first else None for layer in range(layers))

@@ -4,7 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from triton_embed.python_backend.checkpoint.git_lfs import is_pointer
 from triton_embed.python_backend.errors import ConfigError
+
+
+class MissingKeyError(ConfigError):
+    """A required key of a JSON file that is missing."""
 
 
 class JsonFile:
@@ -45,12 +50,12 @@ class JsonFile:
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
         """Return the value of a required key, checked to be of type `kind`."""
         if not self.has(key):
-            raise ConfigError(f"{self.path}: '{key}' is missing")
+            raise MissingKeyError(f"{self.path}: '{key}' is missing")
         return self.get(key, kind, None)
 
-    def positive_int(self, key: str, default: int | None = None) -> int:
-        """Return an integer above 0; the key is required if `default` is None."""
-        value: int = self.require(key, int) if default is None else self.get(key, int, default)
+    def positive_int(self, key: str) -> int:
+        """Return the integer above 0 of a required key."""
+        value: int = self.require(key, int)
         if value < 1:
             raise self.error(key, "must be above 0")
         return value
@@ -78,6 +83,8 @@ def read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        if is_pointer(path):
+            raise ConfigError(f"{path} is a git-lfs pointer, not the file: run git lfs pull") from None
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
         raise ConfigError(f"{path} does not contain a JSON {'object' if kind is dict else 'list'}")

@@ -9,6 +9,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
+from triton_embed.python_backend.checkpoint.class_defaults import Settings, read_with_defaults
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
 from triton_embed.python_backend.errors import BadInput, ConfigError
 from triton_embed.python_backend.inputs.row import Channels, Pixels
@@ -161,7 +163,10 @@ class ClipImageProcessor:
         Raises:
             ConfigError: A value is missing or not implemented.
         """
-        file = _read_settings(directory)
+        return _read_settings(cls._read, directory, "CLIPImageProcessor")
+
+    @classmethod
+    def _read(cls, file: JsonFile) -> "ClipImageProcessor":
         if not file.get("do_center_crop", bool, True):
             raise file.error("do_center_crop", "only true is implemented")
         if file.get("do_pad", bool, False):
@@ -169,7 +174,9 @@ class ClipImageProcessor:
         size, crop = _size(file, "size"), _square(_size(file, "crop_size"))
         if any(inner > outer for inner, outer in zip(crop, _square(size), strict=True)):
             raise file.error("crop_size", f"must not be larger than size {file.values['size']!r}")
-        return cls(_channels(file, "image_mean"), _channels(file, "image_std"), size, crop, _resample(file))
+        if isinstance(file.values["size"], int) and file.get("default_to_square", bool, False):
+            size = _square(size)
+        return cls(*_normalization(file), size, crop, _resample(file))
 
     def read(self, data: bytes, index: int) -> Pixels:
         """Decode, resize and crop one image file to [*crop, 3].
@@ -220,10 +227,18 @@ class Qwen2VLImageProcessor:
                 f"min_image_tokens is {min_tokens}, max_image_tokens is {max_tokens}; "
                 "the minimum must be at least 1 and at most the maximum"
             )
-        file = _read_settings(directory)
+
+        def read(file: JsonFile) -> "Qwen2VLImageProcessor":
+            return cls._read(file, min_tokens, max_tokens)
+
+        return _read_settings(read, directory, "Qwen2VLImageProcessor")
+
+    @classmethod
+    def _read(cls, file: JsonFile, min_tokens: int, max_tokens: int) -> "Qwen2VLImageProcessor":
+        mean, std = _normalization(file)
         return cls(
-            mean=_channels(file, "image_mean"),
-            std=_channels(file, "image_std"),
+            mean=mean,
+            std=std,
             patch_size=file.positive_int("patch_size"),
             merge_size=file.positive_int("merge_size"),
             frames=file.positive_int("temporal_patch_size"),
@@ -261,8 +276,12 @@ class Qwen2VLImageProcessor:
         return new_height, new_width
 
 
-def _read_settings(directory: Path) -> JsonFile:
+def _read_settings(read: Callable[[JsonFile], Settings], directory: Path, kind: str) -> Settings:
     """Read the image processor's settings from processor_config.json, or from preprocessor_config.json if it has none.
+
+    Args:
+        read: Reads the settings of one class.
+        kind: The name of that class in transformers.
 
     Raises:
         ConfigError: Both files lack the settings, or a setting is not implemented.
@@ -272,12 +291,26 @@ def _read_settings(directory: Path) -> JsonFile:
         file.values = file.get("image_processor", dict, {})
     else:
         file = JsonFile(directory / "preprocessor_config.json", required=True)
-    for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if not file.get(switch, bool, True):
-            raise file.error(switch, "only true is implemented")
-    if not math.isclose(file.get("rescale_factor", (int, float), 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise file.error("rescale_factor", "only 1/255 is implemented")
-    return file
+    if not file.get("image_processor_type", str, kind).startswith(kind):
+        raise file.error("image_processor_type", f"only {kind} is implemented")
+    if not file.get("do_resize", bool, True):
+        raise file.error("do_resize", "only true is implemented")
+    return read_with_defaults(read, file, kind)
+
+
+def _normalization(file: JsonFile) -> tuple[Channels, Channels]:
+    """Return the mean and the standard deviation of each channel, of pixels that are scaled to 0..1."""
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if file.get("do_normalize", bool, True):
+        mean, std = _channels(file, "image_mean"), _channels(file, "image_std")
+    factor = file.positive_float("rescale_factor", 1 / 255) if file.get("do_rescale", bool, True) else 1.0
+    scale = 1.0 if math.isclose(factor, 1 / 255, rel_tol=1e-6) else 255 * factor
+    return _divided(mean, scale), _divided(std, scale)
+
+
+def _divided(channels: Channels, scale: float) -> Channels:
+    red, green, blue = channels
+    return red / scale, green / scale, blue / scale
 
 
 def _channels(file: JsonFile, key: str) -> Channels:
@@ -300,9 +333,7 @@ def _resample(file: JsonFile) -> Image.Resampling:
 
 def _size(file: JsonFile, key: str) -> int | tuple[int, int]:
     """Read a size: one length (of the shortest edge), or height and width."""
-    value = file.get(key, (int, dict), None)
-    if value is None:
-        raise ConfigError(f"{file.path}: '{key}' is missing")
+    value = file.require(key, (int, dict))
     sides = value if isinstance(value, dict) else {"shortest_edge": value}
     if not all(type(side) is int and side > 0 for side in sides.values()):
         raise file.error(key, "must consist of whole numbers above 0")

@@ -32,7 +32,7 @@ class RequestRows:
 
     def __init__(self, processor: TextProcessor, parameters: Mapping[str, Any], count: int) -> None:
         self._processor = processor
-        self._truncate: str = parameters.get("truncate", "end")
+        self._truncate: str = parameters.get("truncate", processor.tokenizer.truncate_default)
         self._mean = parameters.get("long_text") == "mean"
         self._report = parameters.get("on_error") == "report"
         self._error_format: ErrorFormat = parameters.get("error_format", "text")

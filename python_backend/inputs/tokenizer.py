@@ -21,16 +21,19 @@ class Tokenizer:
     Args:
         eos: The token that must end every text, see `Spec.eos`.
 
+    Attributes:
+        truncate_default: The side of long texts that the checkpoint's own tokenizer cuts: "end" or "start".
+
     Raises:
         ConfigError: transformers cannot load the tokenizer, or it lacks the EOS token, or ends texts with another one.
     """
 
     def __init__(self, directory: Path, model: ModelConfig, eos: str | None) -> None:
-        config = JsonFile(directory / "tokenizer_config.json", required=eos == "eos_token")
+        config = JsonFile(directory / "tokenizer_config.json")
         if eos == "eos_token":
-            value = config.require("eos_token", (str, dict))
-            eos = value if isinstance(value, str) else str(config.nested("eos_token").require("content", str))
-        self._fast = tokenizer_files.load(directory, model.lowercase)
+            eos = _eos_token(directory, config)
+        self._fast, truncation_side = tokenizer_files.load(directory, model.lowercase)
+        self.truncate_default = "start" if truncation_side == "left" else "end"
         # A token that a text may contain but the network has no embedding for.
         self._has_unknown_ids = max(self._fast.get_vocab().values()) >= model.vocab_size
         self._model = model
@@ -49,7 +52,7 @@ class Tokenizer:
     def _append_eos(self, directory: Path, config: JsonFile, eos: str, trailing: list[str]) -> None:
         """Append the EOS token to every text, unless the post-processor already adds it (in `trailing`)."""
         eos_id = self._fast.token_to_id(eos)
-        if eos_id is None or not tokenizer_files.is_stored(eos, directory, config):
+        if eos_id is None or not tokenizer_files.is_stored(eos, directory, config, self._fast):
             raise ConfigError(f"{directory}: the tokenizer has no token '{eos}', which every text must end with")
         if not trailing:
             self._appended, self._trailing = (eos_id,), 1
@@ -167,3 +170,12 @@ class Tokenizer:
         start = head if truncate == "end" else head + dropped
         parts = (ids[:head], ids[start : start + limit - head - tail], ids[len(ids) - tail :])
         return Row(np.concatenate(parts), dropped=dropped)
+
+
+def _eos_token(directory: Path, config: JsonFile) -> str:
+    """Return the `eos_token` of tokenizer_config.json, else of special_tokens_map.json."""
+    older = JsonFile(directory / "special_tokens_map.json")
+    is_older = older.has("eos_token") and not config.has("eos_token")
+    file = older if is_older else JsonFile(directory / "tokenizer_config.json", required=True)
+    value = file.require("eos_token", (str, dict))
+    return value if isinstance(value, str) else str(file.nested("eos_token").require("content", str))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, normalizers
 
+from triton_embed.python_backend.checkpoint.git_lfs import is_pointer
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
 from triton_embed.python_backend.errors import ConfigError
 
@@ -18,8 +19,11 @@ _FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a checkpoin
 _MAX_BYTES = 2**26  # larger files are weights
 
 
-def load(directory: Path, lowercase: bool) -> Tokenizer:
+def load(directory: Path, lowercase: bool) -> tuple[Tokenizer, str]:
     """Load the tokenizer as transformers does, without remote code and without padding and truncation.
+
+    Returns:
+        The tokenizer, and the side on which tokenizer.json or tokenizer_config.json cuts long texts: right or left.
 
     Args:
         lowercase: Whether texts are lowercased before anything else. As in sentence-transformers 6, special tokens that
@@ -32,21 +36,25 @@ def load(directory: Path, lowercase: bool) -> Tokenizer:
     if not any(next(directory.glob(pattern), None) for pattern in _FILES):
         raise ConfigError(f"{directory} has no tokenizer: none of {', '.join(_FILES)}")
     tokenizer = _load_cached(directory)
+    config = JsonFile(directory / "tokenizer_config.json")
+    side = config.get("truncation_side", str, (tokenizer.truncation or {}).get("direction", "right"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     normalizer = tokenizer.normalizer
     if lowercase and (normalizer is None or normalizer.normalize_str("A") != "a"):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer else [])])
-    return tokenizer
+    return tokenizer, side
 
 
-def is_stored(token: str, directory: Path, config: JsonFile) -> bool:
+def is_stored(token: str, directory: Path, config: JsonFile, tokenizer: Tokenizer) -> bool:
     """Return whether the checkpoint has a token: transformers adds one that is only named, which is untrained."""
     file = directory / "tokenizer.json"
-    if not file.is_file() or Tokenizer.from_file(str(file)).token_to_id(token) is not None:
-        return True
-    added = config.get("added_tokens_decoder", dict, {}).values()
-    return any(isinstance(entry, dict) and entry.get("content") == token for entry in added)
+    if file.is_file():
+        has_token = Tokenizer.from_file(str(file)).token_to_id(token) is not None
+    else:  # a vocab.json does not have the special tokens: their ids follow its last
+        has_token = token in tokenizer.get_vocab(with_added_tokens=False) or (directory / "vocab.json").is_file()
+    added = [entry.get("content") for entry in config.get("added_tokens_decoder", dict, {}).values()]
+    return has_token or token in added or token in JsonFile(directory / "added_tokens.json").values
 
 
 def _load_cached(directory: Path) -> Tokenizer:
@@ -72,8 +80,17 @@ def _load_with_transformers(directory: Path) -> Tokenizer:
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokenizer: Tokenizer = loaded.backend_tokenizer
     except Exception as error:
+        for path in (path for pattern in _FILES for path in directory.glob(pattern)):
+            if is_pointer(path):
+                raise ConfigError(f"{path} is a git-lfs pointer, not the file: run git lfs pull") from None
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{directory}: transformers cannot load the tokenizer: {reason}") from error
+    names = loaded.vocab_files_names.values()
+    if not any((directory / name).is_file() for name in names):  # then transformers has made up an empty tokenizer
+        raise ConfigError(
+            f"{directory} has none of {', '.join(sorted(names))}, the files of its tokenizer class "
+            f"{type(loaded).__name__}; correct tokenizer_class in tokenizer_config.json, or add one of them"
+        )
     return tokenizer
 
 

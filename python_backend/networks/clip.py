@@ -32,6 +32,7 @@ class Clip(nn.Module):
 
     recordable, shareable = True, False  # by CudaGraphs, and by PrefixCache
     naming = Naming(
+        renames=(("clip.", ""),),
         fused={"qkv_proj": ("q_proj", "k_proj", "v_proj")},
         # The training temperature, and constants in old files.
         ignored=("logit_scale",),

@@ -30,9 +30,9 @@ class Decoder(nn.Module):
     naming = Naming(
         renames=(("model.", ""),),
         fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
-        # Embeddings do not use the language model's head; inv_freq is a constant in old files.
-        ignored=("lm_head.",),
-        ignored_endings=(".rotary_emb.inv_freq",),
+        # Embeddings use no head, of a language model or of a classifier; inv_freq is a constant in old files.
+        ignored=("lm_head.", "score.", "qa_outputs."),
+        ignored_endings=("rotary_emb.inv_freq",),
     )
 
     def __init__(self, ops: Ops, model: ModelConfig, config: DecoderConfig, device: str) -> None:

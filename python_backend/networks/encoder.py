@@ -26,8 +26,16 @@ class Encoder(nn.Module):
     naming = Naming(
         renames=(("bert.", ""), ("roberta.", "")),
         fused={"qkv": ("query", "key", "value")},
-        # Embeddings do not use the pooler and the pre-training heads; position_ids is a constant.
-        ignored=("pooler.", "cls.", "lm_head.", "embeddings.position_ids"),
+        # Embeddings use neither the pooler nor heads; the ids are constants.
+        ignored=(
+            "pooler.",
+            "cls.",
+            "lm_head.",
+            "classifier.",
+            "qa_outputs.",
+            "embeddings.position_ids",
+            "embeddings.token_type_ids",
+        ),
     )
 
     def __init__(self, ops: Ops, model: ModelConfig, config: EncoderConfig, device: str) -> None:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from triton_embed.python_backend.checkpoint.files import weight_files
+from triton_embed.python_backend.checkpoint.git_lfs import is_pointer
 from triton_embed.python_backend.errors import ConfigError
 from triton_embed.python_backend.networks.layers import FusedLinear
 
@@ -33,7 +34,15 @@ class Naming:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Names before transformers 2, which transformers still renames.
 _OLD_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_GIT_LFS = b"version https://git-lfs"
+# Endings of tensors that quantization adds. The names belong to its common formats.
+_QUANTIZED_ENDINGS = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "FP8 or INT8",
+    ".weight_scale_inv": "FP8",
+    ".SCB": "bitsandbytes INT8",
+    ".absmax": "bitsandbytes 4-bit",
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ def load(network: nn.Module, naming: Naming, directory: Path, dtype: torch.dtype
         ConfigError: A tensor is missing, unexpected or of another shape, or a file cannot be read.
     """
     tensors = _index(directory, naming)
+    _refuse_derived(tensors)
     for name, parameter in list(network.named_parameters()):
         module, _, attribute = name.rpartition(".")
         owner = network.get_submodule(module)
@@ -106,7 +116,7 @@ def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
         except (SafetensorError, OSError) as error:
-            if _starts_with(path, _GIT_LFS):
+            if is_pointer(path):
                 raise ConfigError(f"{path} is a git-lfs pointer, not the weights: run git lfs pull") from None
             raise ConfigError(f"{path} cannot be read: {error}") from error
         for key in keys:
@@ -117,12 +127,20 @@ def _index(directory: Path, naming: Naming) -> dict[str, _Stored]:
     return tensors
 
 
-def _starts_with(path: Path, start: bytes) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(start)) == start
-    except OSError:
-        return False
+def _refuse_derived(tensors: Mapping[str, _Stored]) -> None:
+    """Refuse weights that are quantized, or next to an adapter that is not merged into them."""
+    for name, stored in tensors.items():
+        if ".lora_A." in name or ".base_layer." in name:
+            raise ConfigError(
+                f"{stored.path}: tensor '{name}' belongs to an adapter that is not merged; merge it with "
+                "merge_and_unload() of peft and save the result"
+            )
+        for ending, formats in _QUANTIZED_ENDINGS.items():
+            if name.endswith(ending):
+                raise ConfigError(
+                    f"{stored.path}: tensor '{name}' belongs to weights quantized as {formats}, which are not "
+                    "implemented: serve the original checkpoint, with dtype int8 if that is wanted"
+                )
 
 
 def _rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
