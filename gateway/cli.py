@@ -331,7 +331,8 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-remote-code", action=_NoRemoteCode, help="accepted without effect: no remote code is run"
     )
     for service, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
-        command.add_argument(f"--triton-{service}-port", type=int, default=port, metavar="PORT")
+        help_text = "0: Triton does not serve HTTP" if service == "http" else None
+        command.add_argument(f"--triton-{service}-port", type=int, default=port, metavar="PORT", help=help_text)
 
     command = commands.add_parser("download", parents=[common], help="fetch a checkpoint from the Hugging Face hub")
     command.set_defaults(run=download)

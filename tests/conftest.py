@@ -174,9 +174,10 @@ class Stack:
         self.url = f"http://127.0.0.1:{port}"
         self.triton_http, self.grpc = (f"127.0.0.1:{number}" for number in triton_ports[:2])
         self.log = log
-        command = [Path(sys.executable).with_name("triton-embed"), "serve", f"--port={port}", *flags]
+        command = [Path(sys.executable).with_name("triton-embed"), "serve", f"--port={port}"]
         names = ("http", "grpc", "metrics")
         command += [f"--triton-{name}-port={number}" for name, number in zip(names, triton_ports, strict=True)]
+        command += flags
         with log.open("wb") as stream:
             self.process = subprocess.Popen(command, stdout=stream, stderr=stream)
         deadline = time.monotonic() + 90

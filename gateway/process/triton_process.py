@@ -24,6 +24,9 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 4.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend puts its regions
 STUB = "triton_python_backend_stub"
+# Parts of Triton's API that end the server or silence its log. The header that would unlock them cannot be sent: its
+# name has upper case, which gRPC does not have, and its value is a line break, which ends a header in HTTP.
+_RESTRICTED = "shared-memory,trace,logging:LOCKED=\n"
 
 # Log lines that show progress, and lines that every machine without a GPU produces.
 _PROGRESS = re.compile(r"^(tritonserver: .+)|(loading: [\w.-]+)|^[IE].*serve\.py:\d+\] \"(.+)\"$")
@@ -55,7 +58,7 @@ class TritonOptions:
     """How to start tritonserver: all models of which repository, on which loopback ports."""
 
     repository: Path
-    http_port: int = 8000
+    http_port: int = 8000  # 0: Triton does not serve HTTP
     grpc_port: int = 8001
     metrics_port: int = 8002
     address: str = "127.0.0.1"
@@ -64,8 +67,9 @@ class TritonOptions:
 
     @property
     def ports(self) -> dict[str, int]:
-        """The port of each service."""
-        return {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
+        """The port of each service that is on."""
+        http = {"http": self.http_port} if self.http_port else {}
+        return {**http, "grpc": self.grpc_port, "metrics": self.metrics_port}
 
     def command(self) -> list[str]:
         """Return the command line. `tritonserver` is our launcher, in the directory of this Python.
@@ -80,6 +84,9 @@ class TritonOptions:
             "--exit-on-error=false",
             *(f"--{service}-address={self.address}" for service in self.ports),
             *(f"--{service}-port={port}" for service, port in self.ports.items()),
+            *(() if self.http_port else ("--allow-http=false",)),
+            f"--http-restricted-api={_RESTRICTED}",
+            f"--grpc-restricted-protocol={_RESTRICTED}",
             f"--exit-timeout-secs={STOP_SECONDS:.0f}",
         ]
 
