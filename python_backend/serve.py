@@ -4,8 +4,11 @@ Inputs: TEXT (BYTES [n,1]) and, for models that take images, IMAGE (BYTES [n,k]:
 INPUT_IDS (INT32 [n,L], rows padded with -1).
 
 Outputs: EMBEDDING (FP32 [n,d]), TOKENS and DROPPED (INT32 [n,1]), REUSED (INT32 [n,1], the codes of `wire.Reused`), and
-ERROR (BYTES [n,1]) with on_error "report". Two outputs need no compute if they are requested alone: INFO (BYTES [n,1]:
-JSON about the model) and IDS (INT32 [n,L]: the token ids before truncation, rows padded with -1).
+ERROR (UINT8 [n,L]: text) with on_error "report". Two outputs need no compute if they are requested alone: INFO
+(UINT8 [n,L]: JSON about the model) and IDS (INT32 [n,L]: the token ids before truncation, rows padded with -1).
+
+Texts are UTF-8 padded with spaces. No output is BYTES: tritonserver divides by the size of an element, which is 0 for
+BYTES, if a request asks for the classes of an output, and dies.
 
 Everything else is a request parameter. Every request gets exactly one response.
 """
@@ -253,8 +256,8 @@ class _InferRequest:
         """Reply with INFO, one row per input row."""
         inputs = map(self.tensor, (wire.TEXT, wire.IMAGE, wire.INPUT_IDS))
         tensor = next((tensor for tensor in inputs if tensor is not None), None)
-        rows = np.full((1 if tensor is None else len(tensor), 1), info, dtype=np.object_)
-        self.reply({wire.INFO: rows})
+        row = np.frombuffer(info, np.uint8)
+        self.reply({wire.INFO: np.tile(row, (1 if tensor is None else len(tensor), 1))})
 
     def reply(self, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
         """Reply with outputs that needed no compute."""

@@ -292,7 +292,7 @@ class TritonPythonModel:
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         if list(request.requested_output_names()) == ["INFO"]:
             assert list(inputs) == ["INPUT_IDS"]
-            yield pb_utils.Tensor("INFO", np.array([[INFO]], dtype=np.object_))
+            yield pb_utils.Tensor("INFO", np.frombuffer(INFO, dtype=np.uint8)[None])
             return
         rows = []
         if "INPUT_IDS" in inputs:
@@ -319,7 +319,7 @@ output [
   { name: "EMBEDDING" data_type: TYPE_FP32 dims: [ -1 ] },
   { name: "TOKENS" data_type: TYPE_INT32 dims: [ 1 ] },
   { name: "DROPPED" data_type: TYPE_INT32 dims: [ 1 ] },
-  { name: "INFO" data_type: TYPE_STRING dims: [ 1 ] }
+  { name: "INFO" data_type: TYPE_UINT8 dims: [ -1 ] }
 ]
 instance_group [ { kind: KIND_CPU count: 1 } ]
 dynamic_batching { }

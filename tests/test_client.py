@@ -85,8 +85,8 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         reply = service_pb2.ModelInferResponse(model_name=request.model_name)
         for name in self.outputs:
             reply.outputs.add(name=name)
-            cells = [len(cell).to_bytes(4, "little") + cell.encode() for cell in self.errors]
-            reply.raw_output_contents.append(b"".join(cells) if name == "ERROR" else bytes(4 * rows))
+            texts = "".join(error.ljust(max(map(len, self.errors))) for error in self.errors)
+            reply.raw_output_contents.append(texts.encode() if name == "ERROR" else bytes(4 * rows))
         return reply
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
@@ -251,9 +251,9 @@ def test_cause_of_a_failure_is_logged(
 def test_errors_have_the_index_in_the_request(report: bool) -> None:
     async def use(client: TritonClient, script: Scripted) -> Sequence[str]:
         request = texts(*"abcdef", errors=InputErrors(report))
-        cells = [InputError(1, "empty", "Input is bad").to_json(), "", "not JSON"]
-        script.failure = None if report else (grpc.StatusCode.INVALID_ARGUMENT, cells[0])
-        script.outputs, script.errors = (*script.outputs, "ERROR"), cells
+        errors = [InputError(1, "empty", "Input is bad").to_json(), "", "not JSON"]
+        script.failure = None if report else (grpc.StatusCode.INVALID_ARGUMENT, errors[0])
+        script.outputs, script.errors = (*script.outputs, "ERROR"), errors
         if report:
             return (await client.embed("m", request, [5, 3, 0])).errors
         with pytest.raises(ApiError) as caught:

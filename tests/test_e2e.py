@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import openai
 import oracles
+import psutil
 import pytest
 import requests
 from checkpoints import write_decoder, write_xlm_roberta
@@ -193,8 +194,13 @@ def test_hub_id_is_downloaded_and_served_under_it(hub: Hub, tmp_path: Path, monk
         "test_checkpoint_files.FILES", {**files, "pytorch_model.bin": b"a pickle", "modeling.py": b"code"}
     )
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    server = Stack(tmp_path / "log", "--model-path=org/tiny", f"--checkpoints={tmp_path / 'checkpoints'}")
+    flags = ("--model-path=org/tiny", f"--checkpoints={tmp_path / 'checkpoints'}", "--triton-http-port=0")
+    server = Stack(tmp_path / "log", *flags)
     try:
+        (triton,) = (process for process in server.processes() if process.name() == "tritonserver")
+        open_ports = {c.laddr.port for c in triton.net_connections() if c.status == psutil.CONN_LISTEN}
+        assert len(open_ports) == 2  # gRPC and metrics
+        assert int(server.grpc.rpartition(":")[2]) in open_ports
         response = requests.post(
             f"{server.url}/v1/embeddings", json={"model": "org/tiny", "input": "a cat"}, timeout=30
         )

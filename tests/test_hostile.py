@@ -1,4 +1,4 @@
-"""Hostile requests over raw sockets to the real stack.
+"""Hostile requests over raw sockets to the real stack, and to tritonserver's own ports.
 
 The server rejects each with the usual error body, or closes the connection as HTTP requires. It must respond correctly
 afterwards, without using more memory: after each test, the fixture `unharmed` requests a vector and searches the log
@@ -19,12 +19,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import oracles
 import psutil
 import pytest
 from checkpoints import write_decoder
 from sentence_transformers import SentenceTransformer
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from conftest import MINILM, REPOSITORY, ROOT, Stack
 from triton_embed.python_backend.checkpoint import repository
@@ -854,3 +856,174 @@ def test_invalid_timeout_is_400(stack: Stack) -> None:
         (response,) = exchange(stack, post(GOOD, "/v1/embeddings", b"X-Request-Timeout: " + value))
         assert response.status == 400, value[:100]
         assert response.error["param"] == "x-request-timeout"
+
+
+@pytest.fixture(scope="module")
+def triton(stack: Stack) -> Iterator[service_pb2_grpc.GRPCInferenceServiceStub]:
+    """Connect to tritonserver's gRPC port."""
+    with grpc.insecure_channel(stack.grpc) as channel:
+        yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def infer_request(inputs: Any, contents: list[bytes], outputs: Any = None, **parameters: Any) -> Any:
+    """Return a ModelInferRequest. Inputs are (name, type, shape); values of `outputs` are parameters by output."""
+    message = service_pb2.ModelInferRequest(model_name="minilm", raw_input_contents=contents)
+    for name, datatype, shape in inputs:
+        message.inputs.add(name=name, datatype=datatype, shape=shape)
+    for name, values in ({"EMBEDDING": {}} if outputs is None else outputs).items():
+        _set_parameters(message.outputs.add(name=name).parameters, values)
+    _set_parameters(message.parameters, parameters)
+    return message
+
+
+def _set_parameters(target: Any, values: dict[str, Any]) -> None:
+    fields = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
+    for name, value in values.items():
+        setattr(target[name], fields[type(value)], value)
+
+
+def cells(*values: bytes) -> bytes:
+    return b"".join(struct.pack("<I", len(value)) + value for value in values)
+
+
+SHAPES = ((), (0,), (0, 1), (1,), (-1, 1), (2, -1), (1, 1, 1), (2**31, 1), (2**62, 4), (2**63 - 1,) * 2, (-(2**63), 1))
+LYING_BYTES = {
+    "a length cut short": b"\x01",
+    "a cell cut short": b"\x05\0\0\0ab",
+    "a length of 4 GB": b"\xff\xff\xff\xffab",
+    "a negative length": b"\0\0\0\x80ab",
+    "a length that wraps": struct.pack("<I", 2**32 - 4) + b"abcd",
+    "a cell too many": cells(b"a", b"b", b"c"),
+    "a cell too few": cells(b"a"),
+    "nothing": b"",
+    "a byte too many": cells(b"a", b"b") + b"\1",
+}
+RESERVED = (
+    *("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output"),
+    *("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "binary_data_size", "classification"),
+    *("triton_enable_empty_final_response", "triton_final_response", "", "id"),
+)
+PARAMETER_VALUES = ("a", "", 0, 1, -1, 2**63 - 1, -(2**63), True, 1.5, float("nan"), "x" * 100_000)
+TWO_TEXTS, TWO_CELLS = ("TEXT", "BYTES", (2, 1)), cells(b"a", b"b")
+
+
+def hostile_infer_requests() -> Iterator[tuple[str, Any]]:
+    for shape in SHAPES:
+        yield f"TEXT of {shape}", infer_request([("TEXT", "BYTES", shape)], [TWO_CELLS])
+        yield f"INPUT_IDS of {shape}", infer_request([("INPUT_IDS", "INT32", shape)], [bytes(8)])
+        yield f"no ids of {shape}", infer_request([("INPUT_IDS", "INT32", shape)], [b""], {"INFO": {}})
+    for name, content in LYING_BYTES.items():
+        yield name, infer_request([TWO_TEXTS], [content])
+    yield "no content", infer_request([TWO_TEXTS], [])
+    yield "two contents", infer_request([TWO_TEXTS], [TWO_CELLS] * 2)
+    yield "one content of two", infer_request([TWO_TEXTS, ("INPUT_IDS", "INT32", (2, 1))], [TWO_CELLS])
+    yield "no inputs", infer_request([], [])
+    yield "two TEXTs", infer_request([TWO_TEXTS] * 2, [TWO_CELLS] * 2)
+    yield "an unknown output", infer_request([TWO_TEXTS], [TWO_CELLS], {"X" * 100_000: {}})
+    for datatype in ("", "INT64", "BOOL", "FP32", "bytes", "X" * 100_000):
+        yield f"type {datatype[:9]}", infer_request([("TEXT", datatype, (2, 1))], [TWO_CELLS])
+    for name in RESERVED:
+        for value in PARAMETER_VALUES:
+            yield f"{name} {value!r:.20}", infer_request([TWO_TEXTS], [TWO_CELLS], **{name: value})
+            yield (
+                f"output's {name} {value!r:.20}",
+                infer_request([TWO_TEXTS], [TWO_CELLS], {"EMBEDDING": {name: value}}),
+            )
+    yield "many parameters", infer_request([TWO_TEXTS], [TWO_CELLS], **{f"p{i}": i for i in range(10_000)})
+
+
+@pytest.fixture
+def unended(stack: Stack) -> Iterator[None]:
+    """Check that neither tritonserver nor the process of a model ended, which the supervisor would start again."""
+    before = {process.pid for process in stack.processes() if "triton" in process.name()}
+    yield
+    assert {process.pid for process in stack.processes() if "triton" in process.name()} == before
+
+
+@pytest.mark.usefixtures("unended")
+def test_hostile_infer_request_to_triton(triton: Any, expected: np.ndarray) -> None:
+    """Check after each request that the model answers another one."""
+    good = infer_request([("TEXT", "BYTES", (1, 1))], [cells(TEXT.encode())])
+    for name, message in hostile_infer_requests():
+        with contextlib.suppress(grpc.RpcError):
+            triton.ModelInfer(message, timeout=20)
+        answer = triton.ModelInfer(good, timeout=20)
+        assert _is_close(np.frombuffer(answer.raw_output_contents[0], np.float32), expected), name
+
+
+@pytest.mark.usefixtures("unended")
+def test_hostile_stream_to_triton(triton: Any) -> None:
+    good = infer_request([TWO_TEXTS], [TWO_CELLS])
+    for requests in (
+        [],
+        [good] * 50,
+        [infer_request([], [])] * 3,
+        [infer_request([TWO_TEXTS], [TWO_CELLS], {"X": {}})],
+    ):
+        assert len(list(triton.ModelStreamInfer(iter(requests), timeout=20))) == len(requests)
+
+
+@pytest.mark.usefixtures("unended")
+def test_parts_of_triton_that_end_it_are_locked(stack: Stack, triton: Any) -> None:
+    """Check shared memory, whose file may shrink while Triton reads it, and the settings of the trace and the log."""
+    region = service_pb2.SystemSharedMemoryRegisterRequest(name="x", key="/x", byte_size=8)
+    level = service_pb2.LogSettingsRequest(settings={"log_error": {"bool_param": False}})
+    for call, message in (
+        (triton.SystemSharedMemoryRegister, region),
+        (triton.CudaSharedMemoryRegister, service_pb2.CudaSharedMemoryRegisterRequest(name="x", byte_size=8)),
+        (triton.TraceSetting, service_pb2.TraceSettingRequest()),
+        (triton.LogSettings, level),
+    ):
+        with pytest.raises(grpc.RpcError, match="restricted"):
+            call(message, timeout=20)
+    for path in ("systemsharedmemory/region/x/register", "trace/setting", "models/minilm/trace/setting", "logging"):
+        for header in (
+            b"X: y",
+            b"none: -",
+            b"none: triton-embed serve closes it: -",
+            b"none: triton-embed serve closes it=-",
+        ):
+            response = exchange_with_triton(stack, post(b"[" * 500_000, f"/v2/{path}", header))
+            assert response.startswith(b"HTTP/1.1 403 ") or not response, (path, header)
+
+
+def input_of(name: bytes, shape: bytes, data: bytes) -> bytes:
+    return b'{"inputs":[{"name":"TEXT","datatype":"%s","shape":%s,"data":%s}]}' % (name, shape, data)
+
+
+HTTP_BODIES = {
+    "nothing": b"",
+    "cut short": b'{"inputs":[{"name":"TEXT"',
+    "null": b"null",
+    "inputs are null": b'{"inputs":null}',
+    "an input is a number": b'{"inputs":[1]}',
+    "a number of a million digits": b'{"inputs":[' + b"9" * 1_000_000 + b"]}",
+    "a shape of text": input_of(b"BYTES", b'"x"', b'["a"]'),
+    "a shape beyond 64 bits": input_of(b"BYTES", b"[18446744073709551617,1]", b'["a"]'),
+    "a number beyond 64 bits": input_of(b"INT32", b"[1,1]", b"[18446744073709551617]"),
+    "more numbers than the shape": input_of(b"INT32", b"[1,1]", b"[1,2,3,4,5]"),
+    "fewer numbers than the shape": input_of(b"INT32", b"[1,9]", b"[1]"),
+    "lists in lists": input_of(b"BYTES", b"[1,1]", b"[" * 1000 + b"]" * 1000),
+}
+
+
+@pytest.mark.usefixtures("unended")
+def test_hostile_http_to_triton(stack: Stack) -> None:
+    lengths = (b"-1", b"0", b"5", b"99999", b"4294967296", b"18446744073709551616", b"x", b"")
+    for name, body in HTTP_BODIES.items():
+        for path in ("infer", "generate", "generate_stream"):
+            response = exchange_with_triton(stack, post(body, f"/v2/models/minilm/{path}"))
+            assert re.match(rb"HTTP/1.1 [45]", response), name
+    for length in lengths:
+        header = b"Inference-Header-Content-Length: " + length
+        assert b"error" in exchange_with_triton(stack, post(b"{}", "/v2/models/minilm/infer", header)), length
+
+
+def exchange_with_triton(stack: Stack, data: bytes) -> bytes:
+    host, port = stack.triton_http.split(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=20) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(data)
+        while piece := connection.recv(2**16):
+            received += piece
+    return received

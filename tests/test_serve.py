@@ -66,6 +66,12 @@ class Client:
         return self.client.infer(model, list(inputs), outputs=requested, parameters=parameters or None)
 
 
+def texts_of(tensor: np.ndarray) -> list[str]:
+    """Return the text of each row of ERROR: UTF-8 padded with spaces."""
+    assert tensor.dtype == np.uint8
+    return [bytes(row).decode().rstrip() for row in tensor]
+
+
 @pytest.fixture(scope="module", params=list(PROTOCOLS))
 def client(request: pytest.FixtureRequest, triton: Triton) -> Any:
     client = Client(PROTOCOLS[request.param], getattr(triton, request.param))
@@ -140,7 +146,7 @@ def test_truncation_keeps_special_tokens_and_is_reported(client: Client, bge_tin
 
 def test_info_describes_the_model_without_computing(client: Client) -> None:
     answer = client.infer("bge_tiny", client.ids([0]), outputs=("INFO",))
-    info = json.loads(answer.as_numpy("INFO")[0, 0])
+    info = json.loads(bytes(answer.as_numpy("INFO")[0]))
     assert info["dimensions"] == 60
     assert info["max_model_len"] == 77
     assert info["pooling"] == "cls"
@@ -154,6 +160,41 @@ def test_only_requested_outputs_are_sent(client: Client) -> None:
     answer = client.infer("minilm", client.text("a"), outputs=("TOKENS",))
     assert answer.as_numpy("TOKENS").tolist() == [[3]]
     assert answer.as_numpy("EMBEDDING") is None
+
+
+@pytest.mark.parametrize("name", ["EMBEDDING", "TOKENS", "DROPPED", "REUSED", "ERROR", "IDS", "INFO"])
+def test_classes_of_every_output_can_be_requested(client: Client, name: str) -> None:
+    """Request an output's largest values, by which tritonserver divides by the size of its elements."""
+    texts = client.text("hello world", "a", "")
+
+    def infer(**options: Any) -> np.ndarray:
+        output = client.module.InferRequestedOutput(name, **options)
+        error = client.module.InferRequestedOutput("ERROR")
+        outputs = [output] if name in ("ERROR", "INFO") else [output, error]
+        answer = client.client.infer("minilm", [texts], outputs=outputs, parameters={"on_error": "report"})
+        result: np.ndarray = answer.as_numpy(name)
+        return result
+
+    values = infer()
+    for count in (1, 2, 1000, 2**32 - 1):
+        classes = infer(class_count=count)
+        assert classes.shape == (3, min(count, values.shape[1]))
+        for row, cells in zip(values, classes, strict=True):
+            largest = np.sort(row)[::-1][: len(cells)]
+            np.testing.assert_allclose([float(cell.split(b":")[0]) for cell in cells], largest, atol=1e-6)
+
+
+def test_messages_are_short(client: Client) -> None:
+    """Send a name of a megabyte in the prompt of a row. ERROR pads all rows to the longest message."""
+    prompts = json.dumps([{}] * 2047 + [{"prompt_name": "x" * 2**20}])
+    answer = client.infer("minilm", client.text(*["a"] * 2048), outputs=("ERROR",), on_error="report", prompts=prompts)
+    *others, message = texts_of(answer.as_numpy("ERROR"))
+    assert not any(others)
+    assert len(message) < 1100
+    assert message.startswith("Model 'minilm' has no prompt_name 'xxx")
+    assert message.endswith("xxx'; it has: none (input at index 2047)")
+    message = error_message(client, "minilm", client.text("a"), prompt_name="x" * 2**20)
+    assert message.endswith("xxx'; it has: none")
 
 
 def _wrong_type(client: Client) -> Any:
@@ -225,7 +266,7 @@ def test_report_needs_the_output_error(client: Client) -> None:
 def test_invalid_rows_are_reported_and_the_others_embedded(client: Client, expected: np.ndarray) -> None:
     texts = [TEXTS[0], "", TEXTS[1], b"\xff", *TEXTS[2:]]
     answer = client.infer("bge_tiny", client.text(*texts), outputs=("EMBEDDING", "TOKENS", "ERROR"), on_error="report")
-    assert [row[0].decode() for row in answer.as_numpy("ERROR")] == [
+    assert texts_of(answer.as_numpy("ERROR")) == [
         "",
         "Input at index 1 cannot be empty or whitespace only",
         "",
@@ -245,7 +286,7 @@ def test_errors_of_inputs_are_json_on_request(client: Client) -> None:
     answer = client.infer(
         "bge_tiny", client.text(*texts), outputs=("EMBEDDING", "ERROR"), on_error="report", error_format="json"
     )
-    cells = [row[0].decode() for row in answer.as_numpy("ERROR")]
+    cells = texts_of(answer.as_numpy("ERROR"))
     assert cells[0] == ""
     assert [InputError.from_json(cell) for cell in cells[1:]] == expected
     refused = error_message(client, "bge_tiny", client.text(*texts), error_format="json")
@@ -257,7 +298,7 @@ def test_errors_of_inputs_are_json_on_request(client: Client) -> None:
 def test_request_of_only_invalid_rows_is_answered(client: Client) -> None:
     for inputs in (client.text("", " "), client.ids([-1], [30522])):
         answer = client.infer("minilm", inputs, on_error="report")
-        assert all(answer.as_numpy("ERROR")[:, 0])
+        assert all(texts_of(answer.as_numpy("ERROR")))
         assert answer.as_numpy("EMBEDDING").shape == (2, 384)
         assert not answer.as_numpy("EMBEDDING").any()
         assert answer.as_numpy("TOKENS").tolist() == answer.as_numpy("DROPPED").tolist() == [[0], [0]]
@@ -280,7 +321,7 @@ def test_ids_need_no_compute_and_are_not_truncated(client: Client, triton: Trito
     assert [[i for i in row if i != -1] for row in ids.tolist()] == expected_ids
     answer = client.infer("bge_tiny", client.text(*texts), outputs=("IDS", "ERROR"), on_error="report")
     assert answer.as_numpy("IDS")[2].tolist() == [-1] * len(expected_ids[0])
-    assert [bool(row[0]) for row in answer.as_numpy("ERROR")] == [False, False, True]
+    assert [bool(text) for text in texts_of(answer.as_numpy("ERROR"))] == [False, False, True]
     answer = client.infer("bge_tiny", client.text("the cat"), outputs=("IDS",), instruction="find ")
     assert answer.as_numpy("IDS").tolist() == [tokenizer("find the cat").input_ids]
     assert error_message(client, "bge_tiny", client.text(*texts), outputs=("IDS",)).startswith(
@@ -741,7 +782,7 @@ def test_info_lists_the_modalities(image_client: Client) -> None:
     modalities = {}
     for model in ("clip", "gme_qwen2_vl"):
         info = image_client.infer(model, image_client.images([b""]), outputs=("INFO",)).as_numpy("INFO")
-        modalities[model] = json.loads(info[0, 0])["modalities"]
+        modalities[model] = json.loads(bytes(info[0]))["modalities"]
     assert modalities == {"clip": ["text", "image"], "gme_qwen2_vl": ["text", "image", "text+image"]}
 
 

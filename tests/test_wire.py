@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model_info import INFO
+from tritonclient.grpc import model_config_pb2
 
 from conftest import ROOT
 from triton_embed.gateway.api.embeddings import REUSE_VALUES
@@ -42,6 +43,9 @@ def test_families_declare_the_tensors_of_the_contract(family: str) -> None:
     inputs = {tensor.name for tensor in config.input}
     assert INPUTS - {wire.IMAGE} <= inputs <= INPUTS
     assert {tensor.name for tensor in config.output} == OUTPUTS
+    types = {tensor.name: model_config_pb2.DataType.Name(tensor.data_type) for tensor in config.output}
+    assert {name for name, datatype in types.items() if datatype == "TYPE_UINT8"} == {wire.ERROR, wire.INFO}
+    assert "TYPE_STRING" not in types.values()  # asked for the classes of one, tritonserver divides by zero
 
 
 def test_reused_codes_are_ordered_from_the_most_expensive_source() -> None:

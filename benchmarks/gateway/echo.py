@@ -62,10 +62,10 @@ def info_response(name: str) -> bytes:
         "device": "cpu",
         "kernels": "none",
     }
-    cell = json.dumps(info).encode()
+    text = json.dumps(info).encode()
     reply = service_pb2.ModelInferResponse(model_name=name)
-    reply.outputs.add(name="INFO", datatype="BYTES", shape=[1, 1])
-    reply.raw_output_contents.append(len(cell).to_bytes(4, "little") + cell)
+    reply.outputs.add(name="INFO", datatype="UINT8", shape=[1, len(text)])
+    reply.raw_output_contents.append(text)
     return bytes(reply.SerializeToString())
 
 

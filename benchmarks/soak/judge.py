@@ -82,7 +82,7 @@ class Checker:
             vectors, tokens = response.tensors["EMBEDDING"], response.tensors["TOKENS"]
             for i, expected in enumerate(expected_inputs):
                 if isinstance(expected, ExpectedError):
-                    message = response.tensors["ERROR"][i, 0].decode()
+                    message = bytes(response.tensors["ERROR"][i]).decode().rstrip()
                     if expected.words not in message or not re.search(rf"index {i}\b", message) or vectors[i].any():
                         return f"input {i}: unexpected error or a vector that is not zero: {message!r}"
                 elif tokens[i, 0] != expected.tokens:

@@ -106,7 +106,7 @@ class TritonClient:
         _add_ids(request, [[0]])
         request.outputs.add(name=wire.INFO)
         reply = await self._call(model, lambda: self._stub.ModelInfer(request), CONTROL_SECONDS)
-        return _output(reply, wire.INFO)[4:]  # after the length
+        return _output(reply, wire.INFO)
 
     async def embed(
         self,
@@ -145,7 +145,7 @@ class TritonClient:
         except RefusedInputError as refused:
             raise invalid(_text(refused.error, rows), request.param) from None
         vectors = np.frombuffer(_output(reply, wire.EMBEDDING), FLOAT32).reshape(len(rows), -1)
-        errors = [_reported(cell, rows) for cell in _cells(_output(reply, wire.ERROR))] if report else ()
+        errors = [_reported(text, rows) for text in _texts(_output(reply, wire.ERROR), len(rows))] if report else ()
         return Embeddings(
             vectors,
             _counts(reply, wire.TOKENS, len(rows)),
@@ -253,18 +253,15 @@ def _output(reply: Any, name: str) -> bytes:
     raise ApiError(500, f"Model '{reply.model_name}' answered without {name}")
 
 
-def _cells(content: bytes) -> Iterator[bytes]:
-    """Yield the cells of a BYTES tensor: each follows its length."""
-    at = 0
-    while at < len(content):
-        end = at + 4 + int.from_bytes(content[at : at + 4], "little")
-        yield content[at + 4 : end]
-        at = end
+def _texts(content: bytes, rows: int) -> Iterator[str]:
+    """Yield the text of each row of a tensor of texts: UTF-8 padded with spaces."""
+    size = len(content) // rows
+    for start in range(0, len(content), size):
+        yield content[start : start + size].decode().rstrip(" ")
 
 
-def _reported(cell: bytes, rows: Sequence[int]) -> str:
-    """Return the text of a cell of ERROR, empty if the input has no error."""
-    message = cell.decode()
+def _reported(message: str, rows: Sequence[int]) -> str:
+    """Return the text of a row of ERROR, empty if the input has no error."""
     error = InputError.from_json(message) if message else None
     return message if error is None else _text(error, rows)
 

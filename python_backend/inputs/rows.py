@@ -122,10 +122,12 @@ class RequestRows:
         column = sources[:, None]
         return self._scatter(np.minimum.reduceat(column, first_chunks(self._counts)) if self.averaged else column)
 
-    def errors(self) -> npt.NDArray[np.object_]:
-        """Return [n,1]: the error of each row, empty for valid rows."""
-        cells = {i: error.write(self._error_format).encode() for i, error in self.row_errors.items()}
-        return np.array([[cells.get(i, b"")] for i in range(self._count)], dtype=np.object_)
+    def errors(self) -> npt.NDArray[np.uint8]:
+        """Return [n,L]: the error of each row in UTF-8, padded with spaces; only spaces for valid rows."""
+        texts = {i: error.write(self._error_format).encode() for i, error in self.row_errors.items()}
+        longest = max(map(len, texts.values()), default=1)
+        padded = b"".join(texts.get(i, b"").ljust(longest) for i in range(self._count))
+        return np.frombuffer(padded, np.uint8).reshape(self._count, longest)
 
     def _valid(self) -> Iterator[int]:
         return (i for i in range(self._count) if i not in self.row_errors)

@@ -102,7 +102,7 @@ def test_readiness_metadata_and_info(client: Any, protocol: Any) -> None:
     inputs = metadata["inputs"] if protocol is tritonclient.http else metadata.inputs
     assert {item["name"] if protocol is tritonclient.http else item.name for item in inputs} == {"TEXT", "INPUT_IDS"}
     result = client.infer("minilm", [texts(protocol, "a")], outputs=[protocol.InferRequestedOutput("INFO")])
-    assert json.loads(result.as_numpy("INFO")[0, 0])["dimensions"] == 384
+    assert json.loads(bytes(result.as_numpy("INFO")[0]))["dimensions"] == 384
 
 
 def test_errors(client: Any, protocol: Any) -> None:
