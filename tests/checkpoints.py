@@ -875,6 +875,7 @@ CASES: list[Case] = [
         "llama-dynamic",
         kind="llama",
         limit=96,
+        max_seq_length=None,
         old_rope=True,
         inv_freq=True,
         seed=6,

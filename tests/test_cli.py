@@ -237,13 +237,21 @@ def test_second_model_of_the_same_checkpoint_logs_a_warning(tmp_path: Path, info
             "pooling 'pooling_mode_weightedmean_tokens' is not implemented; use one of cls, mean, last, max",
         ),
         (
-            lambda directory: (directory / "model.safetensors.index.json").write_text(
-                '{"weight_map": {"a": "b.safetensors"}}'
+            lambda directory: (
+                (directory / "model.safetensors").rename(directory / "a.safetensors"),
+                (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
             ),
             "tiny/b.safetensors, which is missing",
         ),
+        (
+            lambda directory: (
+                (directory / "config.json").unlink(),
+                (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
+            ),
+            "adapter_config.json: this is an adapter for org/base, and adapters are not applied. Merge it once",
+        ),
     ],
-    ids=["pickle", "no-config", "unknown", "value", "causal", "pooling", "shard"],
+    ids=["pickle", "no-config", "unknown", "value", "causal", "pooling", "shard", "adapter"],
 )
 def test_checkpoint_that_the_engine_rejects_is_rejected_before_writing(
     damage: Callable[[Path], object], message: str, tmp_path: Path

@@ -340,7 +340,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("bge-bert-cls", setting("1_Pooling/config.json", pooling_mode_cls_token=False, pooling_mode_mean_tokens=True),
      "1_Pooling/config.json says pooling 'mean', bge/config.pbtxt says 'cls'"),
     ("qwen3_embedding-bare", setting("1_Pooling/config.json", pooling_mode_mean_tokens=True),
-     "1_Pooling/config.json says pooling 'mean+last', qwen3_embedding/config.pbtxt says 'last'"),
+     "1_Pooling/config.json: pooling 'mean+last' is not implemented; use one of cls, mean, last, max"),
     ("bge-bert-cls", removing("tokenizer.json"), "has no tokenizer: none of tokenizer.json, vocab.txt"),
     ("clip-openai", removing("tokenizer.json"), "has no tokenizer: none of tokenizer.json, vocab.txt"),
     ("e5_mistral-mistral-window", removing("tokenizer_config.json"), "tokenizer_config.json is missing"),
