@@ -8,24 +8,20 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import re
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from triton_embed.python_backend.cleanup import STUB, clean_up
+
 OFFICIAL = Path("/opt/tritonserver/bin/tritonserver")
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Triton's Python backend puts its regions
-STUB = "triton_python_backend_stub"
-REGION = "triton_python_backend_shm_region_"
 
 # Added unless the caller sets them: nothing listens beyond this machine, and without the last flag Triton imports every
 # model.py twice.
@@ -194,77 +190,3 @@ def user_directory() -> Path:
 def is_shell_word(path: Path) -> bool:
     """Return whether a shell reads a path as one word: the Python backend starts stubs with an unquoted command."""
     return shlex.quote(str(path)) == str(path)
-
-
-def clean_up(stub: Path) -> None:
-    """Kill the stubs of this installation whose server is gone, then remove shared memory that no process uses.
-
-    Args:
-        stub: The file that this installation runs as a stub. Stubs of other installations and of containers are theirs
-            to end.
-    """
-    for process in Path("/proc").glob("[0-9]*"):
-        if _is_orphan(process, stub):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(int(process.name), signal.SIGKILL)
-                _wait_for_end(process)
-    regions = list(SHARED_MEMORY.glob(f"{REGION}*"))  # listed before checking their use: a new one may appear meanwhile
-    in_use = _regions_in_use()
-    for region in regions:
-        with contextlib.suppress(FileNotFoundError):  # another server may be cleaning up too
-            if region.name not in in_use and region.stat().st_uid == os.getuid():
-                region.unlink()
-
-
-def _wait_for_end(process: Path, seconds: float = 2.0) -> None:
-    """Wait for a killed process to release its memory."""
-    deadline = time.monotonic() + seconds
-    while _command(process) and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
-def _is_orphan(process: Path, stub: Path) -> bool:
-    """Return whether a process runs `stub` and the server that started it is gone.
-
-    A server, which may be any program with Triton inside, is older than its stubs; a younger process has its pid now.
-    In another pid namespace, a container's, the pid on the command line means another process.
-    """
-    words = _command(process)
-    if len(words) < 6 or Path(words[0]).name != STUB or not words[5].isdigit():
-        return False  # stub, model.py, region, its size, its growth, the server's pid, ...
-    try:
-        if not (process / "exe").samefile(stub) or not (process / "ns" / "pid").samefile("/proc/self/ns/pid"):
-            return False
-    except OSError:
-        return False
-    server, own = _start_time(int(words[5])), _start_time(int(process.name))
-    return own is not None and (server is None or server > own)
-
-
-def _start_time(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since the boot, or None if it has ended."""
-    try:
-        state, *fields = Path("/proc", str(pid), "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in "ZX" else int(fields[18])
-
-
-def _command(process: Path) -> list[str]:
-    """Return the words of a process's command line, or none if it has ended."""
-    try:
-        line = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0")
-    except OSError:
-        return []
-    return line.split("\0") if line else []
-
-
-def _regions_in_use() -> set[str]:
-    """Return the names of the regions that any readable process has mapped."""
-    names: set[str] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            names.update(re.findall(rf"{REGION}[\w-]+", maps.read_text(errors="replace")))
-        except OSError:
-            continue
-    return names

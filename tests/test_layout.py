@@ -57,7 +57,7 @@ ORDER = {
         "networks/qwen2_vl networks/head",
         "execution/embedder",
         "scheduling/sender scheduling/metrics scheduling/job scheduling/dedup_cache scheduling/scheduler",
-        "serve launcher",
+        "serve cleanup launcher",
     ),
     # `verify` comes after everything that serves.
     "gateway": (

@@ -318,17 +318,20 @@ def test_loop_works_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert runs(double)
 
 
-def test_loop_works_with_a_damaged_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Truncate the cache files, as after a crash while they were written."""
+@pytest.mark.parametrize("ending", ["nbc", "nbi"])
+def test_loop_works_with_a_damaged_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: str) -> None:
+    """Truncate a cache file, as after a crash while it was written, and change one byte of its code at a time."""
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
     assert runs(double)
-    cached = [path for path in tmp_path.rglob("*.nb?") if path.is_file()]
-    assert cached
-    for ending in ("nbc", "nbi"):
-        for path in cached:
-            if path.suffix == f".{ending}":
-                path.write_bytes(path.read_bytes()[:100])
+    (cached,) = tmp_path.rglob(f"*.{ending}")
+    whole = cached.read_bytes()
+    damaged = [whole[:100], b"", b"text", bytes(len(whole))]
+    for i in range(len(whole) // 3, len(whole), len(whole) // 3):
+        damaged.append(whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1 :])
+    for content in damaged:
+        cached.write_bytes(content)
         assert runs(double)
+        assert cached.read_bytes() != content  # compiled again
 
 
 def test_cache_that_others_may_write_to_is_not_read(

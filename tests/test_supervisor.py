@@ -138,9 +138,13 @@ class Load:
 
 def _is_stub_since(process: psutil.Process, earlier: psutil.Process) -> bool:
     """Return whether a process is a model's and started after another one."""
+    return _is_stub(process) and process.create_time() > earlier.create_time()
+
+
+def _is_stub(process: psutil.Process) -> bool:
+    """Return whether a process is a model's. The launcher runs a stub without arguments, to test it."""
     stub, *arguments = _command(process) or [""]
-    is_stub = stub.endswith("triton_python_backend_stub") and bool(arguments)  # without arguments it is only tested
-    return is_stub and process.create_time() > earlier.create_time()
+    return stub.endswith("triton_python_backend_stub") and bool(arguments)
 
 
 def _serve(*flags: str, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from inspect import signature
@@ -90,7 +90,7 @@ class _Compiled:
         c_signature = types.void(types.CPointer(types.int64))
         try:
             _set_cache_directory()
-            with _lock(f"{self._body.__module__}.{self._body.__name__}"):
+            with _locked_cache(self._body):
                 compiled = cfunc(c_signature, cache=True, error_model="numpy")(entry)
         except (RuntimeError, OSError, EOFError, pickle.PickleError) as error:
             log.warning("Cannot cache compiled loops for the next start: %s", error or type(error).__name__)
@@ -130,8 +130,11 @@ def _set_cache_directory() -> None:
 
 
 @contextmanager
-def _lock(name: str) -> Iterator[None]:
+def _locked_cache(body: Callable[..., None]) -> Iterator[None]:
     """Let one process at a time compile a loop. Those that waited, often one per model, find it in the cache.
+
+    The lock file has a hash of the loop's files, because Numba runs machine code even if a bad disk has changed it.
+    Files with another hash are removed.
 
     Raises:
         OSError: The cache directory is not writable, or not for this user alone: what is read from it is run.
@@ -141,9 +144,21 @@ def _lock(name: str) -> Iterator[None]:
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise PermissionError(f"others may write to {directory}")
-    with (directory / f"{name}.lock").open("w") as file:
+    files = f"*/{Path(body.__code__.co_filename).stem}.{body.__qualname__}-*.nb?"
+    with (directory / f"{body.__module__}.{body.__name__}.lock").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if file.read() != _hash(directory.glob(files)):
+            for path in directory.glob(files):
+                path.unlink()
         yield
+        file.truncate(0)
+        file.write(_hash(directory.glob(files)))
+
+
+def _hash(files: Iterable[Path]) -> str:
+    """Return a hash of the names and contents of files."""
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(files))).hexdigest()
 
 
 def scratch(floats: int) -> Tensor:
