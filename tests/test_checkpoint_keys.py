@@ -30,7 +30,7 @@ TEXTS = [
     "The Cat and THE dog",
     "[CLS] hello [SEP] world [MASK]",
     "[QRY] caf\u00e9 \u4f60\u597d",
-    "a b c " * 30,
+    "hello world " + "a b c " * 60,
 ]
 Change = Callable[[Path], None]
 

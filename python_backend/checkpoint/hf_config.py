@@ -107,7 +107,7 @@ class RopeConfig:
     @classmethod
     def read(cls, config: JsonFile, head_dim: int) -> "RopeConfig":
         """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (earlier versions)."""
-        rope = config.nested("rope_scaling" if config.get("rope_scaling", dict, {}) else "rope_parameters")
+        rope = config.nested("rope_scaling" if config.has("rope_scaling") else "rope_parameters")
         theta = (rope if rope.has("rope_theta") else config).positive_float("rope_theta")
         key = "rope_type" if rope.has("rope_type") else "type"
         kind = rope.get(key, str, "default")

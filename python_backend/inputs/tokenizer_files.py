@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 _FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # a checkpoint has one of these at least
 _MAX_BYTES = 2**26  # larger files are weights
+_CACHE_VERSION = 2  # of the checks that a tokenizer passes before it is cached; older ones let empty tokenizers through
 
 
 def load(directory: Path, lowercase: bool) -> tuple[Tokenizer, str]:
@@ -96,7 +97,7 @@ def _load_with_transformers(directory: Path) -> Tokenizer:
 
 def _cache_file(directory: Path) -> Path:
     """Return the file of the cache, named after a hash of all that transformers may read and of its version."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"cache {_CACHE_VERSION}\n".encode())
     for package in ("transformers", "tokenizers"):
         digest.update(f"{package} {metadata.version(package)}\n".encode())
     for path in sorted(directory.iterdir()):
