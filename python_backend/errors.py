@@ -2,7 +2,6 @@
 
 from triton_embed.python_backend.wire import InputError, InputErrorCode
 
-
 MAX_MESSAGE = 1_000  # characters: messages quote what callers sent, and ERROR pads all rows to the longest
 
 
