@@ -165,7 +165,14 @@ class EmbeddingServer:
             raise BadRequest('on_error "report" needs the output ERROR to be requested')
         ids, text, image = (request.tensor(name) for name in (wire.INPUT_IDS, wire.TEXT, wire.IMAGE))
         if ids is None:
-            request.rows = items = ItemRows(self._processor, parameters, text, image)
+            request.rows = items = ItemRows(
+                self._processor,
+                parameters,
+                text,
+                image,
+                limit=self._serving.max_request_tokens,
+                whole=request.wants_ids,
+            )
             if not request.wants_ids:
                 items.decode_images(self._pool)
         elif text is None and image is None:

@@ -178,8 +178,11 @@ def vocabulary_error(ids: Iterable[int], lowest: int, highest: int, vocab_size: 
 
 def length_error(tokens: int, max_tokens: int) -> str | None:
     """Check the length of an input that must not be truncated."""
-    if tokens <= max_tokens:
-        return None
+    return None if tokens <= max_tokens else length_message(str(tokens), max_tokens)
+
+
+def length_message(tokens: str, max_tokens: int) -> str:
+    """Return the message for an input of that many tokens, which must not be truncated."""
     return f"The input ({tokens} tokens) is longer than the model's context length ({max_tokens} tokens)."
 
 

@@ -53,7 +53,7 @@ def text_rows(family: Family, *texts: str, images: Sequence[Sequence[bytes]] = (
     """Return the rows of a request of these texts, as EmbeddingServer reads it."""
     text = np.array([[part.encode()] for part in texts], dtype=np.object_)
     image = np.array([[*row] for row in images], dtype=np.object_) if images else None
-    request_rows = ItemRows(family.processor, parameters, text, image)
+    request_rows = ItemRows(family.processor, parameters, text, image, limit=NO_LIMIT)
     with ThreadPoolExecutor(1) as pool:
         request_rows.decode_images(pool)
     request_rows.set_ids(iter(family.processor.tokenizer.encode(request_rows.texts())))
@@ -255,7 +255,7 @@ def test_token_limit_of_a_request_counts_all_chunks(limit: int, fits: bool, tiny
 def test_text_beyond_the_token_limit_is_refused_before_splitting(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     family = family_with(tiny, BGE, max_tokens=23)
     monkeypatch.setattr(family.processor.tokenizer, "split_at_tokens", lambda text: pytest.fail("split"))
-    inputs = ItemRows(family.processor, MEAN, np.array([[LONG.encode()]], dtype=np.object_), None)
+    inputs = ItemRows(family.processor, MEAN, np.array([[LONG.encode()]], dtype=np.object_), None, limit=NO_LIMIT)
     inputs.set_ids(iter(family.processor.tokenizer.encode(inputs.texts())))
     with pytest.raises(BadRequest, match="tokens, more than the 50 a request may have"):
         inputs.make_rows(50)
@@ -269,6 +269,7 @@ def test_splitting_stops_at_the_token_limit(tiny: Tiny) -> None:
         {**MEAN, "instruction": "the cat the cat the cat the cat the cat "},
         np.array([[b"the cat " * 500]], dtype=np.object_),
         None,
+        limit=NO_LIMIT,
     )
     inputs.set_ids(iter(family.processor.tokenizer.encode(inputs.texts())))
     build_row = family.processor.build_row

@@ -364,10 +364,19 @@ def assert_rejected(stack: Stack, body: bytes) -> None:
         (b"\\ud83d\\ude00 \\u202e \\ufffe \\uffff", "😀 \u202e \ufffe \uffff"),
         (b"e" + b"\\u0301" * 5000, "e" + "\u0301" * 5000),
         (b"ab " * 100_000, "ab " * 100_000),
-        (b"ab" * 1_000_000, "ab" * 1_000_000),
+        (b"ab" * 120_000, "ab" * 120_000),
+        (b"a " * 15_000_000, "a " * 1_000),
         (b"[PAD] [MASK] [CLS] </s> <|endoftext|>", "[PAD] [MASK] [CLS] </s> <|endoftext|>"),
     ],
-    ids=["NUL", "noncharacters", "5000 accents", "100,000 words", "a word of 2 MB", "special tokens"],
+    ids=[
+        "NUL",
+        "noncharacters",
+        "5000 accents",
+        "100,000 words",
+        "a word of 240 KB",
+        "a text of 30 MB",
+        "special tokens",
+    ],
 )
 def test_unusual_texts_have_the_reference_vector(
     stack: Stack, network: SentenceTransformer, text: bytes, decoded: str

@@ -33,7 +33,7 @@ def make_request_rows(family: Family, *rows: Sent, **parameters: Any) -> Request
     width = max([1, *(len(images) for _, images in rows)])
     text = np.array([[text] for text, _ in rows], dtype=np.object_).reshape(len(rows), 1)
     image = np.array([[*images, *[b""] * (width - len(images))] for _, images in rows], dtype=np.object_)
-    request_rows = ItemRows(family.processor, parameters, text, image.reshape(len(rows), width))
+    request_rows = ItemRows(family.processor, parameters, text, image.reshape(len(rows), width), limit=100_000)
     request_rows.set_ids(iter(family.processor.tokenizer.encode(request_rows.texts())))
     return request_rows
 

@@ -243,7 +243,7 @@ def compute(family: Family, inputs: Mapping[str, np.ndarray], parameters: Mappin
     if "INPUT_IDS" in inputs:
         rows = IdRows(processor, parameters, inputs["INPUT_IDS"])
     else:
-        rows = ItemRows(processor, parameters, inputs["TEXT"], inputs.get("IMAGE"))
+        rows = ItemRows(processor, parameters, inputs["TEXT"], inputs.get("IMAGE"), limit=300_000)
         with ThreadPoolExecutor(1) as pool:
             rows.decode_images(pool)
     rows.set_ids(iter(processor.tokenizer.encode(rows.texts())))

@@ -6,6 +6,7 @@ computed for it, and its entry in every output is zero.
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import numpy.typing as npt
 from triton_embed.python_backend import wire
 from triton_embed.python_backend.errors import BadInput, BadRequest
 from triton_embed.python_backend.inputs.chunking import Chunk, combine, first_chunks, split_ids, split_text
+from triton_embed.python_backend.inputs.excerpts import GROWTH, Excerpt, excerpt, first_size
 from triton_embed.python_backend.inputs.parameters import Item, count_rows, parse_prompts, read_item, unpad_ids
 from triton_embed.python_backend.inputs.processors import Template, TextProcessor
 from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
 from triton_embed.python_backend.wire import ErrorFormat, InputError
 
+MAX_CHARACTERS_PER_TOKEN = 8  # of texts that are needed whole
 MAX_PADDED_IDS = 2**24  # numbers in the output IDS, padding included: 64 MiB
 
 
@@ -167,7 +170,12 @@ class RequestRows:
 
 
 class ItemRows(RequestRows):
-    """Rows of TEXT and IMAGE."""
+    """Rows of TEXT and IMAGE.
+
+    Args:
+        limit: Tokens that a text may have if it is needed whole.
+        whole: Whether texts are needed whole, as they also are with long_text "mean".
+    """
 
     def __init__(
         self,
@@ -175,13 +183,20 @@ class ItemRows(RequestRows):
         parameters: Mapping[str, Any],
         text: npt.NDArray[np.object_] | None,
         image: npt.NDArray[np.object_] | None,
+        *,
+        limit: int,
+        whole: bool = False,
     ) -> None:
         super().__init__(processor, parameters, count_rows(text, image))
+        self._whole = whole or self._mean
+        self._needed_tokens = limit if self._whole else processor.tokenizer.max_tokens
         self._items = [Item()] * self._count
+        self._excerpts = [Excerpt("", 0)] * self._count
         for i in range(self._count):
             try:
                 item = read_item(text, image, i)
                 processor.check(item, i)
+                self._excerpts[i] = self._excerpt(item.text, i, first_size(processor.tokenizer.max_tokens))
             except BadInput as error:
                 self._add_error(error)
             else:
@@ -207,14 +222,52 @@ class ItemRows(RequestRows):
         ]
 
     def texts(self) -> list[str]:
-        return [self._templates[i](self._items[i]) for i in self._encoded_indices]
+        return [self._text(i) for i in self._encoded_indices]
 
     def set_ids(self, encoded: Iterator[Ids]) -> None:
         for i in self._encoded_indices:
             self._ids[i] = next(encoded)
+            try:
+                self._read_on(i)
+            except BadInput as error:
+                self._add_error(error)
+
+    def _text(self, index: int) -> str:
+        """Return the text to encode of an input."""
+        return self._templates[index](replace(self._items[index], text=self._excerpts[index].text))
+
+    def _excerpt(self, text: str, index: int, size: int) -> Excerpt:
+        tokenizer = self._processor.tokenizer
+        limit = max(GROWTH * first_size(tokenizer.max_tokens), MAX_CHARACTERS_PER_TOKEN * self._needed_tokens)
+        from_end = self._truncate == "start" and not self._whole
+        return excerpt(text, size, limit, index, from_end=from_end, may_cut=tokenizer.splits_at_spaces)
+
+    def _read_on(self, index: int) -> None:
+        """Extend the excerpt of a text until it has more tokens than are needed.
+
+        Raises:
+            BadInput: The text is too long.
+        """
+        tokenizer = self._processor.tokenizer
+        size = first_size(tokenizer.max_tokens)
+        while not (part := self._excerpts[index]).is_whole:
+            if len(self._ids[index]) > self._needed_tokens + part.spare:
+                if self._whole:
+                    message = f"Input has more than the {self._needed_tokens} tokens a request may have"
+                    raise BadInput(index, "too_long", message)
+                return
+            size *= GROWTH
+            self._excerpts[index] = self._excerpt(self._items[index].text, index, size)
+            self._ids[index] = tokenizer.encode([self._text(index)])[0]
 
     def _row(self, index: int) -> Row:
-        return self._fit(index, self._truncate)
+        part = self._excerpts[index]
+        if part.is_whole:
+            return self._fit(index, self._truncate)
+        if self._truncate == "none":
+            raise BadInput(index, "too_long", wire.length_message(f"over {self._needed_tokens}", self._needed_tokens))
+        row = self._fit(index, self._truncate)
+        return replace(row, dropped=part.estimate(len(self._ids[index])) - self._needed_tokens)
 
     def _fit(self, index: int, truncate: str) -> Row:
         template = self._templates[index]

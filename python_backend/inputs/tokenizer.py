@@ -9,6 +9,7 @@ from triton_embed.python_backend.checkpoint.config import ModelConfig
 from triton_embed.python_backend.checkpoint.json_file import JsonFile
 from triton_embed.python_backend.errors import BadInput, ConfigError
 from triton_embed.python_backend.inputs import tokenizer_files
+from triton_embed.python_backend.inputs.excerpts import splits_at_spaces
 from triton_embed.python_backend.inputs.row import Ids, Row
 from triton_embed.python_backend.wire import length_error, vocabulary_error
 
@@ -34,6 +35,7 @@ class Tokenizer:
             eos = _eos_token(directory, config)
         self._fast, truncation_side = tokenizer_files.load(directory, model.lowercase)
         self.truncate_default = "start" if truncation_side == "left" else "end"
+        self.splits_at_spaces = splits_at_spaces(self._fast.get_vocab(with_added_tokens=False))
         # A token that a text may contain but the network has no embedding for.
         self._has_unknown_ids = max(self._fast.get_vocab().values()) >= model.vocab_size
         self._model = model
