@@ -142,6 +142,7 @@ def test_bare_checkout_is_importable(tmp_path: Path, importable: bool) -> None:
         "benchmarks/gpu/__init__.py",
         "python_backend/wire.py",
         "python_backend/errors.py",
+        "python_backend/checkpoint/git_lfs.py",
         "python_backend/checkpoint/json_file.py",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)

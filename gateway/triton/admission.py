@@ -227,7 +227,7 @@ class Admission:
         tokens = queue.window.tokens
         for request in [*queue.requests]:
             excess = tokens + request.unsent - (request.deadline - now) * speed
-            if excess > 0 and not request.started:
+            if excess > 0 and tokens and not request.started:  # without any ahead, it is sent now
                 queue.remove(request)
                 request.fail(self._overloaded(queue, excess))
             else:
