@@ -48,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "error_format": get_args(ErrorFormat),
 }
 PROMPT_KEYS = ("instruction", "prompt_name")  # an entry of prompts may have one of these keys
+MAX_INSTRUCTION = 2**16  # characters: an instruction is put before each text and tokenized with it
 
 
 class Reused(IntEnum):
@@ -184,6 +185,13 @@ def length_error(tokens: int, max_tokens: int) -> str | None:
 def length_message(tokens: str, max_tokens: int) -> str:
     """Return the message for an input of that many tokens, which must not be truncated."""
     return f"The input ({tokens} tokens) is longer than the model's context length ({max_tokens} tokens)."
+
+
+def instruction_error(instruction: str) -> str | None:
+    """Check the length of an instruction."""
+    if len(instruction) <= MAX_INSTRUCTION:
+        return None
+    return f"instruction has {len(instruction)} characters, more than {MAX_INSTRUCTION}"
 
 
 def modality_error(model: str, modalities: Collection[str], has_text: bool, image_count: int) -> str | None:

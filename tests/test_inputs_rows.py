@@ -215,6 +215,13 @@ def test_token_ids_take_no_prompt(key: str, tiny: Tiny) -> None:
             IdRows(tiny(BGE).processor, parameters, np.array([[5, 6]], dtype=np.int32))
 
 
+def test_texts_with_their_prompts_are_bounded_together(tiny: Tiny) -> None:
+    """A request of a few kilobytes can ask for gigabytes of text, with an instruction before each of its rows."""
+    rows: list[Sent] = [(b"a", ())] * 600
+    with pytest.raises(BadRequest, match=r"The texts have \d+ characters with their prompts, more than 33554432"):
+        make_request_rows(tiny(E5), *rows, instruction="x" * 2**16)
+
+
 def test_wrong_number_of_prompts_fails_the_request(tiny: Tiny) -> None:
     with pytest.raises(BadRequest, match="prompts must be a list with an entry for each of the 2 rows, got 1 entries"):
         make_request_rows(tiny(BGE), (b"a", ()), (b"b", ()), prompts="[{}]", **REPORT)

@@ -212,6 +212,7 @@ def test_query_instruction_of_the_operator_replaces_missing_prompts(tiny: Tiny, 
     [
         ("minilm", {}, {"instruction": "x"}, "Model 'minilm' takes no instruction: it was trained without one"),
         (CLIP_OLD, {}, {"instruction": "x"}, "Model 'clip' takes no instruction: it was trained without one"),
+        (E5, {}, {"instruction": "x" * 65_537}, "instruction has 65537 characters, more than 65536"),
         ("minilm", {}, {"prompt_name": "query"}, "Model 'minilm' has no prompt_name 'query'; it has: none"),
         (CLIP_OLD, {}, {"prompt_name": "query"}, "Model 'clip' has no prompt_name 'query'; it has: none"),
         (GME, {}, {"prompt_name": "query"}, "Model 'gme_qwen2_vl' has no prompt_name 'query'; it has: none"),

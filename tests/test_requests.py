@@ -243,6 +243,7 @@ def test_input_is_required() -> None:
         ("return_receipt", 1, "return_receipt must be a boolean, got an integer"),
         ("token_encoding", "p50k_base", "token_encoding must be one of cl100k_base, o200k_base, got 'p50k_base'"),
         ("instruction", 1, "instruction must be a string, got an integer"),
+        ("instruction", "x" * 65_537, "instruction has 65537 characters, more than 65536"),
         ("prompt_name", {}, "prompt_name must be a string, got an object"),
         ("truncate", "middle", "truncate must be 'end', 'start', 'none' or a boolean, got 'middle'"),
         ("truncate", 1, "truncate must be 'end', 'start', 'none' or a boolean, got '1'"),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from triton_embed.gateway.api.bodies import INPUT_TYPES, PART_TYPES, ImageLink, ItemFields, PromptFields
 from triton_embed.gateway.api.validation import HALF_CHARACTER, is_text, json_type, validate
 from triton_embed.gateway.errors import ApiError, invalid
+from triton_embed.python_backend.wire import instruction_error
 
 PROMPT_FIELDS = tuple(PromptFields.model_fields)
 ITEM_KEYS = ("text", "image", "image_url", *PROMPT_FIELDS)
@@ -147,6 +148,8 @@ def read_prompt(fields: PromptFields, param: str | None = None, where: str = "")
         raise invalid(f"{where}Send either instruction or prompt_name", param or "prompt_name")
     if instruction and "\0" in instruction:  # Triton would cut the parameter off there
         raise invalid(f"{where}instruction must not hold a NUL character", param or "instruction")
+    if instruction and (message := instruction_error(instruction)):
+        raise invalid(f"{where}{message}", param or "instruction")
     if side and side.lower() not in INPUT_TYPES:
         message = f"{where}input_type must be 'query' or 'document', got '{side[:100]}'"
         raise invalid(message, param or "input_type")

@@ -18,7 +18,7 @@ from triton_embed.python_backend.inputs.images import ClipImageProcessor, Qwen2V
 from triton_embed.python_backend.inputs.parameters import Item
 from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
 from triton_embed.python_backend.inputs.tokenizer import Tokenizer
-from triton_embed.python_backend.wire import modality_error
+from triton_embed.python_backend.wire import instruction_error, modality_error
 
 MAX_CACHED_PREFIXES = 256  # instructions whose ids are cached
 MAX_CACHED_PREFIX_CHARACTERS = 4_096  # instructions come from requests, so the cache must bound their length
@@ -79,9 +79,12 @@ class TextProcessor:
         Without either, the template uses the checkpoint's default prompt. An empty prompt_name selects no prompt.
 
         Raises:
-            BadRequest: Both are set, the name is unknown, or the model was trained without instructions.
+            BadRequest: Both are set, the name is unknown, the instruction is too long, or the model was trained without
+                instructions.
         """
         name, instruction = parameters.get("prompt_name"), parameters.get("instruction")
+        if instruction and (message := instruction_error(instruction)):
+            raise BadRequest(message)
         if name is None:
             if instruction is not None:
                 return self._instruction_template(instruction) if instruction else self._plain_template()

@@ -22,6 +22,7 @@ from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
 from triton_embed.python_backend.wire import ErrorFormat, InputError
 
 MAX_CHARACTERS_PER_TOKEN = 8  # of texts that are needed whole
+MAX_CHARACTERS = 2**25  # of all texts of a request with their prompts, which are tokenized in one go
 MAX_PADDED_IDS = 2**24  # numbers in the output IDS, padding included: 64 MiB
 
 
@@ -211,7 +212,20 @@ class ItemRows(RequestRows):
         else:
             self._templates = [processor.template(parameters)] * self._count
         self._encoded_indices = [i for i in self._valid() if processor.has_ids(self._items[i])]
+        self._check_characters()
         self._pixels: list[list[Future[Pixels]]] = []
+
+    def _check_characters(self) -> None:
+        """Check the length of all texts with their prompts, which may be a small part of what was sent.
+
+        Raises:
+            BadRequest: They are too long.
+        """
+        templates = (self._templates[i] for i in self._encoded_indices)
+        prompts = sum(len(template.prefix) + len(template.suffix) for template in templates)
+        characters = prompts + sum(len(self._excerpts[i].text) for i in self._encoded_indices)
+        if characters > MAX_CHARACTERS:
+            raise BadRequest(f"The texts have {characters} characters with their prompts, more than {MAX_CHARACTERS}")
 
     def decode_images(self, pool: Executor) -> None:
         """Start decoding the images; `make_rows` waits for them."""
