@@ -665,7 +665,11 @@ def test_request_timeout_header(served: Served) -> None:
     body = {"model": "minilm", "input": [f"{i} {'word ' * 250}" for i in range(64)]}
     url = f"{served.url}/v1/embeddings"
     late = requests.post(url, json=body, headers={"x-request-timeout": "0.05"}, timeout=30)
-    assert (late.status_code, error_of(late)["message"]) == (504, "No answer within 0.05 s")
+    # 429 if requests of other tests are still in flight: then it is known at once that this one will be late.
+    assert (late.status_code, error_of(late)["message"][:24]) in (
+        (504, "No answer within 0.05 s"),
+        (429, "Too much work is waiting"),
+    )
     for invalid in ("0", "-1", "soon", "nan", "inf"):
         refused = requests.post(
             f"{served.url}/v1/embeddings", json=body, headers={"x-request-timeout": invalid}, timeout=30
