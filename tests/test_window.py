@@ -8,6 +8,23 @@ from triton_embed.gateway.triton import window as window_module
 from triton_embed.gateway.triton.window import Speed
 
 
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_module, "MIN_CALLS", 1)
+
+
+def test_speed_needs_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_module, "MIN_CALLS", 2)
+    monkeypatch.setattr(window_module, "MIN_SECONDS", 0.05)
+    speed = Speed()
+    speed.set_busy(True)
+    time.sleep(0.1)
+    speed.add_computed(10)
+    assert speed.tokens_per_second is None
+    speed.add_computed(10)
+    assert speed.tokens_per_second is not None
+
+
 def test_speed_is_measured_while_the_engine_is_busy() -> None:
     speed = Speed()
     assert speed.tokens_per_second is None

@@ -4,7 +4,8 @@ import math
 import time
 
 MEMORY_SECONDS = 10.0  # time constant of the average speed
-MIN_SECONDS = 0.5  # of measuring, before there is an average
+MIN_SECONDS = 0.5  # of measuring, before there is an average,
+MIN_CALLS = 5  # and calls: what has begun and not ended is not counted
 STALE_SECONDS = 10.0  # after which an average says nothing: the machine may have been busy with something else
 BUSY_SHARE = 0.5  # of the window: that many tokens in flight keep the engine busy, so their speed is the engine's
 
@@ -51,13 +52,14 @@ class Speed:
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
+        self._calls = 0
         self._updated = -math.inf
         self._busy_since: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
         """The average, or None if there is none."""
-        if self._seconds < MIN_SECONDS or time.monotonic() - self._updated > STALE_SECONDS:
+        if self._seconds < MIN_SECONDS or self._calls < MIN_CALLS or time.monotonic() - self._updated > STALE_SECONDS:
             return None
         return self._tokens / self._seconds
 
@@ -75,6 +77,7 @@ class Speed:
             now = time.monotonic()
             if now - self._updated > STALE_SECONDS:
                 self._tokens = self._seconds = 0.0
+                self._calls = 0
             self._updated = self._busy_since = now
 
     def add_computed(self, tokens: int) -> None:
@@ -82,6 +85,7 @@ class Speed:
         if self._busy_since is not None:
             self._advance()
             self._tokens += tokens
+            self._calls += 1
 
     def _advance(self) -> None:
         now = time.monotonic()
