@@ -94,7 +94,7 @@ class Exchange:
 def _send(url: str, body: bytes, session: requests.Session) -> Exchange:
     began = time.monotonic()
     try:
-        # With a deadline that no request would miss: those are refused at once.
+        # A long deadline, because requests that would be late are refused at once.
         answer = session.post(f"{url}/v1/embeddings", data=body, headers=KEY | {"x-request-timeout": "600"}, timeout=60)
     except requests.RequestException as error:
         return Exchange(began, time.monotonic(), type(error).__name__, str(error))
@@ -430,7 +430,8 @@ def test_shutdown_under_load_answers_every_request(crew: Stack) -> None:
     in_flight = [exchange for exchange in before if exchange.ended > signalled]
     rejections = {exchange.message for exchange in before if exchange.outcome == 503}
     assert len(in_flight) >= 3
-    assert {exchange.outcome for exchange in before} == {200, 503}, in_flight
+    # 429: one of the long ones, if it would be late at the speed that is left beside the others.
+    assert {exchange.outcome for exchange in before} - {429} == {200, 503}, in_flight
     assert rejections == {"The server is stopping"}, crew.output()
     assert any(exchange.outcome == 200 for exchange in in_flight)
     assert all(exchange.ended - signalled < DRAIN_SECONDS + 1.5 for exchange in in_flight)
