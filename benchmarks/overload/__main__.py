@@ -27,7 +27,6 @@ Row = dict[str, Any]
 
 MULTIPLES = (1, 2, 5, 10)
 CALLERS = 16  # of the closed loop
-MIN_GOODPUT = 0.9  # target, of the peak
 MAX_P99_RATIO = 3.0  # target: p99 of an accepted query, to its idle p99
 MAX_RECOVERY_SECONDS = 2.0  # target
 MEMORY_SECONDS = 5.0  # between two measurements

@@ -36,7 +36,8 @@ MAX_PADDED_IDS = 2**20  # cells of one call's token ids, padded to the longest r
 # errors of the prediction.
 ACCEPTED_SHARE = 0.8
 BATCH_ACCEPTED_SHARE = 0.4  # half of it, so that interactive requests are still accepted
-URGENT_SHARE = 0.7  # of that time: a batch request that needs as much is sent before interactive ones
+# A batch request that needs this share of the time until its deadline is sent before interactive ones.
+URGENT_SHARE = 0.7
 # Small requests are there to be fast. If the engine has been busy with them for BURST_SECONDS without a pause, one is
 # accepted only if it is predicted to be computed in SMALL_SECONDS.
 BURST_SECONDS = 2.0
@@ -146,7 +147,8 @@ class Admission:
         try:
             await granted
         except asyncio.CancelledError:
-            if granted.done() and not granted.cancelled() and granted.exception() is None:  # granted at the same moment
+            # Granted and cancelled at the same moment?
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
                 self._end(tokens, window)
             raise
         return self._release(tokens, window)
