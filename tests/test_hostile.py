@@ -973,27 +973,11 @@ def test_hostile_stream_to_triton(triton: Any) -> None:
 
 
 @pytest.mark.usefixtures("unended")
-def test_parts_of_triton_that_end_it_are_locked(stack: Stack, triton: Any) -> None:
-    """Check shared memory, whose file may shrink while Triton reads it, and the settings of the trace and the log."""
-    region = service_pb2.SystemSharedMemoryRegisterRequest(name="x", key="/x", byte_size=8)
-    level = service_pb2.LogSettingsRequest(settings={"log_error": {"bool_param": False}})
-    for call, message in (
-        (triton.SystemSharedMemoryRegister, region),
-        (triton.CudaSharedMemoryRegister, service_pb2.CudaSharedMemoryRegisterRequest(name="x", byte_size=8)),
-        (triton.TraceSetting, service_pb2.TraceSettingRequest()),
-        (triton.LogSettings, level),
-    ):
-        with pytest.raises(grpc.RpcError, match="restricted"):
-            call(message, timeout=20)
+def test_closed_apis_of_triton_do_not_parse_what_they_get(stack: Stack) -> None:
+    """Send JSON that ends Triton's parser."""
     for path in ("systemsharedmemory/region/x/register", "trace/setting", "models/minilm/trace/setting", "logging"):
-        for header in (
-            b"X: y",
-            b"none: -",
-            b"none: triton-embed serve closes it: -",
-            b"none: triton-embed serve closes it=-",
-        ):
-            response = exchange_with_triton(stack, post(b"[" * 500_000, f"/v2/{path}", header))
-            assert response.startswith(b"HTTP/1.1 403 ") or not response, (path, header)
+        response = exchange_with_triton(stack, post(b"[" * 500_000, f"/v2/{path}"))
+        assert response.startswith(b"HTTP/1.1 403 ") or not response, path
 
 
 def input_of(name: bytes, shape: bytes, data: bytes) -> bytes:
