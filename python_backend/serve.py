@@ -36,6 +36,8 @@ from triton_embed.python_backend.scheduling.metrics import EngineMetrics
 from triton_embed.python_backend.scheduling.sender import Sender
 from triton_embed.python_backend.spec import Spec
 
+CHARACTERS_PER_TOKEN = 4  # of ordinary text
+
 if TYPE_CHECKING:
     from triton_embed.python_backend.inputs.processors import TextProcessor
     from triton_embed.python_backend.inputs.rows import RequestRows
@@ -107,7 +109,7 @@ class EmbeddingServer:
         return self._unavailable is None
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Parse requests, tokenize all texts in one call, and admit them. The sender thread sends the responses.
+        """Parse requests, tokenize their texts, and admit them. The sender thread sends the responses.
 
         Responses without compute are queued last, because one that is sent while `execute` still runs may stall (see
         the sender).
@@ -115,8 +117,9 @@ class EmbeddingServer:
         pending = [_InferRequest(request) for request in requests]
         try:
             self._for_each_open(pending, self._parse)
-            self._for_each_open(pending, self._tokenize(pending))
-            self._for_each_open(pending, self._admit)
+            for group in self._groups(pending):
+                self._for_each_open(group, self._tokenize(group))
+                self._for_each_open(group, self._admit)
         finally:
             for request in pending:
                 if request.send_response is not None:
@@ -180,8 +183,19 @@ class EmbeddingServer:
         else:
             raise BadRequest("Send either INPUT_IDS or TEXT and IMAGE")
 
+    def _groups(self, pending: Sequence["_InferRequest"]) -> Iterator[list["_InferRequest"]]:
+        """Yield the requests to tokenize together: all small ones, then one large one after the other.
+
+        So a small request does not wait until large ones are tokenized, nor the engine until all of them are.
+        """
+        waiting = [request for request in pending if request.send_response is None]
+        if waiting:
+            max_characters = CHARACTERS_PER_TOKEN * self._embedder.budget.small_job_tokens
+            yield [request for request in waiting if request.rows.characters <= max_characters]
+            yield from ([request] for request in waiting if request.rows.characters > max_characters)
+
     def _tokenize(self, pending: Sequence["_InferRequest"]) -> Callable[["_InferRequest"], None]:
-        """Encode the texts of all requests in one call, on all cores. Return the step that hands out the ids."""
+        """Encode the texts of requests in one call, on all cores. Return the step that hands out the ids."""
         encoded = self._encode(
             [text for request in pending if request.send_response is None for text in request.rows.texts()]
         )

@@ -835,13 +835,13 @@ def test_pass_over_several_light_jobs_leaves_a_core_free(engine: FakeEngine) -> 
 def test_passes_over_large_jobs_are_halved_while_small_jobs_arrive(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check that these passes, and passes over small jobs between them, leave a core free."""
+    """Check that these passes, and passes over small jobs between them, use every core."""
     monkeypatch.setattr(scheduler_file, "RECENT_SECONDS", 60.0)
     alone = spare_core_passes(engine, 40, [[20, 20, 20]], first=20)
     assert alone == [(20, False), (40, False), (20, False)]
     engine.pause_actions = [lambda: None] * 2
-    assert spare_core_passes(engine, 40, [[20, 20, 20]]) == [(1, False), (20, True), (20, True), (20, True)]
-    assert spare_core_passes(engine, 40, [[20, 20], [3]]) == [(1, False), (3, True), (20, True), (20, True)]
+    assert spare_core_passes(engine, 40, [[20, 20, 20]]) == [(1, False), (20, False), (20, False), (20, False)]
+    assert spare_core_passes(engine, 40, [[20, 20], [3]]) == [(1, False), (3, False), (20, False), (20, False)]
 
 
 def test_failure_in_a_pause_fails_only_its_job(engine: FakeEngine, wide: RunningScheduler) -> None:

@@ -402,6 +402,29 @@ def test_query_does_not_wait_for_a_bulk_request(triton: Triton) -> None:
     assert np.median(query_seconds) < ended[0] / 10
 
 
+def test_query_does_not_wait_until_large_requests_are_tokenized(triton: Triton) -> None:
+    """Let a query wait together with large requests: it is answered before them, except the first."""
+    ended: dict[str, float] = {}
+
+    def call(name: str, output: str, *texts: str) -> None:
+        client = Client(tritonclient.grpc, triton.grpc)
+        outputs = [client.module.InferRequestedOutput(output)]
+        client.client.infer("minilm", [client.text(*texts)], outputs=outputs)
+        ended[name] = time.monotonic()
+        client.client.close()
+
+    large = ["many words " * 500] * 150
+    threads = [threading.Thread(target=call, args=(f"large {i}", "IDS", *large)) for i in range(5)]
+    threads.append(threading.Thread(target=call, args=("query", "EMBEDDING", "hello")))
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join(60)
+    query = ended.pop("query")
+    assert min(ended.values()) < query < sorted(ended.values())[2]
+
+
 def metric_lines(triton: Triton) -> list[str]:
     """Return the lines of Triton's /metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{triton._ports[2]}/metrics") as answer:
@@ -432,6 +455,7 @@ def test_triton_metrics_include_the_engine_histograms(client: Client, triton: Tr
     def read_all(suffix: str) -> list[float]:
         return [metric_value(triton, f"triton_embed_{kind}_{suffix}", "minilm") for kind in kinds]
 
+    time.sleep(0.5)  # the passes of the test before are recorded after their responses
     counts, sums = read_all("count"), read_all("sum")
     start_time = time.perf_counter()
     for _ in range(3):

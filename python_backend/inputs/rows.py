@@ -22,6 +22,7 @@ from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
 from triton_embed.python_backend.wire import ErrorFormat, InputError
 
 MAX_CHARACTERS_PER_TOKEN = 8  # of texts that are needed whole
+IMAGE_CHARACTERS = 10_000  # that take about as long to tokenize as an image to decode
 MAX_CHARACTERS = 2**25  # of all texts of a request with their prompts, which are tokenized in one go
 MAX_PADDED_IDS = 2**24  # numbers in the output IDS, padding included: 64 MiB
 
@@ -32,6 +33,7 @@ class RequestRows:
     Attributes:
         rows: The rows to compute: one for each valid input or, with long_text "mean", one for each of its chunks.
         row_errors: Index -> error of each invalid input.
+        characters: Of all texts to encode; an image counts as IMAGE_CHARACTERS.
     """
 
     def __init__(self, processor: TextProcessor, parameters: Mapping[str, Any], count: int) -> None:
@@ -46,6 +48,7 @@ class RequestRows:
         self._counts: list[int] = []  # chunks of each valid input
         self.rows: list[Row] = []
         self.row_errors: dict[int, InputError] = {}
+        self.characters = 0
 
     @property
     def averaged(self) -> bool:
@@ -212,11 +215,11 @@ class ItemRows(RequestRows):
         else:
             self._templates = [processor.template(parameters)] * self._count
         self._encoded_indices = [i for i in self._valid() if processor.has_ids(self._items[i])]
-        self._check_characters()
+        self.characters = self._count_characters() + IMAGE_CHARACTERS * sum(len(item.images) for item in self._items)
         self._pixels: list[list[Future[Pixels]]] = []
 
-    def _check_characters(self) -> None:
-        """Check the length of all texts with their prompts, which may be a small part of what was sent.
+    def _count_characters(self) -> int:
+        """Return the characters of all texts with their prompts, which may be many times what was sent.
 
         Raises:
             BadRequest: They are too long.
@@ -226,6 +229,7 @@ class ItemRows(RequestRows):
         characters = prompts + sum(len(self._excerpts[i].text) for i in self._encoded_indices)
         if characters > MAX_CHARACTERS:
             raise BadRequest(f"The texts have {characters} characters with their prompts, more than {MAX_CHARACTERS}")
+        return characters
 
     def decode_images(self, pool: Executor) -> None:
         """Start decoding the images; `make_rows` waits for them."""
