@@ -36,11 +36,11 @@ from triton_embed.python_backend.scheduling.metrics import EngineMetrics
 from triton_embed.python_backend.scheduling.sender import Sender
 from triton_embed.python_backend.spec import Spec
 
-CHARACTERS_PER_TOKEN = 4  # of ordinary text
-
 if TYPE_CHECKING:
     from triton_embed.python_backend.inputs.processors import TextProcessor
     from triton_embed.python_backend.inputs.rows import RequestRows
+
+CHARACTERS_PER_TOKEN = 4  # of ordinary text
 
 
 class EmbeddingServer:

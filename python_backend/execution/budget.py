@@ -9,9 +9,8 @@ ON_GPU = 16_384
 # 32 texts, which then fit one call; bge-large gains 4 % and Qwen3-0.6B nothing, in passes of 4 and 6 seconds).
 ON_CPU, ON_CPU_SMALL_NETWORK = 1_024, 4_096
 SMALL_NETWORK_WEIGHTS = 2**25  # maximum number of weights in the linear layers of a small network
-# While small jobs arrive, passes over large jobs are this fraction of a full pass (measured with MiniLM on 2 cores,
-# one query after another under bulk requests: the p99 of queries falls from 40 to 13 ms, and bulk is as fast, because
-# threads that wait for each other also wait for everything else that runs).
+# While small jobs arrive, passes over large jobs are this fraction of a pass of ON_CPU tokens, because small jobs are
+# computed in the pauses of a pass, and those of a smaller pass are closer together.
 SHARED_FRACTION = 1 / 2
 # A job is small up to this fraction of a pass, which also limits the small jobs computed in one pause (measured with
 # MiniLM in fp32 on one thread, under bulk requests: with 1/8 a query of 200 tokens takes 20 times as long as alone,

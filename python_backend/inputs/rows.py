@@ -22,7 +22,7 @@ from triton_embed.python_backend.inputs.row import NO_IDS, Ids, Pixels, Row
 from triton_embed.python_backend.wire import ErrorFormat, InputError
 
 MAX_CHARACTERS_PER_TOKEN = 8  # of texts that are needed whole
-IMAGE_CHARACTERS = 10_000  # that take about as long to tokenize as an image to decode
+IMAGE_CHARACTERS = 10_000  # an estimate: an image takes as long to decode as so many characters to tokenize
 MAX_CHARACTERS = 2**25  # of all texts of a request with their prompts, which are tokenized in one go
 MAX_PADDED_IDS = 2**24  # numbers in the output IDS, padding included: 64 MiB
 
