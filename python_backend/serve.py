@@ -55,6 +55,7 @@ class EmbeddingServer:
         self._serving = serving = ServingConfig.from_triton(args)
         logging.basicConfig(handlers=[_TritonLog()], level=logging.INFO, format="%(message)s", force=True)
         self._sender = Sender()
+        self._unanswered: set[_InferRequest] = set()
         self._unavailable = None
         directory = checkpoint.locate(serving)
         if directory is None:
@@ -109,13 +110,10 @@ class EmbeddingServer:
         return self._unavailable is None
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Parse requests, tokenize their texts, and admit them. The sender thread sends the responses.
-
-        Responses without compute are queued last, because one that is sent while `execute` still runs may stall (see
-        the sender).
-        """
-        pending = [_InferRequest(request) for request in requests]
+        """Parse requests, tokenize their texts, and admit them. The sender thread sends the responses."""
+        pending = [_InferRequest(request, self._unanswered) for request in requests]
         try:
+            self._for_each_open(pending, self._accept)
             self._for_each_open(pending, self._parse)
             for group in self._groups(pending):
                 self._for_each_open(group, self._tokenize(group))
@@ -150,6 +148,13 @@ class EmbeddingServer:
             except Exception:
                 logging.exception("A request could not be parsed")
                 request.refuse("The model failed to read this request", pb_utils.TritonError.INTERNAL)
+
+    def _accept(self, request: "_InferRequest") -> None:
+        """Refuse a request before any work is done for it if too many wait."""
+        if len(self._unanswered) < wire.MAX_REQUESTS:
+            self._unanswered.add(request)
+        else:
+            request.refuse(wire.QUEUE_FULL, pb_utils.TritonError.UNAVAILABLE)
 
     def _parse(self, request: "_InferRequest") -> None:
         if self._unavailable is not None:
@@ -207,6 +212,7 @@ class EmbeddingServer:
 
     def _admit(self, request: "_InferRequest") -> None:
         from triton_embed.python_backend.scheduling.job import Job
+        from triton_embed.python_backend.scheduling.scheduler import LaneFullError
 
         rows, parameters = request.rows, request.parameters
         if request.wants_ids:
@@ -220,7 +226,10 @@ class EmbeddingServer:
         timeout = parameters.get("timeout_ms")
         deadline = math.inf if timeout is None else request.received + timeout / 1_000
         job_dims = self._model.dimensions if rows.averaged else dims
-        self._scheduler.submit(Job(rows.rows, job_dims, request, deadline))
+        try:
+            self._scheduler.submit(Job(rows.rows, job_dims, request, deadline))
+        except LaneFullError:
+            request.refuse(wire.QUEUE_FULL, pb_utils.TritonError.UNAVAILABLE)
 
     def _describe(self) -> wire.ModelInfo:
         model, serving = self._model, self._serving
@@ -247,9 +256,14 @@ class EmbeddingServer:
 
 
 class _InferRequest:
-    """One Triton request and its response."""
+    """One Triton request and its response.
 
-    def __init__(self, triton: Any) -> None:
+    Args:
+        unanswered: The accepted requests, from which this one is removed when its response is sent.
+    """
+
+    def __init__(self, triton: Any, unanswered: set["_InferRequest"]) -> None:
+        self._unanswered = unanswered
         self.triton = triton  # pb_utils.InferenceRequest
         self.response_sender = triton.get_response_sender()
         self.outputs = set(triton.requested_output_names())
@@ -320,6 +334,7 @@ class _InferRequest:
         return [pb_utils.Tensor(name, value) for name, value in available.items() if name in self.outputs]
 
     def _send(self, tensors: list[Any], error: Any = None) -> None:
+        self._unanswered.discard(self)
         response = pb_utils.InferenceResponse(output_tensors=tensors, error=error)
         self.response_sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 

@@ -49,6 +49,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 PROMPT_KEYS = ("instruction", "prompt_name")  # an entry of prompts may have one of these keys
 MAX_INSTRUCTION = 2**16  # characters: an instruction is put before each text and tokenized with it
+# Requests without a response above which a model refuses further ones. The limit is not Triton's `max_queue_size`,
+# because a queue policy turns off the prefetching of batches: Triton's batcher then misses the end of `execute`, and
+# what arrived meanwhile waits for the next arrival, or 500 ms (core, src/dynamic_batch_scheduler.cc,
+# WaitForPayloadSlotAvailable).
+MAX_REQUESTS = 256
+QUEUE_FULL = "Exceeds maximum queue size"  # the message; Triton has the same for its own limit
 
 
 class Reused(IntEnum):

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from checkpoints import FAMILIES
 from google.protobuf import text_format
 from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -316,3 +317,12 @@ def _copy(directory: Path, *names: str) -> Path:
 def _parameters(model: Path) -> dict[str, str]:
     config = text_format.Parse((model / "config.pbtxt").read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     return {key: value.string_value for key, value in config.parameters.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_have_no_queue_policy(family: str) -> None:
+    """With one, Triton 2.51 lets requests wait up to 500 ms; the models limit their queue themselves (wire.py)."""
+    text = (REPOSITORY / family / "config.pbtxt").read_text(encoding="utf-8")
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert config.HasField("dynamic_batching")
+    assert config.dynamic_batching == model_config_pb2.ModelDynamicBatching()

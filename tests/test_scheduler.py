@@ -7,6 +7,7 @@ tokens and may have no ids. With the budget used here, a job of up to two tokens
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from random import Random
@@ -24,6 +25,7 @@ from triton_embed.python_backend.scheduling.job import Job
 from triton_embed.python_backend.scheduling.scheduler import (
     ADMITTED_BUDGETS,
     Compute,
+    LaneFullError,
     MetricsSink,
     PauseHook,
     Scheduler,
@@ -198,11 +200,16 @@ def running(engine: FakeEngine) -> Iterator[RunningScheduler]:
 
 
 def start_submitting(running: RunningScheduler, jobs: Sequence[Job], threads: int) -> list[threading.Thread]:
-    """Start threads that submit these jobs, each a share of them. Wait for them with `join_all`."""
+    """Start threads that submit these jobs, each a share of them, when there is room. Wait with `join_all`."""
 
     def submit(share: Sequence[Job]) -> None:
-        for job in share:
-            running.submit(job)
+        waiting = deque(share)
+        while waiting:
+            try:
+                running.submit(waiting[0])
+                waiting.popleft()
+            except LaneFullError:
+                time.sleep(0.001)
 
     running_threads = [threading.Thread(target=submit, args=(jobs[i::threads],), daemon=True) for i in range(threads)]
     for thread in running_threads:
@@ -213,7 +220,7 @@ def start_submitting(running: RunningScheduler, jobs: Sequence[Job], threads: in
 def join_all(threads: Sequence[threading.Thread]) -> None:
     for thread in threads:
         thread.join(TIMEOUT_SECONDS)
-        assert not thread.is_alive(), "submit is blocked"
+        assert not thread.is_alive(), "there is no room"
 
 
 def occupy_engine(engine: FakeEngine, running: RunningScheduler) -> Caller:
@@ -305,16 +312,15 @@ def test_image_costs_its_tokens_in_all_towers(engine: FakeEngine, running: Runni
     assert [[first_id(row) for row in batch] for batch in engine.batches[1:]] == [[0, 3, 1], [2], [4]]
 
 
-def test_submit_blocks_on_tokens_of_images(engine: FakeEngine, running: RunningScheduler) -> None:
+def test_tokens_of_images_fill_a_lane(engine: FakeEngine, running: RunningScheduler) -> None:
     occupy_engine(engine, running)
-    running.submit(Job([make_image_row(1, ADMITTED_BUDGETS * BUDGET)], 3, Caller()))
-    late = threading.Thread(target=running.submit, args=(make_job(Caller(), 3),), daemon=True)
-    late.start()
-    late.join(0.2)
-    assert late.is_alive()
+    running.submit(Job([make_image_row(1, ADMITTED_BUDGETS * BUDGET)], 3, image := Caller()))
+    with pytest.raises(LaneFullError):
+        running.submit(make_job(Caller(), 3))
     engine.gate.set()
-    late.join(TIMEOUT_SECONDS)
-    assert not late.is_alive()
+    image.outcome()
+    running.submit(make_job(late := Caller(), 3))
+    assert isinstance(late.outcome(), np.ndarray)
 
 
 def test_jobs_share_batches_in_order_of_arrival(engine: FakeEngine, running: RunningScheduler) -> None:
@@ -330,31 +336,23 @@ def test_jobs_share_batches_in_order_of_arrival(engine: FakeEngine, running: Run
 
 
 @pytest.mark.parametrize("size", [1, BUDGET])
-def test_submit_blocks_while_its_lane_is_full(size: int, engine: FakeEngine, running: RunningScheduler) -> None:
-    """Admit jobs until their lane holds eight budgets; the last one may exceed them."""
+def test_submit_refuses_while_its_lane_is_full(size: int, engine: FakeEngine, running: RunningScheduler) -> None:
+    """Admit jobs until their lane is full; the last one may exceed the limit. Refused jobs leave no trace."""
     occupy_engine(engine, running)
     other_size = BUDGET if size == 1 else 1
     running.submit(make_job(Caller(), other_size, first=10_001))  # counts in the other lane
     fitting_jobs = ADMITTED_BUDGETS * BUDGET // size - (size == 1)  # the job that holds the engine is small
-    callers = [Caller() for _ in range(fitting_jobs + 2)]
-    admitted: list[int] = []
-
-    def submit_all() -> None:
-        for i, caller in enumerate(callers):
-            running.submit(make_job(caller, size, first=i))
-            admitted.append(i)
-
-    thread = threading.Thread(target=submit_all, daemon=True)
-    thread.start()
-    thread.join(0.2)
-    assert thread.is_alive()
-    assert admitted == list(range(fitting_jobs))
-    running.submit(make_job(Caller(), other_size, first=10_002))  # the other lane has room
+    callers = [Caller() for _ in range(fitting_jobs + 1)]
+    for i, caller in enumerate(callers[:-1]):
+        running.submit(make_job(caller, size, first=i))
+    with pytest.raises(LaneFullError):
+        running.submit(make_job(callers[-1], size, first=fitting_jobs))
+    running.submit(make_job(other := Caller(), other_size, first=10_002))  # the other lane has room
     engine.gate.set()
-    thread.join(TIMEOUT_SECONDS)
-    assert admitted == list(range(fitting_jobs + 2))
-    for caller in callers:
+    for caller in (*callers[:-1], other):
         assert isinstance(caller.outcome(), np.ndarray)
+    running.submit(make_job(callers[-1], size, first=fitting_jobs))
+    assert isinstance(callers[-1].outcome(), np.ndarray)
 
 
 def raise_on_poison(rows: Sequence[Row], vectors: Vectors) -> Vectors:

@@ -5,8 +5,10 @@
 Goodput is the useful work per second: each answered request counts the seconds it takes when callers send that size
 only. The peak is the goodput of the whole mix from a fixed number of callers, and the sustainable rate is what they are
 served at. Then requests arrive at random times at multiples of that rate (an open loop: more arrive however many wait),
-some of them with slow readers. After each load, single queries show when the server is as fast as before, and the next
-load begins when all requests have an answer. The load is generated on the same cores.
+some of them with slow readers. Measuring begins after the first sixth, when as much is answered as is accepted: the
+time from which no request has an answer yet would count as lost. After each load, single queries show when the server
+is as fast as before, and the next load begins when all requests have an answer. The load is generated on the same
+cores.
 """
 
 import argparse
@@ -111,8 +113,9 @@ async def overload(
     samples: list[float] = []
     other_cpu = cpu_seconds_elsewhere()
     sampling = asyncio.create_task(sample_memory(stack.process.pid, samples))
+    waiting = await load.open(rate, seconds / 6)
     begin = load.now()
-    waiting = await load.open(rate, seconds)
+    waiting += await load.open(rate, seconds)
     end = load.now()
     sampling.cancel()
     other_cpu = cpu_seconds_elsewhere() - other_cpu
@@ -122,7 +125,7 @@ async def overload(
     replies = load.since(begin, end)
     limit = MAX_P99_RATIO * result["idle_query"]["p99_ms"] / 1_000
     slow = [reply.answered - end for reply in queries if reply.status != "200" or reply.answered - reply.sent > limit]
-    goodput = work(replies, capacity, begin, end)
+    goodput = work(load.replies, capacity, begin, end)
     outcomes = describe(replies, load.requests.kinds)
     p99 = outcomes["query"]["p99_ms"]
     return {
@@ -134,7 +137,7 @@ async def overload(
         "memory_mb": samples,
         "kinds": outcomes,
         "goodput_by_second": [
-            round(work(replies, capacity, begin + second, begin + second + 1), 3) for second in range(int(seconds))
+            round(work(load.replies, capacity, begin + second, begin + second + 1), 3) for second in range(int(seconds))
         ],
         "cpu_percent_elsewhere": round(100 * other_cpu / (end - begin)),
     }

@@ -24,9 +24,9 @@ WINDOW_BUDGETS = 4
 # A request counts as small up to 1/2 of `small_tokens`, the engine's limit for small jobs: its tokens are estimates.
 SMALL_DIVISOR = 2
 # Size of the small window, in requests of the largest size that counts as small. Both windows together hold fewer
-# forward passes than the engine admits (8).
+# forward passes than the engine admits.
 SMALL_CALLS = 16
-# Calls of either kind in flight at Triton. Its queue holds 256 (max_queue_size), and other clients may use it too.
+# Calls of either kind in flight at Triton. A model accepts 256 (MAX_REQUESTS), and other clients may use it too.
 MAX_CALLS = 112
 CALL_SMALL_JOBS = 4  # size of each call of a request that is split, in units of `small_tokens`
 INTERACTIVE_TURNS = 8  # interactive calls per batch call, if both wait
@@ -242,7 +242,8 @@ def split(costs: Sequence[int], batch_tokens: int, small_tokens: int) -> list[Se
     A request of at most `batch_tokens` is one call. A larger one becomes calls of a few small jobs' tokens, with at
     least one input each, shortest inputs first so that neighbors in a forward pass have about the same length. Calls
     are small because a query that arrives while a call is parsed and tokenized waits for it (measured: under requests
-    of 2,048 inputs the p99 of queries was twice as long with calls of 4,096 tokens as with calls of 1,024).
+    of 2,048 inputs the p99 of queries was twice as long with calls of 4,096 tokens as with calls of 1,024). They are of
+    about equal size, because a small rest would be a small job to the engine, and queries would wait for it.
 
     Args:
         costs: Tokens of each input.
@@ -252,13 +253,14 @@ def split(costs: Sequence[int], batch_tokens: int, small_tokens: int) -> list[Se
     """
     if sum(costs) <= batch_tokens and len(costs) * max(costs) <= MAX_PADDED_IDS:
         return [range(len(costs))]
-    max_tokens = min(batch_tokens, CALL_SMALL_JOBS * small_tokens)
+    total = sum(costs)
+    count = math.ceil(total / min(batch_tokens, CALL_SMALL_JOBS * small_tokens))
     calls: list[list[int]] = [[]]
-    tokens = 0
+    part = before = 0  # the part of the request to which an input belongs; tokens of the inputs before it
     for i in sorted(range(len(costs)), key=costs.__getitem__):
-        tokens += costs[i]
-        if calls[-1] and (tokens > max_tokens or (len(calls[-1]) + 1) * costs[i] > MAX_PADDED_IDS):
+        previous, part = part, (2 * before + costs[i]) * count // (2 * total)
+        before += costs[i]
+        if calls[-1] and (part > previous or (len(calls[-1]) + 1) * costs[i] > MAX_PADDED_IDS):
             calls.append([])
-            tokens = costs[i]
         calls[-1].append(i)
     return [*calls]

@@ -282,7 +282,7 @@ def _translate(error: grpc.aio.AioRpcError, model: str) -> ApiError:
         case grpc.StatusCode.INVALID_ARGUMENT:
             refused = InputError.from_json(details)
             return invalid(details, None) if refused is None else RefusedInputError(refused)
-        case grpc.StatusCode.UNAVAILABLE if "Exceeds maximum queue size" in details:
+        case grpc.StatusCode.UNAVAILABLE if wire.QUEUE_FULL in details:
             return ApiError(429, f"The queue of model '{model}' is full, try again shortly")
         case grpc.StatusCode.UNAVAILABLE if details.startswith(f"Model '{model}' "):
             # The first line is for callers, the rest for the operator.

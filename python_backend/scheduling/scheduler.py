@@ -1,8 +1,8 @@
 """The scheduler: admission of jobs, the token budget of forward passes, two lanes, and the engine thread.
 
-The engine thread computes while other threads tokenize and send. `submit` blocks while a lane holds eight forward
-passes' worth of tokens: this makes Triton's own batcher hold requests back, so that its queue limits, priorities and
-timeouts apply. Each lane counts separately: a bulk request that is still being computed keeps no small job out.
+The engine thread computes while other threads tokenize and send. `submit` refuses a job while its lane holds 64 forward
+passes' worth of tokens, and never waits: Triton starts no other request meanwhile. Each lane counts separately: bulk
+requests that are still being computed keep no small job out.
 """
 
 import logging
@@ -27,7 +27,7 @@ from triton_embed.python_backend.wire import Reused
 
 log = logging.getLogger(__name__)
 
-ADMITTED_BUDGETS = 8  # per lane, in forward passes
+ADMITTED_BUDGETS = 64  # per lane, in forward passes
 # Jobs below this size cost as much I/O as compute, so a pass over several of them leaves a core to I/O (measured with
 # MiniLM on 2 cores: 128 callers of 12 tokens each are served about 17 % faster, but 32 callers of 100 tokens about 20 %
 # slower).
@@ -37,6 +37,10 @@ LIGHT_JOB_TOKENS = 32
 RECENT_SECONDS = 3.0
 
 PauseHook = Callable[[], None]
+
+
+class LaneFullError(Exception):
+    """As many tokens wait as may wait."""
 
 
 class Compute(Protocol):
@@ -105,10 +109,15 @@ class Scheduler:
         self._engine_loop = engine.submit(self._run_engine)
 
     def submit(self, job: Job) -> None:
-        """Admit a job. Block while its lane is full."""
+        """Admit a job.
+
+        Raises:
+            LaneFullError: Its lane is full.
+        """
         lane = self._lane_of(job)
         with self._changed:
-            self._changed.wait_for(lambda: lane.admitted_tokens < ADMITTED_BUDGETS * self._budget.pass_tokens)
+            if lane.admitted_tokens >= ADMITTED_BUDGETS * self._budget.pass_tokens:
+                raise LaneFullError
             if lane is self._small:
                 self._latest_small = time.monotonic()
             cached = self._dedup.join(job)

@@ -1,8 +1,6 @@
 """The sender thread: the only place that sends responses.
 
-A response sent while `execute()` is still running stalls its caller for 500 ms in about 1 % of cases (measured on
-tritonserver 2.51, for returned lists too), and never from another thread. Sending also takes 0.2 to 0.5 ms, which the
-engine thread should not spend.
+Sending takes 0.2 to 0.5 ms, which the engine thread should not spend.
 """
 
 import logging
