@@ -11,6 +11,7 @@ ARGS ?=
 TRITONS := 3.6.0 3.9.0
 with_triton = PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(1):$(CURDIR)/tests
 interpreted = TRITON_INTERPRET=1 $(call with_triton,$(1)) $(BIN)/python -m pytest tests/interpreted --confcutdir=tests/interpreted -n 2
+compiled = $(call with_triton,$(1)):$(CURDIR)/tests/interpreted $(BIN)/python -m pytest tests/compiled --confcutdir=tests/compiled -n 2
 
 # schemathesis makes its tests as it goes, which a second process does not see; the others count stalls and seconds.
 ALONE := tests/test_schema.py tests/test_serve.py tests/test_supervisor.py
@@ -88,6 +89,7 @@ test: $(VENV)/.test  ## Run all tests (ARGS='-k gateway' and so on: some of thos
 	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile $(foreach file,$(ALONE) tests/test_web_page.py,--ignore=$(file)))
 	$(if $(ARGS),,$(BIN)/python -m pytest $(ALONE))
 	$(if $(ARGS),,$(MAKE) test-pages conformance test-kernels)
+	$(if $(ARGS),,$(call compiled,3.6.0))
 	$(if $(ARGS),,$(call with_triton,3.6.0) $(BIN)/python tests/kernels_gate.py sm90)
 
 test-pages: $(VENV)/.test  ## Test the page at / in a headless browser
@@ -110,6 +112,7 @@ kernels-gate: $(VENV)/.test $(TRITONS:%=$(VENV)/triton-%)  ## Compile every kern
 	$(call with_triton,3.6.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
 	$(call with_triton,3.9.0) $(BIN)/python tests/kernels_gate.py $(ARGS)
 	$(if $(ARGS),,$(call interpreted,3.6.0) -k bfloat16)
+	$(if $(ARGS),,$(call compiled,3.9.0))
 
 check: $(VENV)/.test  ## Lint, formatting and types; changes nothing
 	$(BIN)/ruff check .

@@ -190,7 +190,14 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add and normalize rows; see `Ops.add_layer_norm`."""
     total = _add(x, residual, rows)
-    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+    return _layer_norm(total, weight, bias, eps), total
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Compute LayerNorm in the dtype of x. CUDA's takes no weights of another dtype, as ours often are."""
+    if x.dtype == weight.dtype:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
 
 def post_layer_norm(
@@ -214,7 +221,7 @@ def embed_layer_norm(
 ) -> Tensor:
     """Sum embeddings and normalize them; see `Ops.embed_layer_norm`."""
     kind = token_type[0] if types is None else F.embedding(types, token_type)
-    return F.layer_norm(F.embedding(ids, word) + kind + F.embedding(pos, position), weight.shape, weight, bias, eps)
+    return _layer_norm(F.embedding(ids, word) + kind + F.embedding(pos, position), weight, bias, eps)
 
 
 def first_residual(x: Tensor) -> Tensor:

@@ -4,9 +4,10 @@
 (`python tests/kernels_gate.py norm sm90`: only the kernels of this file, only for this architecture). The ops are
 called with the sizes of real models over uninitialized memory, and each launch is compiled instead of run.
 
-Problems are: a build that fails, spills registers, needs more shared memory than the architecture has, or does not use
-the tensor cores or 128-bit loads that make it fast; a kernel or a table entry that no call reaches; a number whose
-value would trigger compilation in a request; and a deliberately bad build that passes.
+Problems are: a build that fails, spills registers, needs more shared memory than the architecture has, does not use the
+tensor cores or 128-bit loads that make it fast, lets tensor core instructions of Hopper wait for each other, or leaves
+room for one program on a multiprocessor where two would hide each other's epilogues; a kernel or a table entry that no
+call reaches; a number whose value would trigger compilation in a request; and a deliberately bad build that passes.
 """
 
 import math
@@ -22,9 +23,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,6 +52,9 @@ ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
 # Bytes for a block. The table of sm80 serves 8.6, 8.9 and 12.x too, which have less than the 166,912 of an A100.
 SHARED = {80: 101_376, 90: 232_448, 100: 232_448}
 HIP = "gfx942"
+# Of a multiprocessor, by architecture: shared memory and its part that each program loses to the system, threads.
+SHARED_ALL, SHARED_LOST, THREADS = {80: 167_936, 90: 233_472, 100: 233_472}, 1_024, 2_048
+REGISTERS = 65_536  # of a multiprocessor, given to warps in units of 256
 # Tensor core operation in PTX -> the instruction that ptxas generates for it.
 INSTRUCTIONS = {"tcgen05.mma": "UTCHMMA", "wgmma.mma_async": "HGMMA", "mma.sync": "HMMA"}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -93,13 +99,17 @@ class Build:
     target: int | str
     tensor_cores: bool = False
     wide_loads: bool = False
+    two_programs: bool = False
 
     @classmethod
     def of(cls, launch: Launch, target: int | str) -> "Build":
         halves = launch.dtype in {"bf16", "fp16"}
         one_row = launch.constants.get("MODE") in {"cls", "last"}  # per sequence: little to read
         tensor_cores = launch.file in TENSOR_CORES and halves
-        return cls(launch, target, tensor_cores, launch.file in WIDE_LOADS and not one_row)
+        wide_loads = launch.file in WIDE_LOADS and not one_row
+        # The epilogue of a product with an activation is half as long as its loop: another program hides it.
+        two_programs = launch.file == "linear" and halves and target == 90
+        return cls(launch, target, tensor_cores, wide_loads, two_programs)
 
     def __str__(self) -> str:
         launch, target = self.launch, self.target if self.target == HIP else f"sm_{self.target}"
@@ -109,12 +119,23 @@ class Build:
 
 @dataclass(frozen=True)
 class Built:
-    """The result of a build. `spills` counts instructions; `instruction` is that of the tensor cores, if any."""
+    """The result of a build.
+
+    Attributes:
+        spills: Instructions that spill registers.
+        instruction: That of the tensor cores, if any.
+        products: How many of them there are, on Hopper.
+        waits: How often they wait until earlier ones have ended.
+        programs: How many fit on a multiprocessor.
+    """
 
     registers: int = 0
     spills: int = 0
     shared: int = 0  # bytes
     instruction: str = ""
+    products: int = 0
+    waits: int = 0
+    programs: int = 0
     wide_loads: int = 0
     seconds: float = 0.0
     error: str = ""
@@ -129,15 +150,22 @@ class Built:
             f"{self.shared} bytes of shared memory, of {room}": self.shared > room,
             "no tensor cores": build.tensor_cores and not self.instruction,
             "no 128-bit loads": build.wide_loads and not self.wide_loads,
+            f"{self.waits} waits for {self.products} products": 2 * self.waits > self.products,
+            f"room for {self.programs} program": build.two_programs and self.programs < 2,
         }
         return [problem for problem, failed in checks.items() if failed]
 
     def __str__(self) -> str:
-        counts = f"{self.registers:>5}{self.spills:>7}{self.shared:>8}  {self.instruction:<8}{self.wide_loads:>5}"
+        waits = f"{self.waits}/{self.products}" if self.products else ""
+        counts = f"{self.registers:>5}{self.spills:>7}{self.shared:>8}{self.programs:>9}"
+        counts += f"  {self.instruction:<8}{waits:>6}{self.wide_loads:>5}"
         return f"{counts}{self.seconds:>8.2f}"
 
 
-HEADER = f"{'kernel':<17}{'case':<15}{'type':<5}{'config':<19}target  regs spills  shared  matrix   wide seconds"
+HEADER = (
+    f"{'kernel':<17}{'case':<15}{'type':<5}{'config':<19}target "
+    " regs spills  shared programs  matrix   waits wide seconds"
+)
 
 
 class Watched(Table):
@@ -342,16 +370,47 @@ def compiled(build: Build) -> Built:
         return Built(registers, spills, kernel_build.metadata.shared, instruction, seconds=seconds)
     usage = _cuobjdump(kernel_build.asm["cubin"], "-res-usage")
     registers, stack = map(int, re.findall(r"\bREG:(\d+) STACK:(\d+)", usage)[0])
-    # Spilled registers are on the stack. Disassembly takes as long as compilation, so it is skipped without a stack.
-    spills = re.findall(r"\b(?:LDL|STL)\b", _cuobjdump(kernel_build.asm["cubin"], "-sass")) if stack else []
+    instruction = next((INSTRUCTIONS[name] for name in INSTRUCTIONS if name in kernel_build.asm["ptx"]), "")
+    # Spilled registers are on the stack. Disassembly takes as long as compilation, so it is skipped if not needed.
+    asynchronous = instruction == "HGMMA"
+    code = _cuobjdump(kernel_build.asm["cubin"], "-sass") if stack or asynchronous else ""
     return Built(
         registers=registers,
-        spills=len(spills),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared=kernel_build.metadata.shared,
-        instruction=next((INSTRUCTIONS[name] for name in INSTRUCTIONS if name in kernel_build.asm["ptx"]), ""),
+        instruction=instruction,
+        products=len(re.findall(r"\bHGMMA\b", code)),
+        waits=len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code)) if asynchronous else 0,
+        programs=_programs(build.target, launch.num_warps, registers, kernel_build.metadata.shared),
         wide_loads=len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64|v8\.b32|v4\.b64)\b", kernel_build.asm["ptx"])),
         seconds=seconds,
     )
+
+
+def _programs(capability: int, warps: int, registers: int, shared: int) -> int:
+    """Return how many programs fit on a multiprocessor (CUDA's occupancy calculator)."""
+    by_threads = THREADS // (32 * warps)
+    by_registers = REGISTERS // (math.ceil(32 * registers / 256) * 256) // warps
+    return min(by_threads, by_registers, SHARED_ALL[capability] // (shared + SHARED_LOST))
+
+
+def serialized_attention() -> ModuleType:
+    """Return attention with the masked blocks before the unmasked ones."""
+    text = Path(attention.__file__).read_text()
+    unmasked, masked = (
+        text.index("    for i in range(unmasked_from"),
+        text.index("    for i in tl.range(block_count - un"),
+    )
+    end = text.index("    return", masked)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "serialized.py"
+        file.write_text(text[:unmasked] + text[masked:end] + text[unmasked:masked] + text[end:])
+        spec = spec_from_file_location("serialized", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
@@ -371,7 +430,13 @@ def bad_builds() -> dict[str, Build]:
 
     large, deep, small = Config(128, 256, 32, 4, 2), Config(128, 128, 64, 8, 6), Config(64, 64, 16)
     single = launch_of(lambda: ops.linear(x.float(), weight.float(), bias.float(), None, small))
+    large_head = replace(MODELS["Qwen3-0.6B"], prefix=False)
+    (attend, *_) = launches(blocks.load_table("sm90"), [("", attention_calls(large_head, torch.bfloat16))])
+    FILES["serialized"] = serialized_attention()
+    four_stages = Config(128, 128, 64, 8, 4)
     return {
+        "waits for": Build.of(replace(attend, file="serialized"), 90),
+        "room for": Build.of(launch_of(lambda: ops.linear(x, weight, bias, "gelu_erf", four_stages)), 90),
         "spills": Build.of(launch_of(lambda: ops.linear(x, weight, bias, None, large)), 80),
         "shared memory": Build.of(launch_of(lambda: ops.linear(x, weight, bias, None, deep)), 80),
         "tensor cores": Build(single, 80, tensor_cores=True),

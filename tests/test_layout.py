@@ -120,6 +120,7 @@ TESTS_OF_SEVERAL_FILES = {
     "test_checkpoint_keys.py",
     "test_conftest.py",
     "test_cpu_rows.py",
+    "test_cuda_rules.py",
     "test_docs.py",
     "test_documents.py",
     "test_e2e.py",
@@ -127,6 +128,7 @@ TESTS_OF_SEVERAL_FILES = {
     "test_families.py",
     "test_gpu_benchmark.py",
     "test_hostile.py",
+    "test_launches.py",
     "test_layout.py",
     "test_mutations.py",
     "test_networks.py",
@@ -461,7 +463,7 @@ def test_every_source_file_has_a_test_file_and_vice_versa() -> None:
     files = {name_of(path) for path in SOURCES if path not in FAMILIES}
     assert TESTED_ELSEWHERE.keys() <= files
     names = {file: {f"test_{Path(file).name}", f"test_{Path(file).parent.name}_{Path(file).name}"} for file in files}
-    folders = (ROOT / "tests", ROOT / "tests" / "interpreted")  # tests/clients tests external clients
+    folders = [ROOT / "tests" / folder for folder in ("", "interpreted", "compiled")]  # clients/ tests other programs
     tests = {path.name for folder in folders for path in folder.glob("test_*.py")}
     assert {file for file in files - TESTED_ELSEWHERE.keys() if not names[file] & tests} == set()
     assert tests - TESTS_OF_SEVERAL_FILES - {name for each in names.values() for name in each} == set()

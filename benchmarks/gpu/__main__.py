@@ -4,16 +4,20 @@
 that compares each measurement with its target. Stages: machine (versions and the two ceilings), kernels (every op
 against float64), attention (compared with torch's libraries), ops (share of the copy bandwidth), models (end to end,
 compared with transformers), plots. Figures are medians of at least 20 repeats on random data; every timed kernel is
-checked first. If a stage or a row fails, the error is recorded and the run continues. `--tune` writes the block sizes
+checked first. If a stage or a row fails, the error is recorded and the run continues: each stage is a process, because
+after some errors of a GPU every later call of the process fails. `--tune` writes the block sizes
 in `kernels/tables/` instead. `--dry-run` runs everything on a CPU with tiny sizes and plain torch; its figures mean
 nothing.
 """
 
 import argparse
+import json
+import shlex
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +99,25 @@ def perform(run: Run, names: list[str], stages: Mapping[str, Stage] = STAGES) ->
         write(run)
 
 
+def perform_in_processes(
+    options: argparse.Namespace, names: list[str], program: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu")
+) -> dict[str, Any]:
+    """Run each stage in a process, which adds to the results; note the stages whose process ended early."""
+    begin, file = time.monotonic(), options.out / "results.json"
+    file.unlink(missing_ok=True)
+    for name in names:
+        left = options.minutes - (time.monotonic() - begin) / 60
+        command = [*program, *sys.argv[1:], "--stage", name, "--minutes", str(left)]
+        code = subprocess.run(command, check=False).returncode
+        results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"stages": {}}
+        if code:
+            results["stages"].setdefault(name, {"rows": []})["error"] = f"the process of the stage ended with {code}"
+            print(f"{time.monotonic() - begin:5.0f} s  {name:9}  FAILED: its process ended with {code}", flush=True)
+        results |= {"seconds": time.monotonic() - begin, "command": shlex.join(["python", *sys.orig_argv[1:]])}
+        report.save(file, results)
+    return results
+
+
 def write(run: Run) -> None:
     """Write what is measured so far."""
     report.save(run.out / "results.json", run.results)
@@ -126,6 +149,8 @@ def arguments() -> argparse.Namespace:
     add("--tune", action="store_true", help="find block sizes and write them to kernels/tables/ (and to DIR)")
     add("--dry-run", action="store_true", help="use tiny sizes on a CPU to check that everything runs")
     add("--minutes", type=float, default=8, help="do not start models that would finish later than this (%(default)s)")
+    add("--commit", help="the commit that is measured, where git does not know it")
+    add("--stage", choices=STAGES, help=argparse.SUPPRESS)  # runs one stage in this process, and adds to the results
     return parser.parse_args()
 
 
@@ -134,6 +159,21 @@ def main() -> None:
     if not options.dry_run and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: no GPU found; use --dry-run to run tiny sizes on the CPU")
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.stage:
+        stage(options)
+        return
+    names = selected_stages(options)
+    results = perform_in_processes(options, names)
+    print("\n".join(["", *tables.failures(results), *tables.summary(results)]))
+    if {"attention", "ops", "models"} & set(names):
+        print(f"\n{tables.table(results)}")
+    if options.dry_run:
+        print("dry run: these figures mean nothing")
+    print(f"written: {options.out / 'results.json'}")
+
+
+def stage(options: argparse.Namespace) -> None:
+    """Run one stage in this process."""
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     if options.dry_run:
         torch.set_num_threads(1)
@@ -141,27 +181,23 @@ def main() -> None:
         torch.cuda.set_device(device)
     from benchmarks.gpu import machine as gpu_machine
 
-    begin = time.monotonic()
     timer = Timer(device, repeats=3 if options.dry_run else 20)
-    run = Run(device, options.out, options.dry_run, timer, begin + 60 * options.minutes)
-    run.results |= report.header(gpu_machine.versions())
-    run.results |= {
-        "gpu": gpu_machine.gpu(device),
-        "dry_run": options.dry_run,
-        "ceilings": {},
-        "stages": {},
-    }
-    print(run.results["gpu"], run.results["versions"], sep="\n", flush=True)
-    names = selected_stages(options)
-    perform(run, names)
-    run.results["seconds"] = time.monotonic() - begin
-    write(run)
-    print("\n".join(["", *tables.failures(run.results), *tables.summary(run.results)]))
-    if {"attention", "ops", "models"} & set(names):
-        print(f"\n{tables.table(run.results)}")
-    if options.dry_run:
-        print("dry run: these figures mean nothing")
-    print(f"written: {options.out / 'results.json'}")
+    run = Run(device, options.out, options.dry_run, timer, time.monotonic() + 60 * options.minutes)
+    file = options.out / "results.json"
+    if file.exists():
+        run.results |= json.loads(file.read_text())
+    else:
+        run.results |= report.header(gpu_machine.versions())
+        if options.commit:
+            run.results["commit"] = options.commit
+        run.results |= {
+            "gpu": gpu_machine.gpu(device),
+            "dry_run": options.dry_run,
+            "ceilings": {},
+            "stages": {},
+        }
+        print(run.results["gpu"], run.results["versions"], sep="\n", flush=True)
+    perform(run, [options.stage])
 
 
 if __name__ == "__main__":

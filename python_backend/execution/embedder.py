@@ -202,14 +202,18 @@ class Embedder:
             raise ConfigError(f"{serving.name}: {error}{hint}") from error
 
     def _samples(self) -> list[tuple[list[Row], list[int]]]:
-        """Return warm-up batches with their dimensions: random texts, two of which share a prefix, and images."""
+        """Return warm-up batches with their dimensions: random texts, two of which share a prefix, and images.
+
+        Rows of one size and rows of several are pooled by different kernels, so there is a batch of each.
+        """
         rng = np.random.default_rng(0)
         longest = min(self.model.max_tokens, 64)
         ids = [rng.integers(self.model.vocab_size, size=n, dtype=np.int32) for n in {1, min(7, longest), longest}]
         sharing = Row(max(ids, key=len), shared_prefix_tokens=longest // 2)
         batches = [[*map(Row, ids), sharing, sharing], self._network.sample_image_rows()]
         dims = self.model.dimensions
-        return [(rows, [max(1, dims // 2), *[dims] * (len(rows) - 1)]) for rows in batches if rows]
+        sizes = ([max(1, dims // 2), dims], [dims, dims])
+        return [(rows, [first, *[rest] * (len(rows) - 1)]) for rows in batches if rows for first, rest in sizes]
 
 
 def _min_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

@@ -78,13 +78,13 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(request.param, embedder(request.param, directory), rows, vectors)
 
 
-def embedder(name: str, directory: Path) -> Embedder:
+def embedder(name: str, directory: Path, dtype: str = "auto") -> Embedder:
     sys.modules.setdefault("triton_python_backend_utils", ModuleType("only inside Triton"))
     model = runpy.run_path(str(REPOSITORY / name.partition("-")[0] / "1" / "model.py"))["TritonPythonModel"]
     kind = AutoConfig.from_pretrained(directory).model_type
     serving = ServingConfig(
         name=name, checkpoint="", checkpoint_root=Path("/nonexistent"), model_types=(kind,), threads=1,
-        kernels="triton", max_tokens=20, min_image_tokens=1, max_image_tokens=4,
+        kernels="triton", dtype=dtype, max_tokens=20, min_image_tokens=1, max_image_tokens=4,
     )  # fmt: skip
     return Embedder(model.spec, directory, serving)
 

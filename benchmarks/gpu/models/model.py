@@ -35,7 +35,7 @@ class Model:
     pooling: str = "last"
     causal: bool = True
     prefix: bool = False  # whether queries with a shared prefix are measured
-    seconds: int = 25
+    seconds: int = 50
 
     @property
     def text(self) -> bool:
@@ -177,13 +177,13 @@ MODELS = (
         parameters_b=0.34,
         pooling="cls",
         causal=False,
-        seconds=20,
+        seconds=40,
     ),
     Model(
         *("qwen3-0.6b", DecoderSpec(eos="", causal=True, qk_norm=True, qkv_bias=False)),
         parameters_b=0.6,
         prefix=True,
-        seconds=30,
+        seconds=60,
     ),
     Clip(
         *("clip-vit-l-14-336", ClipSpec()),
@@ -191,30 +191,30 @@ MODELS = (
         pooling="projection",
         gflop_per_image=382,
         images=128,
-        seconds=20,
+        seconds=40,
     ),
     # Causal, as transformers computes it. The released model is bidirectional; the operations differ by about 1 %.
     Model(
         *("gte-qwen2-1.5b", DecoderSpec(eos="", causal=True, qk_norm=False, qkv_bias=True)),
         parameters_b=1.54,
         prefix=True,
-        seconds=35,
+        seconds=70,
     ),
     Gme(
         *("gme-qwen2-vl-2b", Qwen2VLSpec()),
         parameters_b=2.2,
         gflop_per_image=2_237,
         images=32,
-        seconds=35,
+        seconds=70,
     ),
     Model(
         *("e5-mistral-7b", DecoderSpec(eos="", causal=True, qk_norm=False, qkv_bias=False)),
         parameters_b=7.1,
-        seconds=60,
+        seconds=120,
     ),
     Model(
         *("qwen3-4b", DecoderSpec(eos="", causal=True, qk_norm=True, qkv_bias=False)),
         parameters_b=4.0,
-        seconds=45,
+        seconds=90,
     ),
 )
