@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """A config or a checkpoint that cannot be served. The message tells the operator file, key and values."""
 
 
+class DeviceLostError(RuntimeError):
+    """The GPU refuses every further call of this process, as it does after an illegal memory access."""
+
+
 def _shorten(message: str) -> str:
     """Return a message without the middle of what it quotes."""
     if len(message) <= MAX_MESSAGE:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from triton_embed.python_backend.inputs.rows import RequestRows
 
 CHARACTERS_PER_TOKEN = 4  # of ordinary text
+SENT_SECONDS = 0.5  # in which tritonserver takes the last replies of this process
 
 
 class EmbeddingServer:
@@ -89,6 +90,7 @@ class EmbeddingServer:
             self._engine,
             family and EngineMetrics(family, serving.name),
             serving.cache_bytes,
+            _end_process,
         )
         gc.freeze()  # nor is it ever looked for among what stays until the end
         gc.enable()
@@ -111,7 +113,7 @@ class EmbeddingServer:
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Parse requests, tokenize their texts, and admit them. The sender thread sends the responses."""
-        pending = [_InferRequest(request, self._unanswered) for request in requests]
+        pending = [_InferRequest(request, self._serving.name, self._unanswered) for request in requests]
         try:
             self._for_each_open(pending, self._accept)
             self._for_each_open(pending, self._parse)
@@ -252,6 +254,7 @@ class EmbeddingServer:
             dtype=self._embedder.computes_in,
             device=self._embedder.device,
             kernels=self._embedder.kernels,
+            instances=serving.instances,
         )
 
 
@@ -262,7 +265,8 @@ class _InferRequest:
         unanswered: The accepted requests, from which this one is removed when its response is sent.
     """
 
-    def __init__(self, triton: Any, unanswered: set["_InferRequest"]) -> None:
+    def __init__(self, triton: Any, model: str, unanswered: set["_InferRequest"]) -> None:
+        self._model = model
         self._unanswered = unanswered
         self.triton = triton  # pb_utils.InferenceRequest
         self.response_sender = triton.get_response_sender()
@@ -317,6 +321,10 @@ class _InferRequest:
     def dropped(self, reason: str) -> None:
         self._send([], pb_utils.TritonError(reason, pb_utils.TritonError.CANCELLED))
 
+    def unavailable(self) -> None:
+        message = f"Model '{self._model}' lost its GPU and starts again"
+        self._send([], pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
+
     def outputs_of(
         self, vectors: npt.NDArray[np.float32], reused: npt.NDArray[np.int32]
     ) -> dict[str, npt.NDArray[Any]]:
@@ -345,6 +353,12 @@ class _TritonLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         write = {logging.WARNING: pb_utils.Logger.log_warn, logging.ERROR: pb_utils.Logger.log_error}
         write.get(record.levelno, pb_utils.Logger.log_info)(self.format(record))
+
+
+def _end_process() -> None:
+    """End this process, which makes the supervisor of tritonserver start it again."""
+    time.sleep(SENT_SECONDS)
+    os._exit(1)
 
 
 def _hide_shared_memory() -> None:

@@ -138,9 +138,10 @@ class ModelInfo:
     dtype: str
     device: str
     kernels: str
+    instances: int  # processes that compute, each with a queue of its own
 
     def __post_init__(self) -> None:
-        for name in ("dimensions", "max_model_len", "vocab_size", "batch_tokens", "max_request_tokens"):
+        for name in ("dimensions", "max_model_len", "vocab_size", "batch_tokens", "max_request_tokens", "instances"):
             if (size := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be positive, got {size}")
 

@@ -40,8 +40,11 @@ def new_admission(
     small_tokens: int = SMALL_DIVISOR * MAX_SMALL_TOKENS,
     max_pending_tokens: int = 10**9,
     gateway_count: int = 1,
+    instances: int = 1,
 ) -> Admission:
-    return Admission("m", budget, small_tokens, max_pending_tokens=max_pending_tokens, gateway_count=gateway_count)
+    return Admission(
+        "m", budget, small_tokens, instances, max_pending_tokens=max_pending_tokens, gateway_count=gateway_count
+    )
 
 
 async def send(admission: Admission, tokens: int, *, batch: bool = False, seconds: float = 60) -> Callable[[], None]:
@@ -150,13 +153,18 @@ def test_small_calls_do_not_use_the_large_window() -> None:
     run(use)
 
 
-@pytest.mark.parametrize(("gateway_count", "large", "small"), [(1, 4, 16), (2, 2, 8), (9, 2, 8)])
-def test_gateways_of_one_triton_share_the_windows(gateway_count: int, large: int, small: int) -> None:
+@pytest.mark.parametrize(
+    ("gateway_count", "instances", "large", "small"),
+    [(1, 1, 4, 16), (2, 1, 2, 8), (9, 1, 2, 8), (1, 2, 8, 32), (2, 3, 6, 24)],
+)
+def test_gateways_share_the_windows_of_all_instances(
+    gateway_count: int, instances: int, large: int, small: int
+) -> None:
     async def use() -> None:
-        admission = new_admission(gateway_count=gateway_count)
-        calls = [asyncio.create_task(send(admission, tokens)) for tokens in (100, 10) for _ in range(30)]
+        admission = new_admission(gateway_count=gateway_count, instances=instances)
+        calls = [asyncio.create_task(send(admission, tokens)) for tokens in (100, 10) for _ in range(40)]
         await settle()
-        assert [sum(task.done() for task in tasks) for tasks in (calls[:30], calls[30:])] == [large, small]
+        assert [sum(task.done() for task in tasks) for tasks in (calls[:40], calls[40:])] == [large, small]
         for task in calls:
             task.cancel()
 

@@ -328,6 +328,7 @@ IMAGE_INFO = {
     "family": "test", "checkpoint": None, "dimensions": 3, "max_model_len": 77, "vocab_size": 100, "pooling": "last",
     "matryoshka": None, "instructions": True, "prompt_names": [], "default_prompt_name": None, "batch_tokens": 1024,
     "small_tokens": 256, "max_request_tokens": 300_000, "dtype": "float32", "device": "cpu", "kernels": "",
+    "instances": 1,
 }  # fmt: skip
 IMAGES = {"/a.png": b"\x89PNG a" * 99, "/b.jpg": bytes(70_000), "/c": b"GIF89a c"}
 

@@ -104,6 +104,24 @@ def test_defaults_depend_on_the_device() -> None:
     assert (on_cpu.image_positions, on_cpu.min_image_tokens, on_cpu.max_image_tokens) == ("mrope", 256, 1280)
 
 
+@pytest.mark.parametrize(
+    ("groups", "instances"),
+    [
+        ([{"kind": "KIND_CPU", "count": 1, "gpus": []}], 1),
+        ([{"kind": "KIND_CPU", "count": 2, "gpus": []}], 2),
+        ([{"kind": "KIND_GPU", "count": 2, "gpus": [0, 1, 2, 3]}], 8),
+        ([{"kind": "KIND_GPU", "count": 1, "gpus": [0]}, {"kind": "KIND_CPU", "count": 3}], 4),
+        ([], 1),
+    ],
+)
+def test_instances_of_all_groups_are_counted(groups: list[dict[str, object]], instances: int) -> None:
+    given = arguments({"checkpoint": "a/b"})
+    given["model_config"] = json.dumps(json.loads(given["model_config"]) | {"instance_group": groups})
+    config = ServingConfig.from_triton(given)
+    assert config.instances == instances
+    assert config.thread_count == max(1, len(os.sched_getaffinity(0)) // instances)
+
+
 def test_environment_variable_sets_the_checkpoint_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_EMBED_CHECKPOINTS", "/data/models")
     assert ServingConfig.from_triton(arguments({"checkpoint": "a/b"})).checkpoint_root == Path("/data/models")

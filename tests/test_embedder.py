@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from conftest import MINILM, Family, serving, write_bert
-from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.errors import ConfigError, DeviceLostError
 from triton_embed.python_backend.execution.embedder import Embedder
 from triton_embed.python_backend.inputs.parameters import Item
 from triton_embed.python_backend.inputs.row import Row
@@ -472,6 +472,47 @@ def test_threads_setting_is_applied(bge_tiny: Path) -> None:
     for threads in (2, 1):
         embedder(bge_tiny, threads=threads)
         assert torch.get_num_threads() == threads
+
+
+def test_pass_without_memory_is_halved(bge_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(bge_tiny)
+    rows = [Row(np.arange(3, 4 + i, dtype=np.int32)) for i in range(7)]
+    dims = [5, 60, 7, 8, 60, 9, 60]
+    expected, computed, forward = model.embed(rows, dims), [], model._forward
+
+    def limited(rows: Sequence[Row]) -> object:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        computed.append(len(rows))
+        return forward(rows)
+
+    monkeypatch.setattr(model, "_forward", limited)
+    result = model.embed(rows, dims)
+    assert computed == [1, 2, 2, 2]
+    for i, size in enumerate(dims):
+        np.testing.assert_allclose(result[i, :size], expected[i, :size], atol=1e-6)
+
+
+def test_row_without_memory_fails_alone(bge_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(bge_tiny)
+
+    def fails(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "_forward", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.embed([Row(np.array([3], dtype=np.int32))], [60])
+
+
+def test_error_of_the_device_is_reported_as_its_loss(bge_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(bge_tiny)
+
+    def fails(_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    monkeypatch.setattr(model, "_forward", fails)
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        model.embed([Row(np.array([3], dtype=np.int32))] * 2, [60, 60])
 
 
 def test_spare_core_lowers_the_thread_count(bge_tiny: Path) -> None:

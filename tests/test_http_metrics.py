@@ -59,7 +59,7 @@ def test_stage_is_timed_even_if_it_fails() -> None:
 
 def test_model_info_reports_device_and_kernels() -> None:
     info = {"checkpoint": None, "dimensions": 3, "max_model_len": 7, "vocab_size": 9, "pooling": "cls"}
-    info |= {"default_prompt_name": None, "batch_tokens": 9, "small_tokens": 2, "max_request_tokens": 9}
+    info |= {"default_prompt_name": None, "batch_tokens": 9, "small_tokens": 2, "max_request_tokens": 9, "instances": 1}
     info |= {"modalities": ("text",), "matryoshka": None, "instructions": False, "prompt_names": ()}
     slow = ModelInfo(**info, name="slow", family="bert", dtype="float32", device="cuda:0", kernels="torch")
     fast = ModelInfo(**info, name="fast", family="bert", dtype="bfloat16", device="cuda:0", kernels="triton")

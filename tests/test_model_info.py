@@ -33,6 +33,7 @@ INFO = ModelInfo(
     dtype="float32",
     device="cpu",
     kernels="torch",
+    instances=1,
 )
 POSITIVE = ("dimensions", "max_model_len", "vocab_size", "batch_tokens", "max_request_tokens")
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from triton_embed.python_backend.errors import DeviceLostError
 from triton_embed.python_backend.execution.budget import Budget
 from triton_embed.python_backend.inputs.row import NO_IDS, Row
 from triton_embed.python_backend.scheduling import job as job_file
@@ -64,6 +65,10 @@ class Caller:
 
     def dropped(self, reason: str) -> None:
         self.outcomes.append(f"dropped: {reason}")
+        self._replied.set()
+
+    def unavailable(self) -> None:
+        self.outcomes.append("unavailable")
         self._replied.set()
 
     def outcome(self) -> Vectors | str:
@@ -154,8 +159,10 @@ class RunningScheduler:
         self, compute: Compute, metrics: MetricsSink | None = None, budget: int = BUDGET, cache_bytes: int = 0
     ) -> None:
         self.sender = Sender()
+        self.ended = threading.Event()
         self.scheduler = Scheduler(
-            compute, Budget(budget, budget // 2, budget // 4), self.sender, DaemonExecutor(), metrics, cache_bytes
+            *(compute, Budget(budget, budget // 2, budget // 4), self.sender, DaemonExecutor(), metrics, cache_bytes),
+            end_process=self.ended.set,
         )
         self.submit = self.scheduler.submit
 
@@ -353,6 +360,30 @@ def test_submit_refuses_while_its_lane_is_full(size: int, engine: FakeEngine, ru
         assert isinstance(caller.outcome(), np.ndarray)
     running.submit(make_job(callers[-1], size, first=fitting_jobs))
     assert isinstance(callers[-1].outcome(), np.ndarray)
+
+
+@pytest.mark.parametrize("in_pause", [False, True])
+def test_lost_device_answers_everything_and_ends_the_process(
+    in_pause: bool, engine: FakeEngine, running: RunningScheduler
+) -> None:
+    """Lose the device in a pass, or in a small one in its pause: what is computed stays, the rest is unavailable."""
+    running.submit(make_job(early := Caller(), 1))
+    assert isinstance(early.outcome(), np.ndarray)
+    bulk, small, waiting = Caller(), Caller(), Caller()
+
+    def lose(rows: Sequence[Row], vectors: Vectors) -> Vectors:
+        if len(rows[0].ids) == 1 or not in_pause:
+            raise DeviceLostError("CUDA error: an illegal memory access was encountered")
+        return vectors
+
+    engine.transform = lose
+    engine.gate.clear()
+    engine.pause_actions = [lambda: running.submit(make_job(small, 1, first=50))]
+    running.submit(make_job(bulk, 9, 9, 9, first=10))
+    running.submit(make_job(waiting, 9, first=30))
+    engine.gate.set()
+    assert running.ended.wait(TIMEOUT_SECONDS)
+    assert [caller.outcome() for caller in (bulk, small, waiting)] == ["unavailable"] * 3
 
 
 def raise_on_poison(rows: Sequence[Row], vectors: Vectors) -> Vectors:

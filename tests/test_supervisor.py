@@ -28,7 +28,7 @@ from tritonclient.utils import InferenceServerException
 
 from conftest import REPOSITORY, Stack, free_port
 from triton_embed.gateway.process.supervisor import ServeError, check_ports, listen
-from triton_embed.gateway.process.triton_process import SHARED_MEMORY, TritonOptions
+from triton_embed.gateway.process.triton_process import SHARED_MEMORY, STUB, TritonOptions
 from triton_embed.python_backend.checkpoint import repository
 
 DRAIN_SECONDS = 4.0  # the default
@@ -294,6 +294,76 @@ def test_killed_model_process_is_restarted_under_load(stack: Stack) -> None:
     stub.kill()
     load.await_recovery(time.monotonic(), 15)
     assert not stub.is_running()
+
+
+def test_killed_process_of_one_of_two_instances_is_noticed(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(REPOSITORY / "minilm", models / "minilm", ignore=shutil.ignore_patterns("__pyc*"))
+    config = models / "minilm" / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", "count: 2"))
+    stack = Stack(tmp_path / "log", f"--model-repository={models}")
+
+    def stubs() -> list[psutil.Process]:
+        return [process for process in stack.processes() if STUB in "".join(_command(process)[:1])]
+
+    try:
+        first = stubs()
+        assert len(first) == 2
+        load = Load(stack)
+        first[0].kill()
+        load.await_recovery(time.monotonic(), 30)
+        assert not set(first) & set(stubs())
+        assert len(stubs()) == 2
+    finally:
+        stack.stop()
+
+
+LOSING = """
+
+from pathlib import Path
+
+from triton_embed.python_backend.errors import DeviceLostError
+
+Model = TritonPythonModel
+
+
+class TritonPythonModel(Model):
+    def initialize(self, args):
+        super().initialize(args)
+        compute, lost = self._scheduler._compute, Path({lost!r})
+
+        def compute_or_lose(*args):
+            if not lost.exists():
+                lost.touch()
+                raise DeviceLostError("CUDA error: an illegal memory access was encountered")
+            return compute(*args)
+
+        self._scheduler._compute = compute_or_lose
+"""
+
+
+def test_model_that_loses_its_gpu_says_so_and_comes_back(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(REPOSITORY / "minilm", models / "minilm", ignore=shutil.ignore_patterns("__pyc*"))
+    with (models / "minilm" / "1" / "model.py").open("a") as model:
+        model.write(LOSING.format(lost=str(tmp_path / "lost")))
+    stack = Stack(tmp_path / "log", f"--model-repository={models}")
+
+    def post() -> requests.Response:
+        return requests.post(f"{stack.url}/v1/embeddings", json={"input": ["hello world"] * 3}, timeout=60)
+
+    try:
+        lost = post()
+        assert lost.status_code == 503
+        assert lost.json()["error"]["message"] == "Model 'minilm' lost its GPU and starts again"
+        deadline = time.monotonic() + 30
+        while (answer := post()).status_code != 200:
+            assert answer.status_code == 503, answer.text
+            assert time.monotonic() < deadline, stack.output()[-2000:]
+            time.sleep(0.2)
+        assert len(answer.json()["data"]) == 3
+    finally:
+        stack.stop()
 
 
 def test_killed_tritonserver_is_restarted_under_load_even_if_killed_again(stack: Stack) -> None:

@@ -61,6 +61,7 @@ def info_response(name: str) -> bytes:
         "dtype": "float32",
         "device": "cpu",
         "kernels": "none",
+        "instances": 1,
     }
     text = json.dumps(info).encode()
     reply = service_pb2.ModelInferResponse(model_name=name)

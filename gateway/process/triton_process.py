@@ -132,6 +132,7 @@ class TritonProcess:
         self._hanging: set[str] = set()  # killed for it
         self._loaded: set[str] = set()
         self._regions: set[str] = set()  # shared memory of its stubs
+        self._stubs: dict[str, set[psutil.Process]] = {}  # of each model that has loaded
 
     @property
     def serves_nothing(self) -> bool:
@@ -246,11 +247,21 @@ class TritonProcess:
         return bool(stubs)
 
     def _dead_model(self) -> str | None:
-        """Return a loaded model without a living stub, if there is one. Record the shared memory of all stubs."""
-        stubs = dict(_stubs_of(self._process.pid))
-        self._regions.update(region for _, region in stubs.values())
-        alive = {model for model, _ in stubs.values()}
-        return next(iter(self._loaded - alive), None)
+        """Return a loaded model one of whose stubs has ended, if there is one. Record the shared memory of all stubs.
+
+        A model has a stub for each of its instances; tritonserver goes on without one that ends.
+        """
+        alive: dict[str, set[psutil.Process]] = {model: set() for model in self._loaded}
+        for stub, (model, region) in _stubs_of(self._process.pid):
+            self._regions.add(region)
+            if model in alive:
+                alive[model].add(stub)
+        for model, stubs in alive.items():
+            seen = self._stubs.setdefault(model, set())
+            seen |= stubs
+            if not stubs or stubs < seen:
+                return model
+        return None
 
 
 def _stubs_of(server: int) -> Iterator[tuple[psutil.Process, tuple[str, str]]]:

@@ -19,7 +19,8 @@ from triton_embed.gateway.errors import ApiError
 from triton_embed.gateway.triton.request_queue import QueuedRequest, RequestQueue
 from triton_embed.gateway.triton.window import Window
 
-# Size of the large window, in forward passes: the one in progress, the next one, and those being tokenized.
+# Size of the large window per instance, in forward passes: the one in progress, the next one, and those being
+# tokenized.
 WINDOW_BUDGETS = 4
 # A request counts as small up to 1/2 of `small_tokens`, the engine's limit for small jobs: its tokens are estimates.
 SMALL_DIVISOR = 2
@@ -51,18 +52,26 @@ class Admission:
     Args:
         batch_tokens: Tokens of one forward pass.
         small_tokens: The engine's limit for small jobs.
+        instances: Processes that compute. The windows grow with them, so that each has work.
         max_pending_tokens: Tokens that may wait.
         gateway_count: Gateway processes that send to this model; they share the windows.
     """
 
     def __init__(
-        self, model: str, batch_tokens: int, small_tokens: int, *, max_pending_tokens: int, gateway_count: int = 1
+        self,
+        model: str,
+        batch_tokens: int,
+        small_tokens: int,
+        instances: int = 1,
+        *,
+        max_pending_tokens: int,
+        gateway_count: int = 1,
     ) -> None:
         self._model = model
         self._max_small_tokens = small_tokens // SMALL_DIVISOR
-        max_calls = max(8, MAX_CALLS // gateway_count)
-        small = Window(max(8, SMALL_CALLS // gateway_count) * self._max_small_tokens, max_calls)
-        large = Window(max(2, WINDOW_BUDGETS // gateway_count) * batch_tokens, max_calls)
+        max_calls = max(8, MAX_CALLS * instances // gateway_count)
+        small = Window(max(8, SMALL_CALLS * instances // gateway_count) * self._max_small_tokens, max_calls)
+        large = Window(max(2, WINDOW_BUDGETS * instances // gateway_count) * batch_tokens, max_calls)
         self._small, self._interactive = RequestQueue(small), RequestQueue(large)
         self._batch = RequestQueue(large, BATCH_SHARE)
         self._max_pending_tokens = max_pending_tokens

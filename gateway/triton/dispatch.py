@@ -49,7 +49,7 @@ class Dispatcher:
         self._client = client
         self._max_pending_tokens = max_pending_tokens
         self._gateway_count = gateway_count
-        self._admissions: dict[tuple[str, int, int], Admission] = {}
+        self._admissions: dict[tuple[str, int, int, int], Admission] = {}
 
     @property
     def pending_tokens(self) -> Mapping[str, int]:
@@ -77,7 +77,7 @@ class Dispatcher:
             return await _unless_disconnected(context.disconnected, embeddings)
 
     def _admission_of(self, model: ModelInfo) -> Admission:
-        key = (model.name, model.batch_tokens, model.small_tokens)
+        key = (model.name, model.batch_tokens, model.small_tokens, model.instances)
         if key not in self._admissions:
             self._admissions[key] = Admission(
                 *key, max_pending_tokens=self._max_pending_tokens, gateway_count=self._gateway_count

@@ -5,7 +5,7 @@ ServingConfig is the only place that defines defaults for the `config.pbtxt` par
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from triton_embed.python_backend.spec import Spec
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 IMAGE_POSITIONS = ("mrope", "sequential")
 KERNELS = ("auto", "reference")  # kernels.backend also accepts `triton`, for tests on a CPU
+OF_TRITON = {"name", "checkpoint_root", "device", "instances"}  # fields that are not parameters
 KERNEL_ALIASES = {"torch": "reference"}  # earlier spelling
 
 
@@ -55,11 +56,12 @@ class ServingConfig:
     cuda_graphs: bool = True  # GPU only: replay small batches as one CUDA graph
     prefix_reuse: bool = True  # causal models only: compute a repeated instruction once
     cache_bytes: int = 0  # size of the cache of vectors for repeated inputs; 0: no cache
+    instances: int = 1  # of all `instance_group`s; not a parameter
 
     @property
     def thread_count(self) -> int:
-        """Number of threads for a forward pass on the CPU."""
-        return self.threads or core_count()
+        """Number of threads for a forward pass on the CPU, whose cores the instances share."""
+        return self.threads or max(1, core_count() // self.instances)
 
     @classmethod
     def from_triton(cls, args: Mapping[str, str]) -> "ServingConfig":
@@ -78,7 +80,7 @@ class ServingConfig:
         default_dtype = os.environ.get("TRITON_EMBED_DTYPE")
         parameters = {"dtype": default_dtype} if default_dtype else {}
         parameters |= {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
-        field_types = {f.name: f.type for f in fields(cls) if f.name not in {"name", "checkpoint_root", "device"}}
+        field_types = {f.name: f.type for f in fields(cls) if f.name not in OF_TRITON}
         values: dict[str, Any] = {}
         for key, text in parameters.items():
             if key not in field_types:
@@ -100,8 +102,14 @@ class ServingConfig:
             name=config["name"],
             checkpoint_root=Path(root).absolute(),
             device=f"cuda:{args['model_instance_device_id']}" if gpu else "cpu",
+            instances=_instances(config.get("instance_group", [])),
             **values,
         )
+
+
+def _instances(groups: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of instances: `count` on each GPU of a group, or on the CPU. Triton fills in the defaults."""
+    return sum(group.get("count", 1) * max(1, len(group.get("gpus", ()))) for group in groups) or 1
 
 
 def _parse(location: str, text: str, field_type: Any) -> Any:

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
-# Tokens per forward pass, unless the operator sets max_batch_tokens
-ON_GPU = 16_384
+# Tokens per forward pass, unless the operator sets max_batch_tokens. On a GPU a pass takes about GPU_SECONDS, because
+# a query waits for it; with fewer tokens than the least the GPU is not used well, with more than the most no better.
+LEAST_ON_GPU, MOST_ON_GPU = 1_024, 16_384
+GPU_SECONDS = 0.025
+GPU_UTILIZATION = 0.6  # of the rate of a large product
 # On a CPU a pass is just large enough to be fast, because the next request waits for it (measured on 2 cores: MiniLM
 # embeds 5 to 10 % more tokens per second in passes of 4,096 tokens than of 1,024, and about 20 % more requests of
 # 32 texts, which then fit one call; bge-large gains 4 % and Qwen3-0.6B nothing, in passes of 4 and 6 seconds).
@@ -33,16 +36,19 @@ class Budget:
     small_job_tokens: int
 
     @classmethod
-    def of(cls, device: str, weights: int, pass_tokens: int = 0) -> "Budget":
+    def of(cls, device: str, weights: int, pass_tokens: int = 0, flops: float = 0.0) -> "Budget":
         """Return the budget of a network with this many weights in linear layers.
 
         Args:
             pass_tokens: The operator's limit; 0: chosen for the device and the network.
+            flops: Floating-point operations per second of a large product on a GPU.
         """
         on_cpu = device == "cpu"
-        if not pass_tokens:
-            cpu_tokens = ON_CPU_SMALL_NETWORK if weights <= SMALL_NETWORK_WEIGHTS else ON_CPU
-            pass_tokens = cpu_tokens if on_cpu else ON_GPU
+        if not pass_tokens and on_cpu:
+            pass_tokens = ON_CPU_SMALL_NETWORK if weights <= SMALL_NETWORK_WEIGHTS else ON_CPU
+        elif not pass_tokens:
+            fitting = int(GPU_SECONDS * GPU_UTILIZATION * flops / (2 * weights))
+            pass_tokens = min(max(fitting, LEAST_ON_GPU), MOST_ON_GPU)
         # Larger passes do not change the limits of small jobs.
         base = min(pass_tokens, ON_CPU) if on_cpu else pass_tokens
         return cls(pass_tokens, int(base * SHARED_FRACTION), int(base * SMALL_FRACTION))

@@ -14,11 +14,11 @@ from torch import nn
 
 from triton_embed.kernels.ops import Ops, resolve
 from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
-from triton_embed.python_backend.errors import ConfigError
+from triton_embed.python_backend.errors import ConfigError, DeviceLostError
 from triton_embed.python_backend.execution import precision
 from triton_embed.python_backend.execution.budget import Budget
 from triton_embed.python_backend.execution.cpu_threads import Threads
-from triton_embed.python_backend.execution.cuda_graphs import CudaGraphs, Forward
+from triton_embed.python_backend.execution.cuda_graphs import CudaGraphs, Forward, graph_tokens
 from triton_embed.python_backend.execution.prefix_cache import PrefixCache
 from triton_embed.python_backend.inputs.row import Row
 from triton_embed.python_backend.networks import weights
@@ -62,7 +62,9 @@ class Embedder:
         self._pause_hook: Callable[[], None] | None = None
         self._load(spec, directory)
         linears = sum(layer.weight.numel() for layer in self._layers)
-        self.budget = Budget.of(self.device, linears, serving.max_batch_tokens)
+        flops = 0.0 if self.device == "cpu" else _flops(self.device, self.dtype)
+        self.budget = Budget.of(self.device, linears, serving.max_batch_tokens, flops)
+        self._graph_tokens = graph_tokens(len(self._layers), linears, flops)
         # If the operator did not choose bf16, its accuracy is checked.
         dtype_is_chosen_here = self.device == "cpu" and serving.dtype == "auto" and self.dtype != torch.float32
         expected = None
@@ -95,10 +97,34 @@ class Embedder:
     ) -> npt.NDArray[np.float32]:
         """Run one packed forward pass: rows -> fp32 [B,E], row b normalized over its first dims[b] values.
 
+        If the memory of a GPU does not suffice for all rows, the pass is run in two halves.
+
         Args:
             pause_hook: On a CPU, called a few times per layer; it may itself call `embed` for urgent rows.
             spare_core: Other threads need a core meanwhile.
+
+        Raises:
+            DeviceLostError: The GPU refuses every further call of this process.
         """
+        try:
+            return self._run_pass(rows, dims, pause_hook, spare_core)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            log.warning("The GPU has no memory for a pass over %d rows: halving it", len(rows))
+            torch.cuda.empty_cache()
+        except torch.AcceleratorError as error:
+            raise DeviceLostError(str(error)) from error
+        vectors, middle = np.zeros((len(rows), max(dims)), dtype=np.float32), len(rows) // 2
+        for half in (slice(None, middle), slice(middle, None)):
+            part = self.embed(rows[half], dims[half], pause_hook, spare_core)
+            width = min(part.shape[1], vectors.shape[1])
+            vectors[half, :width] = part[:, :width]
+        return vectors
+
+    def _run_pass(
+        self, rows: Sequence[Row], dims: Sequence[int], pause_hook: Callable[[], None] | None, spare_core: bool
+    ) -> npt.NDArray[np.float32]:
         outer_hook, self._pause_hook = self._pause_hook, pause_hook  # this pass may run inside a pause of another
         modules = self._network.modules() if pause_hook is not None and self.device == "cpu" else ()
         handles = [module.register_forward_pre_hook(self._pause) for module in modules]
@@ -153,7 +179,7 @@ class Embedder:
         if self.kernels == "triton" and self.device != "cpu":  # Triton's interpreter, on a CPU, compiles nothing
             self._compile_linears()
             if serving.cuda_graphs and self._network.recordable:
-                variants.append(forward := CudaGraphs(self._network, forward, self.device))
+                variants.append(forward := CudaGraphs(self._network, forward, self.device, self._graph_tokens))
         vectors = [self._vectors(variant) for variant in variants]
         if self.kernels == "triton" and expected is not None:
             cosine = _min_cosine(np.stack(vectors), expected)
@@ -214,6 +240,20 @@ class Embedder:
         dims = self.model.dimensions
         sizes = ([max(1, dims // 2), dims], [dims, dims])
         return [(rows, [first, *[rest] * (len(rows) - 1)]) for rows in batches if rows for first, rest in sizes]
+
+
+def _flops(device: str, dtype: torch.dtype) -> float:
+    """Measure the floating-point operations per second of a large product."""
+    size, repeats = 4_096, 10
+    x = torch.rand(size, size, device=device).to(dtype)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.mm(x, x)
+    begin.record()
+    for _ in range(repeats):
+        torch.mm(x, x)
+    end.record()
+    end.synchronize()
+    return float(2 * size**3 * repeats / (begin.elapsed_time(end) / 1_000))
 
 
 def _min_cosine(vectors: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

@@ -102,6 +102,10 @@ class DedupCache:
                     complete.append(job)
         return complete
 
+    def jobs(self) -> set[Job]:
+        """Return the jobs that are not complete."""
+        return {job for pending in self._pending.values() for job in pending.jobs}
+
     def fail(self, pending_rows: Sequence[PendingRow]) -> set[Job]:
         """Remove rows whose computation failed. Return the jobs that needed them."""
         for pending in pending_rows:

@@ -22,16 +22,18 @@ Key = tuple[int, bytes, bytes]  # see `identity`
 
 
 class Reply(Protocol):
-    """Receives the outcome of a job: exactly one call of `done`, `failed` or `dropped`.
+    """Receives the outcome of a job: exactly one call of `done`, `failed`, `dropped` or `unavailable`.
 
     `failed` reports an error of the engine. `dropped` reports a job that was cancelled or missed its deadline before it
-    started. `reused` int32 [rows] has a code of `Reused` for each vector.
+    started. `unavailable` reports that the engine ends; another one can compute the job. `reused` int32 [rows] has a
+    code of `Reused` for each vector.
     """
 
     def cancelled(self) -> bool: ...
     def done(self, vectors: npt.NDArray[np.float32], reused: npt.NDArray[np.int32]) -> None: ...
     def failed(self, reason: str) -> None: ...
     def dropped(self, reason: str) -> None: ...
+    def unavailable(self) -> None: ...
 
 
 class PendingRow:

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from triton_embed.python_backend.errors import DeviceLostError
 from triton_embed.python_backend.execution.budget import Budget
 from triton_embed.python_backend.inputs.row import Row
 from triton_embed.python_backend.scheduling.dedup_cache import DedupCache
@@ -83,6 +84,10 @@ class Scheduler:
     The engine is passed in because torch should run on no other thread: each thread that runs it gets a separate pool
     of OpenMP workers, and with more workers than cores they stop spinning and sleep between operations (measured: a
     short query then takes about 1.5 times as long).
+
+    Args:
+        end_process: Called on the sender thread after the replies, when the device computes no more. Its errors are for
+            ever, and a new process is the only way to get rid of them.
     """
 
     def __init__(
@@ -93,8 +98,10 @@ class Scheduler:
         engine: Executor,
         metrics: MetricsSink | None = None,
         cache_bytes: int = 0,
+        end_process: Callable[[], None] = lambda: None,
     ) -> None:
         self._compute = compute
+        self._end_process = end_process
         self._metrics = metrics
         self._sender = sender
         self._budget = budget
@@ -138,6 +145,17 @@ class Scheduler:
         self._engine_loop.result()
 
     def _run_engine(self) -> None:
+        try:
+            self._run_passes()
+        except DeviceLostError:
+            log.exception("The device computes no more")
+            with self._changed:
+                jobs = self._dedup.jobs()
+            for job in jobs:
+                self._sender.put(job.reply.unavailable)
+            self._sender.put(self._end_process)
+
+    def _run_passes(self) -> None:
         while (lane := self._next_lane()) is not None:
             if lane is self._small:
                 self._run_small_pass(self._budget.pass_tokens)
@@ -214,6 +232,8 @@ class Scheduler:
                 raise ValueError(
                     f"got vectors {vectors.shape} for {len(pending_rows)} rows of up to {max(dims)} dimensions"
                 )
+        except DeviceLostError:
+            raise  # also out of the pass in whose pause this one ran
         except Exception:
             log.exception("A forward pass over %d rows failed", len(pending_rows))
             self._fail(pending_rows)

@@ -61,7 +61,7 @@ class Recorder:
         yield
 
     @contextmanager
-    def record(self, graph: "Recorded", pool: None) -> Iterator[None]:
+    def record(self, graph: "Recorded", pool: None, stream: "Recorder") -> Iterator[None]:
         self._recording = graph
         yield
         self._recording = None
@@ -93,10 +93,10 @@ def test_replayed_batch_gives_the_vectors_of_transformers(
 ) -> None:
     embedder, rows, vectors = family.embedder, family.rows, family.vectors
     recorder = Recorder(embedder, monkeypatch)
-    monkeypatch.setattr(graphs, "TOKENS", (8, 32))
+    monkeypatch.setattr(graphs, "TOKENS", (8, 32, 64))
     monkeypatch.setattr(graphs, "ROWS", (1, 5))
     with torch.inference_mode():
-        forward = CudaGraphs(embedder._network, embedder._network, "cpu")
+        forward = CudaGraphs(embedder._network, embedder._network, "cpu", max_tokens=32)
         recorded = recorder.computed
         texts = [i for i, row in enumerate(rows) if not row.images]
         for selected in (texts[::-1], texts[1:2], texts[:2], texts):
@@ -112,6 +112,21 @@ def test_replayed_batch_gives_the_vectors_of_transformers(
                 result = embedder._embed(forward, embedder._head, batch, [vectors.shape[1]] * len(batch))
                 assert np.abs(result - expected).max() < 2e-6
     assert recorder.replays == 4
+
+
+@pytest.mark.parametrize(
+    ("linears", "weights", "largest"),
+    [
+        (96, 302_000_000, 2_048),  # bge-large
+        (112, 440_401_920, 2_048),  # Qwen3-0.6B
+        (112, 1_310_195_712, 768),  # gte-Qwen2-1.5B
+        (128, 6_979_321_856, 256),  # e5-mistral-7b
+    ],
+)
+def test_recorded_sizes_take_less_time_than_their_launches(linears: int, weights: int, largest: int) -> None:
+    """Compare with the sizes below which an H200 is faster than its host (790 TFLOP/s in a large product)."""
+    tokens = graphs.graph_tokens(linears, weights, 790e12)
+    assert max(size for size in graphs.TOKENS if size <= tokens) == largest
 
 
 def test_padding_rows_have_no_tokens_and_no_tiles() -> None:
