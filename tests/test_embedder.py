@@ -474,6 +474,32 @@ def test_threads_setting_is_applied(bge_tiny: Path) -> None:
         assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("Failed to find C compiler. Please specify via CC"),
+            "bge: Failed to find C compiler.*install gcc",
+        ),
+        (
+            AssertionError("libcuda.so cannot found!\nPossible files"),
+            "bge: libcuda.so cannot found! Possible.*--gpus all",
+        ),
+        (PermissionError(13, "Permission denied", "/root/.triton"), "bge: .*/root/.triton.*set TRITON_CACHE_DIR"),
+        (OSError(30, "Read-only file system", "/x"), "bge: .*Read-only.*set TRITON_CACHE_DIR"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "bge: CUDA out of memory.*max_batch_tokens"),
+    ],
+    ids=["no compiler", "no driver", "cache of another user", "read-only cache", "no memory"],
+)
+def test_error_of_the_surroundings_says_what_to_do(error: Exception, message: str) -> None:
+    model = object.__new__(Embedder)
+    model.kernels = "triton"
+    with pytest.raises(ConfigError, match=message), model._explain(serving("bge")):
+        raise error
+    with pytest.raises(RuntimeError, match="unknown"), model._explain(serving("bge")):
+        raise RuntimeError("unknown")
+
+
 def test_pass_without_memory_is_halved(bge_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = embedder(bge_tiny)
     rows = [Row(np.arange(3, 4 + i, dtype=np.int32)) for i in range(7)]

@@ -156,13 +156,22 @@ class RunningScheduler:
     """A scheduler and its sender thread, closed in the same order as by `EmbeddingServer.finalize`."""
 
     def __init__(
-        self, compute: Compute, metrics: MetricsSink | None = None, budget: int = BUDGET, cache_bytes: int = 0
+        self,
+        compute: Callable[..., Vectors],
+        metrics: MetricsSink | None = None,
+        budget: int = BUDGET,
+        cache_bytes: int = 0,
+        on_gpu: Compute | None = None,
     ) -> None:
+        def start(*args: Any) -> Callable[[], Vectors]:
+            vectors = compute(*args)
+            return lambda: vectors
+
         self.sender = Sender()
         self.ended = threading.Event()
         self.scheduler = Scheduler(
-            *(compute, Budget(budget, budget // 2, budget // 4), self.sender, DaemonExecutor(), metrics, cache_bytes),
-            end_process=self.ended.set,
+            *(on_gpu or start, Budget(budget, budget // 2, budget // 4), self.sender, DaemonExecutor()),
+            *(metrics, cache_bytes, 2 if on_gpu else 1, self.ended.set),
         )
         self.submit = self.scheduler.submit
 
@@ -384,6 +393,94 @@ def test_lost_device_answers_everything_and_ends_the_process(
     engine.gate.set()
     assert running.ended.wait(TIMEOUT_SECONDS)
     assert [caller.outcome() for caller in (bulk, small, waiting)] == ["unavailable"] * 3
+
+
+class Gpu:
+    """A fake GPU: it computes the passes that were started in order, each when the test lets it."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[list[int], threading.Event]] = []
+        self.error: Exception | None = None  # of passes that end
+
+    def start(self, rows: Sequence[Row], dims: Sequence[int], *_: object) -> Callable[[], Vectors]:
+        ended = threading.Event()
+        self.passes.append(([first_id(row) for row in rows], ended))
+
+        def wait() -> Vectors:
+            assert ended.wait(TIMEOUT_SECONDS)
+            if self.error is not None:
+                raise self.error
+            return np.array([[first_id(row)] * 3 for row in rows], dtype=np.float32)
+
+        return wait
+
+    def await_passes(self, count: int) -> None:
+        """Wait until so many passes were started, and check that no more follow."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while len(self.passes) < count:
+            assert time.monotonic() < deadline, f"only {len(self.passes)} passes were started"
+            time.sleep(0.001)
+        time.sleep(0.03)
+        assert len(self.passes) == count
+
+
+def never(*_: object) -> Vectors:
+    raise AssertionError
+
+
+def test_gpu_finds_the_next_pass_when_it_has_finished_one() -> None:
+    """Two passes are in flight, never three; what arrives until the next one may start shares it."""
+    gpu = Gpu()
+    running = RunningScheduler(never, on_gpu=gpu.start)
+    callers = [Caller() for _ in range(6)]
+    for i in range(3):
+        running.submit(make_job(callers[i], BUDGET, first=i))
+    gpu.await_passes(2)
+    for i in range(3, 6):
+        running.submit(make_job(callers[i], 2, first=i))
+    gpu.passes[0][1].set()
+    assert np.array_equal(callers[0].outcome(), [[0, 0, 0]])
+    gpu.await_passes(3)
+    gpu.passes[1][1].set()
+    gpu.await_passes(4)
+    assert sorted(ids for ids, _ in gpu.passes) == [[0], [1], [2], [3, 4, 5]]
+    assert not callers[2].outcomes
+    for _, ended in gpu.passes:
+        ended.set()
+    running.close()
+    assert [int(caller.outcome()[0][0]) for caller in callers] == list(range(6))  # type: ignore[index]
+
+
+def test_pass_that_fails_on_the_gpu_fails_alone() -> None:
+    gpu = Gpu()
+    running = RunningScheduler(never, on_gpu=gpu.start)
+    running.submit(make_job(bad := Caller(), BUDGET, first=1))
+    gpu.await_passes(1)
+    gpu.error = ValueError("out of range")
+    gpu.passes[0][1].set()
+    assert bad.outcome() == "The model failed to compute this request"
+    gpu.error = None
+    running.submit(make_job(good := Caller(), BUDGET, first=2))
+    gpu.await_passes(2)
+    gpu.passes[1][1].set()
+    assert np.array_equal(good.outcome(), [[2, 2, 2]])
+    running.close()
+    assert running.admitted_tokens == 0
+
+
+def test_gpu_lost_while_two_passes_are_in_flight() -> None:
+    gpu = Gpu()
+    running = RunningScheduler(never, on_gpu=gpu.start)
+    callers = [Caller() for _ in range(4)]
+    for i, caller in enumerate(callers):
+        running.submit(make_job(caller, BUDGET, first=i))
+    gpu.await_passes(2)
+    gpu.error = DeviceLostError("CUDA error: an illegal memory access was encountered")
+    for _, ended in gpu.passes:
+        ended.set()
+    assert running.ended.wait(TIMEOUT_SECONDS)
+    assert [caller.outcome() for caller in callers] == ["unavailable"] * 4
+    assert len(gpu.passes) == 2
 
 
 def raise_on_poison(rows: Sequence[Row], vectors: Vectors) -> Vectors:

@@ -512,8 +512,11 @@ def test_shutdown_under_load_answers_every_request(crew: Stack) -> None:
     assert "Traceback" not in crew.output(), crew.output()
 
 
-def test_every_worker_answers_once_ready_and_shutdown_without_load_is_quick(tmp_path: Path) -> None:
-    """Serve on every address, without Triton's HTTP."""
+def test_every_worker_answers_once_ready_and_shutdown_without_load_is_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve on every address, without Triton's HTTP. At the end nothing is in flight, so there is no drain."""
+    monkeypatch.setenv("TRITON_EMBED_DRAIN_SECONDS", "60")
     stack = Stack(tmp_path / "log", "--model=minilm", "--workers=3", "--host=::", "--triton-http-port=0")
     # Every worker answers since the ready line. One connection per request: the kernel spreads them over the workers.
     answers = [requests.post(f"{stack.url}/v1/embeddings", json={"input": "a"}, timeout=60) for _ in range(40)]
@@ -524,8 +527,7 @@ def test_every_worker_answers_once_ready_and_shutdown_without_load_is_quick(tmp_
         socket.create_connection(stack.triton_http.split(":"))
     metrics = set(Path(tmp_path.root, "tmp").glob("triton-embed-metrics-*"))
     processes = stack.processes()
-    # Waiting for the drain (4 s) would take more than 6 s in all; a stop without it takes 2.8 to 4.0 s on 2 cores.
-    assert stack.stop(signal.SIGINT) < 5
+    assert stack.stop(signal.SIGINT) < 30
     assert stack.process.returncode == 0
     assert metrics - set(Path(tmp_path.root, "tmp").glob("triton-embed-metrics-*"))
     assert [process for process in processes if _is_running(process)] == []

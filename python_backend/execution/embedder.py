@@ -1,6 +1,7 @@
 """The embedder: a loaded checkpoint as a function from rows to vectors."""
 
 import ctypes
+import errno
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triton_embed.kernels.ops import Ops, resolve
 from triton_embed.python_backend.checkpoint.config import ModelConfig, ServingConfig
@@ -28,9 +29,18 @@ from triton_embed.python_backend.spec import Spec
 
 log = logging.getLogger(__name__)
 
+Vectors = npt.NDArray[np.float32]
+
 # A model does not start if Triton's kernels and torch's compute a vector with a lower cosine. Rounding in bf16 leaves
 # more than 0.999; a wrong mask or a wrong head gives far less.
 MIN_KERNEL_COSINE = 0.99
+
+# Part of a message of triton 3.6 to 3.9 or of torch -> what to do
+_REMEDIES = {
+    "C compiler": "Triton needs one for its launchers: install gcc, or name one in CC",
+    "libcuda": "install NVIDIA's driver, or give the container access to the GPU (docker run --gpus all)",
+    "out of memory": "the GPU has no memory for this model and a forward pass: lower max_batch_tokens, or free memory",
+}
 
 REFERENCE_HINT = "set the parameter kernels to reference to run without them"
 
@@ -97,6 +107,20 @@ class Embedder:
     ) -> npt.NDArray[np.float32]:
         """Run one packed forward pass: rows -> fp32 [B,E], row b normalized over its first dims[b] values.
 
+        The arguments and errors are those of `start`.
+        """
+        return self.start(rows, dims, pause_hook, spare_core)()
+
+    @torch.inference_mode()
+    def start(
+        self,
+        rows: Sequence[Row],
+        dims: Sequence[int],
+        pause_hook: Callable[[], None] | None = None,
+        spare_core: bool = False,
+    ) -> Callable[[], Vectors]:
+        """Start a packed forward pass, and return the function that waits for its vectors. On a CPU it has ended.
+
         If the memory of a GPU does not suffice for all rows, the pass is run in two halves.
 
         Args:
@@ -104,10 +128,10 @@ class Embedder:
             spare_core: Other threads need a core meanwhile.
 
         Raises:
-            DeviceLostError: The GPU refuses every further call of this process.
+            DeviceLostError: The GPU refuses every further call of this process. So does the function.
         """
         try:
-            return self._run_pass(rows, dims, pause_hook, spare_core)
+            return _explained(self._start(rows, dims, pause_hook, spare_core))
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -115,33 +139,38 @@ class Embedder:
             torch.cuda.empty_cache()
         except torch.AcceleratorError as error:
             raise DeviceLostError(str(error)) from error
-        vectors, middle = np.zeros((len(rows), max(dims)), dtype=np.float32), len(rows) // 2
-        for half in (slice(None, middle), slice(middle, None)):
-            part = self.embed(rows[half], dims[half], pause_hook, spare_core)
-            width = min(part.shape[1], vectors.shape[1])
-            vectors[half, :width] = part[:, :width]
-        return vectors
+        middle = len(rows) // 2
+        halves = [
+            self.start(rows[half], dims[half], pause_hook, spare_core)
+            for half in (slice(None, middle), slice(middle, None))
+        ]
+        return lambda: _joined([wait() for wait in halves])
 
-    def _run_pass(
+    def _start(
         self, rows: Sequence[Row], dims: Sequence[int], pause_hook: Callable[[], None] | None, spare_core: bool
-    ) -> npt.NDArray[np.float32]:
+    ) -> Callable[[], Vectors]:
+        if self.device != "cpu":
+            return _copied(self._on_device(self._forward, self._head, rows, dims))
         outer_hook, self._pause_hook = self._pause_hook, pause_hook  # this pass may run inside a pause of another
-        modules = self._network.modules() if pause_hook is not None and self.device == "cpu" else ()
+        modules = self._network.modules() if pause_hook is not None else ()
         handles = [module.register_forward_pre_hook(self._pause) for module in modules]
-        tokens = sum(row.cost for row in rows)
-        thread_count = self._threads.for_pass(tokens, spare_core) if self.device == "cpu" else nullcontext()
         try:
-            with thread_count:
-                return self._embed(self._forward, self._head, rows, dims)
+            with self._threads.for_pass(sum(row.cost for row in rows), spare_core):
+                vectors = self._embed(self._forward, self._head, rows, dims)
         finally:
             for handle in handles:
                 handle.remove()
             self._pause_hook = outer_hook
+        return lambda: vectors
 
-    def _embed(self, forward: Forward, head: Head, rows: Sequence[Row], dims: Sequence[int]) -> npt.NDArray[np.float32]:
-        hidden, packed = forward(rows)
-        result: npt.NDArray[np.float32] = head(hidden, packed, dims).cpu().numpy()
+    def _embed(self, forward: Forward, head: Head, rows: Sequence[Row], dims: Sequence[int]) -> Vectors:
+        result: Vectors = self._on_device(forward, head, rows, dims).cpu().numpy()
         return result
+
+    def _on_device(self, forward: Forward, head: Head, rows: Sequence[Row], dims: Sequence[int]) -> Tensor:
+        hidden, packed = forward(rows)
+        vectors: Tensor = head(hidden, packed, dims)
+        return vectors
 
     def _load(self, spec: Spec, directory: Path) -> None:
         self._network, self._head = self._build(spec, self._ops)
@@ -226,6 +255,10 @@ class Embedder:
         except (ValueError, LookupError, ImportError) as error:
             hint = f"; {REFERENCE_HINT}" if self.kernels == "triton" else ""
             raise ConfigError(f"{serving.name}: {error}{hint}") from error
+        except (RuntimeError, AssertionError, OSError) as error:
+            if self.kernels != "triton" or (remedy := _remedy(error)) is None:
+                raise
+            raise ConfigError(f"{serving.name}: {' '.join(str(error).split())[:200]}; {remedy}") from error
 
     def _samples(self) -> list[tuple[list[Row], list[int]]]:
         """Return warm-up batches with their dimensions: random texts, two of which share a prefix, and images.
@@ -240,6 +273,50 @@ class Embedder:
         dims = self.model.dimensions
         sizes = ([max(1, dims // 2), dims], [dims, dims])
         return [(rows, [first, *[rest] * (len(rows) - 1)]) for rows in batches if rows for first, rest in sizes]
+
+
+def _remedy(error: Exception) -> str | None:
+    """Return what an operator can do about an error of Triton's compiler or of CUDA, if it is a known one."""
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EROFS, errno.ENOSPC):
+        return "set TRITON_CACHE_DIR to a directory that can be written"
+    return next((remedy for text, remedy in _REMEDIES.items() if text in str(error)), None)
+
+
+def _copied(vectors: Tensor) -> Callable[[], Vectors]:
+    """Start to copy vectors from a GPU to the host. Return the function that waits for the copy."""
+    copy = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+    copy.copy_(vectors, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def wait() -> Vectors:
+        copied.synchronize()
+        result: Vectors = copy.numpy()
+        return result
+
+    return wait
+
+
+def _explained(wait: Callable[[], Vectors]) -> Callable[[], Vectors]:
+    """Return a function that raises the loss of the device as DeviceLostError."""
+
+    def explained() -> Vectors:
+        try:
+            return wait()
+        except torch.AcceleratorError as error:
+            raise DeviceLostError(str(error)) from error
+
+    return explained
+
+
+def _joined(parts: Sequence[Vectors]) -> Vectors:
+    """Return vectors of several passes, which may differ in width, as one array padded with zeros."""
+    vectors = np.zeros((sum(map(len, parts)), max(part.shape[1] for part in parts)), dtype=np.float32)
+    start = 0
+    for part in parts:
+        vectors[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return vectors
 
 
 def _flops(device: str, dtype: torch.dtype) -> float:

@@ -11,7 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -37,7 +38,10 @@ LIGHT_JOB_TOKENS = 32
 # with MiniLM on 2 cores at eight times the load that can be served: the p95 of a query falls from 90 to 38 ms).
 RECENT_SECONDS = 3.0
 
+FAILURE = "A forward pass over %d rows failed"
+
 PauseHook = Callable[[], None]
+Vectors = npt.NDArray[np.float32]
 
 
 class LaneFullError(Exception):
@@ -45,7 +49,7 @@ class LaneFullError(Exception):
 
 
 class Compute(Protocol):
-    """Computes rows -> fp32 [rows, at least max(dims)].
+    """Starts to compute rows, and returns the function that waits for their vectors, fp32 [rows, at least max(dims)].
 
     `pause_hook` is called many times during the pass and may itself run a pass. `spare_core`: other threads need a core
     meanwhile.
@@ -53,7 +57,18 @@ class Compute(Protocol):
 
     def __call__(
         self, rows: Sequence[Row], dims: Sequence[int], pause_hook: PauseHook | None, spare_core: bool
-    ) -> npt.NDArray[np.float32]: ...
+    ) -> Callable[[], Vectors]: ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass that has started. `wait` waits for its vectors; the times are those of its start."""
+
+    pending_rows: Sequence[PendingRow]
+    dims: Sequence[int]
+    wait: Callable[[], Vectors]
+    start: float
+    paused_seconds: float
 
 
 class MetricsSink(Protocol):
@@ -86,6 +101,8 @@ class Scheduler:
     short query then takes about 1.5 times as long).
 
     Args:
+        passes_in_flight: Above 1, that many passes are started before the first has ended, so that a GPU finds the next
+            one when it has finished one. Another thread waits for their vectors, in order.
         end_process: Called on the sender thread after the replies, when the device computes no more. Its errors are for
             ever, and a new process is the only way to get rid of them.
     """
@@ -98,6 +115,7 @@ class Scheduler:
         engine: Executor,
         metrics: MetricsSink | None = None,
         cache_bytes: int = 0,
+        passes_in_flight: int = 1,
         end_process: Callable[[], None] = lambda: None,
     ) -> None:
         self._compute = compute
@@ -113,6 +131,10 @@ class Scheduler:
         self._dedup = DedupCache(cache_bytes)
         self._closing = False
         self._changed = threading.Condition()
+        self._max_in_flight, self._in_flight = passes_in_flight, 0
+        self._lost = False  # the device
+        self._landing = ThreadPoolExecutor(1, "landing") if passes_in_flight > 1 else None
+        self._last_landed = 0.0  # when the latest pass ended
         self._engine_loop = engine.submit(self._run_engine)
 
     def submit(self, job: Job) -> None:
@@ -143,17 +165,27 @@ class Scheduler:
             self._closing = True
             self._changed.notify_all()
         self._engine_loop.result()
+        if self._landing is not None:
+            self._landing.shutdown()
 
     def _run_engine(self) -> None:
         try:
             self._run_passes()
         except DeviceLostError:
-            log.exception("The device computes no more")
-            with self._changed:
-                jobs = self._dedup.jobs()
-            for job in jobs:
-                self._sender.put(job.reply.unavailable)
-            self._sender.put(self._end_process)
+            self._end()
+
+    def _end(self) -> None:
+        """Answer all jobs, and end the process. Called where the loss of the device is noticed, maybe twice."""
+        with self._changed:
+            if self._lost:
+                return
+            self._lost = True
+            jobs = self._dedup.jobs()
+            self._changed.notify_all()
+        log.exception("The device computes no more")
+        for job in jobs:
+            self._sender.put(job.reply.unavailable)
+        self._sender.put(self._end_process)
 
     def _run_passes(self) -> None:
         while (lane := self._next_lane()) is not None:
@@ -165,9 +197,23 @@ class Scheduler:
                 self._run_pass(self._take(lane, self._pause_tokens), self._pause)
 
     def _next_lane(self) -> Lane | None:
-        """Wait for work. Return the lane whose turn it is, or None if the scheduler is closing and has no work."""
+        """Wait for work, and until a pass may start: it takes what has come by then.
+
+        Returns:
+            The lane whose turn it is; None if the scheduler is closing and has no work, or the device is lost.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._small.queue or self._large.queue or self._closing)
+            self._changed.wait_for(
+                lambda: (
+                    self._lost
+                    or (
+                        self._in_flight < self._max_in_flight
+                        and (self._small.queue or self._large.queue or self._closing)
+                    )
+                )
+            )
+            if self._lost:
+                return None
             if self._large.queue and (self._large_yielded or not self._small.queue):
                 self._large_yielded = False
                 return self._large
@@ -227,7 +273,37 @@ class Scheduler:
         start, paused_before = time.monotonic(), self._paused_seconds
         dims = [pending.dims for pending in pending_rows]
         try:
-            vectors = self._compute([pending.row for pending in pending_rows], dims, pause_hook, spare_core)
+            wait = self._compute([pending.row for pending in pending_rows], dims, pause_hook, spare_core)
+        except DeviceLostError:
+            raise  # also out of the pass in whose pause this one ran
+        except Exception:
+            log.exception(FAILURE, len(pending_rows))
+            self._fail(pending_rows)
+            return
+        started = Pass(pending_rows, dims, wait, start, paused_before)
+        if self._landing is None:
+            self._land(started)
+            return
+        with self._changed:
+            self._in_flight += 1
+        self._landing.submit(self._land_later, started)
+
+    def _land_later(self, started: Pass) -> None:
+        """Wait for a pass on the landing thread, and let another one start."""
+        try:
+            self._land(started)
+        except DeviceLostError:
+            self._end()
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def _land(self, started: Pass) -> None:
+        """Wait for the vectors of a pass, and complete the jobs that have all of theirs."""
+        pending_rows, dims = started.pending_rows, started.dims
+        try:
+            vectors = started.wait()
             if len(vectors) != len(pending_rows) or vectors.shape[1] < max(dims):
                 raise ValueError(
                     f"got vectors {vectors.shape} for {len(pending_rows)} rows of up to {max(dims)} dimensions"
@@ -235,10 +311,13 @@ class Scheduler:
         except DeviceLostError:
             raise  # also out of the pass in whose pause this one ran
         except Exception:
-            log.exception("A forward pass over %d rows failed", len(pending_rows))
+            log.exception(FAILURE, len(pending_rows))
             self._fail(pending_rows)
             return
-        seconds = time.monotonic() - start - (self._paused_seconds - paused_before)
+        now = time.monotonic()
+        # A pass begins to be computed when the one before it has ended.
+        seconds = now - max(started.start, self._last_landed) - (self._paused_seconds - started.paused_seconds)
+        self._last_landed = now if self._landing is not None else 0.0
         with self._changed:
             jobs = {job: None for pending in pending_rows for job in pending.jobs}
             row_count = sum(len(indices) for pending in pending_rows for indices in pending.jobs.values())
@@ -253,7 +332,7 @@ class Scheduler:
         if self._metrics is None:
             return
         # Queued after the replies, so that these do not wait for the metrics.
-        waits = [max(0.0, start - job.submitted) for job in jobs if not job.wait_reported]
+        waits = [max(0.0, started.start - job.submitted) for job in jobs if not job.wait_reported]
         for job in jobs:
             job.wait_reported = True
         self._sender.put(partial(self._metrics.record_pass, waits, seconds, _tokens(pending_rows)))
