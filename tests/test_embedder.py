@@ -485,7 +485,7 @@ def test_threads_setting_is_applied(bge_tiny: Path) -> None:
             AssertionError("libcuda.so cannot found!\nPossible files"),
             "bge: libcuda.so cannot found! Possible.*--gpus all",
         ),
-        (PermissionError(13, "Permission denied", "/root/.triton"), "bge: .*/root/.triton.*set TRITON_CACHE_DIR"),
+        (PermissionError(13, "Permission denied", "/srv/.triton"), "bge: .*/srv/.triton.*set TRITON_CACHE_DIR"),
         (OSError(30, "Read-only file system", "/x"), "bge: .*Read-only.*set TRITON_CACHE_DIR"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "bge: CUDA out of memory.*max_batch_tokens"),
     ],
