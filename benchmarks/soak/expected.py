@@ -104,9 +104,9 @@ class Qwen3(TextModel):
     limit = QWEN3_TOKENS
 
     def __init__(self, directory: Path) -> None:
-        from transformers import PreTrainedTokenizerFast, Qwen3Model
+        from transformers import AutoTokenizer, Qwen3Model
 
-        super().__init__(PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json")))
+        super().__init__(AutoTokenizer.from_pretrained(directory))
         self._model = Qwen3Model.from_pretrained(directory, dtype=torch.float32).eval()
 
     def embed(self, ids: list[int]) -> Tensor:
@@ -127,9 +127,9 @@ class Gme:
     limit = GME_TOKENS
 
     def __init__(self, directory: Path) -> None:
-        from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+        from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
         min_pixels, max_pixels = (tokens * 28 * 28 for tokens in IMAGE_TOKENS)
         self._processor = Qwen2VLImageProcessorPil.from_pretrained(
             directory, min_pixels=min_pixels, max_pixels=max_pixels

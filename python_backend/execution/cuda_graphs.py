@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from triton_embed.kernels.packed import Packed
+from triton_embed.python_backend.execution.budget import GPU_UTILIZATION
 from triton_embed.python_backend.inputs.row import Row
 from triton_embed.python_backend.networks.batch import Batch, Layout
 
@@ -28,7 +29,6 @@ ROWS = (1, 8, 64, 512)
 # layer that were measured without a driver. Up to LEAST_TOKENS a GPU waits for the weights, not for products.
 LAUNCH_SECONDS = 40e-6
 LEAST_TOKENS = 256
-UTILIZATION = 0.6  # of the rate of a large product
 
 Forward = Callable[[Sequence[Row]], tuple[Tensor, Packed]]
 
@@ -48,7 +48,7 @@ def graph_tokens(linears: int, weights: int, flops: float) -> int:
         weights: Their weights.
         flops: Floating-point operations per second of a large product.
     """
-    return max(LEAST_TOKENS, int(LAUNCH_SECONDS * linears * UTILIZATION * flops / (2 * weights)))
+    return max(LEAST_TOKENS, int(LAUNCH_SECONDS * linears * GPU_UTILIZATION * flops / (2 * weights)))
 
 
 def size_of(tokens: int, rows: int) -> tuple[int, int] | None:

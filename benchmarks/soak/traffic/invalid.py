@@ -16,13 +16,13 @@ PATHS = ("/v1/embeddings", "/v1/embeddings", "/encode", "/v1/rerank", "/v1/score
 # Bodies that are not a JSON object or are nested too deeply.
 MALFORMED = (
     *(b"", b"{", b'{"input": "a"', b"null", b"[]", b"5", b'"text"', b'{"input": NaN}', b"\xff\xfe{}", b"input=text"),
-    *(b'{"input": "\\ud800"}', b'{"input": ' + b"[" * 100_000, b'{"input": "a"} trailing', b"\x00" * 100),
+    *(b'{"input": ' + b"[" * 100_000, b'{"input": "a"} trailing', b"\x00" * 100),
 )
 # (field, invalid value)
 WRONG_TYPES: tuple[tuple[str, Any], ...] = (
     *(
         ("input", value)
-        for value in (5, 1.5, True, None, [], "", "  ", {}, [[]], [None], [["a"]], [1, "a"], {"text": 5})
+        for value in (5, 1.5, True, None, [], "", "  ", {}, [[]], [None], [["a"]], [1, "a"], {"text": 5}, "\ud800")
     ),
     *(("input", value) for value in ([{"type": "text"}], [{"type": "video", "video": "x"}], {"image": 1}, [" "])),
     *(("dimensions", value) for value in ("12", 1.5, 0, -1, 10**30, [], [8, "8"], True, 4_096)),
